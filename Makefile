@@ -1,0 +1,45 @@
+# make serve     create the environment, build the demo encoder if absent, serve it on port 8000
+# make test      every test that this machine can run
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install serve test check format bench build container-test clean
+
+install: $(INSTALLED)
+
+# torch first: its exact version decides what the rest resolves against.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llm2vec-service needs Python 3.11 or later, and $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@
+
+serve: install
+	$(BIN)/llm2vec-service serve
+
+build: install
+	$(BIN)/llm2vec-service build --recipe demo
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install
+	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python -m bench.throughput
+
+container-test: install
+	docker/container-test.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,80 @@
+"""The decoder-only families that can become encoders: one row each, and how their tensors are named.
+
+A family belongs here when its attention goes through the transformers attention interface and carries
+position only in RoPE; recurrent, hybrid and absolute-position models do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The base model is of a family without a row in `ARCHITECTURES`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text."""
+
+    model_type: str
+    eos_text: str
+
+
+ARCHITECTURES = {
+    row.model_type: row
+    for row in (
+        Architecture("llama", " </s>"),
+        Architecture("mistral", " </s>"),
+        Architecture("qwen2", "<|endoftext|>"),
+        Architecture("qwen3", "<|endoftext|>"),
+        Architecture("gemma", "<eos>"),
+        Architecture("gemma2", "<eos>"),
+        Architecture("gemma3_text", "<eos>"),
+        Architecture("phi3", "<|endoftext|>"),
+    )
+}
+
+# Multimodal wrappers whose decoder is in the table.
+TEXT_MODEL_OF = {"gemma3": "gemma3_text"}
+
+# Wrappers around the decoder that checkpoints were saved from, longest first; the decoder alone has none.
+_WRAPPER_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+
+# Parts of a checkpoint that an encoder does not have: the output head, RoPE tables that are recomputed,
+# and the vision side of a multimodal wrapper.
+_NOT_ENCODER = (
+    "lm_head.",
+    "score.",
+    "vision_tower.",
+    "multi_modal_projector.",
+    "language_model.lm_head.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The row for a config.json `model_type`.
+
+    Raises:
+        UnsupportedArchitectureError: naming the families that are supported.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"model_type {model_type!r} is not supported: an encoder can be made from {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def is_encoder_tensor(name: str) -> bool:
+    """False for checkpoint tensors that the encoder has no use for, such as the output head."""
+    return not name.startswith(_NOT_ENCODER) and not name.endswith("rotary_emb.inv_freq")
+
+
+def decoder_name(name: str) -> str:
+    """A tensor's (or module's) name inside the bare decoder, whatever wrapper it was saved from."""
+    for prefix in _WRAPPER_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name

@@ -1,0 +1,316 @@
+"""From a recipe to a stored encoder: base and adapters merged tensor by tensor into a folder of their own.
+
+The folder appears whole or not at all: it is written beside its place and renamed. Memory peaks at one shard
+of weights while merging, and at one copy of the model for the self-test.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model_store.adapters import Adapter, check_fit, load_adapter, merge_adapter
+from model_store.architectures import architecture_of
+from model_store.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
+from model_store.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    SourceRecord,
+    StoreError,
+    changed_files,
+    describe_files,
+    read_manifest,
+)
+from model_store.pooling_modes import PoolingMode
+from model_store.recipe import ENCODER_DEFAULTS, Recipe
+from model_store.self_test import write_self_test
+from model_store.sources import Source, resolve
+from model_store.templates import template_for
+from model_store.tokenizer import starts_with_bos
+
+_SHARD_BYTES = 2 << 30
+
+# (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
+
+
+class BuildError(ValueError):
+    """A recipe whose parts don't make an encoder; the message names the part and the way out."""
+
+
+def build_encoder(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
+    """Build the encoder of a recipe in `folder`, which must not exist yet or be empty.
+
+    Raises:
+        BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
+            behind, and the message says what to change.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
+    with ExitStack() as sources:
+        base = sources.enter_context(resolve(recipe.base))
+        stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
+        checkpoint = open_checkpoint(base.folder)
+        adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
+        shapes = _check_names(recipe, checkpoint, adapters)
+        with _appearing_whole(folder) as staging:
+            _write_config(checkpoint.config, recipe.dtype, staging)
+            tokenizer_source = _write_tokenizer(base, stages, staging)
+            _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress)
+            manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
+            manifest.write(staging)
+            write_self_test(staging)
+            manifest = manifest.model_copy(update={"files": describe_files(staging)})
+            manifest.write(staging)
+    return manifest
+
+
+def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
+    """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
+
+    A folder that holds the encoder of another recipe, or a damaged one, is replaced.
+    """
+    if (folder / MANIFEST_FILE).is_file():
+        try:
+            manifest = read_manifest(folder)
+            if manifest.recipe_fingerprint == recipe.fingerprint and not changed_files(folder, manifest):
+                return manifest
+        except StoreError:
+            pass  # what can't be read is built again
+        shutil.rmtree(folder)
+    return build_encoder(recipe, folder, progress)
+
+
+def _check_names(recipe: Recipe, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
+    """The encoder's tensor names and shapes, once base and adapters are known to fit them."""
+    architecture_of(checkpoint.config.model_type)
+    decoder = decoder_on_meta(checkpoint.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    missing, extra = shapes.keys() - checkpoint.names, checkpoint.names - shapes.keys()
+    if missing:
+        raise BuildError(f"the base {recipe.base} lacks {_some(missing)}: its files are incomplete")
+    if extra:
+        raise BuildError(
+            f"the base {recipe.base} holds {_some(extra)}, for which a {checkpoint.config.model_type} encoder "
+            "has no place"
+        )
+    for adapter in adapters:
+        check_fit(adapter, shapes)
+    return shapes
+
+
+def _write_config(config: Any, dtype: str, folder: Path) -> None:
+    """config.json of the bare decoder, which transformers reads as bidirectional."""
+    config = config.from_dict(config.to_dict())
+    for stale in ("auto_map", "_name_or_path", "quantization_config"):
+        config.__dict__.pop(stale, None)
+    config.is_causal = False
+    config.use_cache = False
+    config.dtype = getattr(torch, dtype)
+    config.architectures = [type(decoder_on_meta(config)).__name__]
+    config.save_pretrained(folder)
+    path = folder / CONFIG_FILE
+    written = json.loads(path.read_text())
+    written.pop("transformers_version", None)  # the embedding-space id covers this file, and no vector depends on it
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tokenizer(base: Source, stages: list[Source], folder: Path) -> str:
+    """Copy the newest stage's tokenizer.json as it is, or convert the base's; returns where it came from."""
+    for source in (*reversed(stages), base):
+        if (source.folder / TOKENIZER_FILE).is_file():
+            for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
+                if (source.folder / name).is_file():
+                    _copy_json(source.folder / name, folder / name)
+            return source.reference
+    from transformers import AutoTokenizer
+
+    gguf = next(iter(sorted(base.folder.glob("*.gguf"))), None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, **({"gguf_file": gguf.name} if gguf else {}), local_files_only=True
+        )
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # every tokenizer class fails in its own way
+        raise BuildError(f"{base.reference} has no tokenizer.json and none can be made from it: {error}") from error
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise BuildError(f"{base.reference} has no fast tokenizer: put a tokenizer.json beside its weights")
+    return f"{base.reference} (converted)"
+
+
+def _copy_json(source: Path, target: Path) -> None:
+    """Byte for byte, but for an auto_map: a stored encoder names no remote code."""
+    if source.name != TOKENIZER_FILE:
+        content = json.loads(source.read_text())
+        if content.pop("auto_map", None) is not None:
+            target.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+            return
+    shutil.copyfile(source, target)
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    adapters: list[Adapter],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """The merged tensors as safetensors shards of at most 2 GiB, with an index where there are several."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    sizes = {name: torch.Size(shape).numel() * torch_dtype.itemsize for name, shape in shapes.items()}
+    total, done = sum(sizes.values()), 0
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise BuildError(f"{folder.parent} has {free / 1e9:.1f} GB free, the encoder needs {total / 1e9:.1f} GB")
+    shards = _plan_shards(sizes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors[name] = _merged(checkpoint, adapters, name, shapes[name], torch_dtype)
+            done += sizes[name]
+            progress(done, total)
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the writer makes it private, and a server may run as somebody else
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _merged(
+    checkpoint: Checkpoint, adapters: list[Adapter], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    weight = checkpoint.tensor(name)
+    if tuple(weight.shape) != shape:
+        raise BuildError(f"the base's {name} has shape {tuple(weight.shape)}, its config.json asks for {shape}")
+    updates = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
+    if updates:
+        weight = weight.to(torch.float32, copy=True)
+        for update in updates:
+            weight = merge_adapter(weight, update)
+    weight = weight.to(dtype).contiguous()
+    if not weight.isfinite().all():
+        raise BuildError(f"{name} holds NaN or infinite values after merging")
+    return weight
+
+
+def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > _SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _describe(
+    recipe: Recipe,
+    base: Source,
+    stages: list[Source],
+    checkpoint: Checkpoint,
+    shapes: dict[str, tuple[int, ...]],
+    tokenizer_source: str,
+    folder: Path,
+) -> Manifest:
+    config = checkpoint.config
+    choices = {**ENCODER_DEFAULTS, **_llm2vec_config(stages[-1] if stages else base)}
+    choices |= {key: value for key in ENCODER_DEFAULTS if (value := getattr(recipe, key)) is not None}
+    pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(choices["pooling"])
+    if pooling == "bos_token" and not starts_with_bos(Tokenizer.from_file(str(folder / TOKENIZER_FILE))):
+        raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
+    template = recipe.template or template_for(_base_name(base, stages), pooling, architecture_of(config.model_type))
+    return Manifest.model_validate(
+        {
+            "name": recipe.name,
+            "model_type": config.model_type,
+            "width": config.hidden_size,
+            "max_positions": config.max_position_embeddings,
+            "vocabulary": shapes["embed_tokens.weight"][0],
+            "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+            "dtype": recipe.dtype,
+            "base": SourceRecord(reference=base.reference, commit=base.commit),
+            "adapters": [SourceRecord(reference=stage.reference, commit=stage.commit) for stage in stages],
+            "tokenizer": tokenizer_source,
+            "template": template,
+            **choices,
+            "pooling": pooling,
+            "query_instruction": recipe.query_instruction,
+            "recipe": recipe,
+            "recipe_fingerprint": recipe.fingerprint,
+            "tools": _tool_versions(),
+            "files": describe_files(folder),
+        }
+    ).sealed()
+
+
+def _base_name(base: Source, stages: list[Source]) -> str:
+    """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's hub id."""
+    for stage in stages:
+        name = read_raw_config(stage.folder).get("_name_or_path")
+        if name:
+            return str(name)
+    return base.reference.partition("@")[0]
+
+
+def _llm2vec_config(source: Source) -> dict[str, Any]:
+    """The official library's own settings file, where there is one beside the weights."""
+    path = source.folder / "llm2vec_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+        found = {
+            "pooling": raw.get("pooling_mode"),
+            **{key: raw.get(key) for key in ("skip_instruction", "max_length", "doc_max_length")},
+        }
+        asked = {key: value for key, value in found.items() if value is not None}
+        Recipe.model_validate({"name": "llm2vec_config", "base": source.reference, **asked})
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise BuildError(f"{path} can't be read: {error}") from error
+    return asked
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for package in ("llm2vec-service", "torch", "transformers", "peft", "safetensors", "tokenizers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when the block ends well, and goes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        staging = Path(scratch) / folder.name
+        staging.mkdir()
+        yield staging
+        staging.replace(folder)

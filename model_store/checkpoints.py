@@ -1,0 +1,209 @@
+"""A base model's tensors, one at a time, whatever file format they are stored in.
+
+Names are the bare decoder's (`layers.0.self_attn.q_proj.weight`). Reading a tensor costs that tensor's memory,
+not the model's. Files are only ever read as data: safetensors, torch files with weights_only, GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from model_store.architectures import TEXT_MODEL_OF, architecture_of, decoder_name, is_encoder_tensor
+
+
+class CheckpointError(ValueError):
+    """A base model whose files are incomplete, unreadable or of a kind that can't be merged."""
+
+
+class Checkpoint(ABC):
+    """The decoder's tensors by name, and its transformers configuration."""
+
+    config: Any
+    names: frozenset[str]
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, on the CPU, in the dtype it is stored in."""
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder: safetensors if there are any, else torch files, else one GGUF file.
+
+    Raises:
+        CheckpointError: if there is none, or its weights are quantised in a way that can't be merged into.
+    """
+    if any(folder.glob("*.safetensors")):
+        return _SafetensorsCheckpoint(folder)
+    if any(folder.glob("pytorch_model*.bin")):
+        return _TorchCheckpoint(folder)
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if len(gguf_files) == 1:
+        return _GgufCheckpoint(gguf_files[0])
+    if gguf_files:
+        raise CheckpointError(
+            f"{folder} holds {len(gguf_files)} GGUF files: leave the one to use in a folder of its own"
+        )
+    raise CheckpointError(f"{folder} holds no weights: neither *.safetensors, pytorch_model*.bin nor *.gguf")
+
+
+def read_raw_config(folder: Path) -> dict[str, Any]:
+    """config.json as it was written (transformers drops and overwrites some keys), or {} where there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return raw
+
+
+def _decoder_config(folder: Path) -> Any:
+    raw = read_raw_config(folder)
+    if not raw:
+        raise CheckpointError(f"{folder} has no config.json")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "a quantised format")
+        raise CheckpointError(f"the base in {folder} is stored as {method}: give the unquantised base model")
+    raw.pop("auto_map", None)  # points at remote code, which never runs
+    model_type = raw.get("model_type", "")
+    architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw).get_text_config()
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _by_decoder_name(stored_names: Iterable[str]) -> dict[str, str]:
+    """Decoder name → stored name, for the tensors an encoder has a use for."""
+    return {decoder_name(name): name for name in stored_names if is_encoder_tensor(name)}
+
+
+class _SafetensorsCheckpoint(Checkpoint):
+    def __init__(self, folder: Path) -> None:
+        self.config = _decoder_config(folder)
+        self._files: dict[str, Any] = {}
+        stored: dict[str, str] = {}
+        for path in _shards(folder, "model.safetensors.index.json", "*.safetensors"):
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+            self._files[path.name] = file
+            stored.update(dict.fromkeys(file.keys(), path.name))
+        self._stored = _by_decoder_name(stored)
+        self._file_of = stored
+        self.names = frozenset(self._stored)
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self._stored[name]
+        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
+        return tensor
+
+
+class _TorchCheckpoint(Checkpoint):
+    def __init__(self, folder: Path) -> None:
+        self.config = _decoder_config(folder)
+        stored: dict[str, Tensor] = {}
+        for path in _shards(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
+            stored.update(load_torch_file(path))
+        self._tensors = {name: stored[original] for name, original in _by_decoder_name(stored).items()}
+        self.names = frozenset(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+class _GgufCheckpoint(Checkpoint):
+    """Dequantises with the gguf package; names, shapes and layouts are mapped by transformers."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise CheckpointError("a GGUF base needs the gguf package: pip install 'llm2vec-service[demo]'") from error
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).get_text_config()
+        # The file's quantisation ends here: what is stored is plain weights.
+        self.config.__dict__.pop("quantization_config", None)
+        reader = GGUFReader(path)
+        architecture = _gguf_architecture(reader)
+        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
+        mapped = get_gguf_hf_weights_map(decoder_on_meta(self.config), self._processor)
+        self._tensors = {}
+        for tensor in reader.tensors:
+            # An unmapped tensor keeps its own name, so that the builder reports it; the output head is no encoder's.
+            name = decoder_name(mapped.get(tensor.name, tensor.name))
+            if tensor.name != "output.weight":
+                self._tensors[name] = tensor
+        self.names = frozenset(self._tensors)
+
+    def tensor(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        stored = self._tensors[name]
+        values = dequantize(stored.data, stored.tensor_type)
+        return torch.from_numpy(self._processor.process(weights=values, name=stored.name).weights.copy())
+
+
+def decoder_on_meta(config: Any) -> Any:
+    """The transformers decoder for a configuration, without memory: names and shapes only."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def load_torch_file(path: Path) -> dict[str, Tensor]:
+    """A torch file's tensors, mapped from disk rather than read; nothing in it is executed.
+
+    Raises:
+        CheckpointError: if it is not a plain file of tensors.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises half a dozen unrelated types for a bad file
+        raise CheckpointError(f"{path} is not a plain file of tensors ({error}): convert it to safetensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise CheckpointError(f"{path} holds something else than named tensors: convert it to safetensors")
+    return tensors
+
+
+def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
+    """The files an index lists, or without an index the one file there is."""
+    index = folder / index_name
+    if not index.is_file():
+        paths = [path for path in sorted(folder.glob(pattern)) if not path.name.startswith("adapter_")]
+        if len(paths) != 1:
+            raise CheckpointError(f"{folder} holds {len(paths)} weight files and no {index_name}")
+        return paths
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} can't be read: {error}") from error
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or not (folder / name).is_file():
+            raise CheckpointError(f"{index} lists {name}, which is not in {folder}")
+    return [folder / name for name in names]
+
+
+def _gguf_architecture(reader: Any) -> str:
+    field = reader.fields["general.architecture"]
+    return bytes(field.parts[field.data[0]]).decode()

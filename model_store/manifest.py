@@ -1,0 +1,179 @@
+"""The stored encoder's own description, `manifest.json`: what it was made from and every file it consists of.
+
+Knows the folder's layout and how to tell whether it is whole; knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model_store.pooling_modes import PoolingMode
+from model_store.recipe import DType, Recipe
+from model_store.templates import Template
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+SELF_TEST_FILE = "self_test.json"
+
+_HASH_BLOCK = 1 << 22
+
+
+class StoreError(ValueError):
+    """A folder that is not a whole, unchanged stored encoder."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredFile(_Frozen):
+    """One file of the folder: its size in bytes and the sha256 of its content."""
+
+    size: int
+    sha256: str
+
+
+class SourceRecord(_Frozen):
+    """Where weights came from: the reference as given, and the hub commit it was pinned to, if any."""
+
+    reference: str
+    commit: str | None = None
+
+
+class Manifest(_Frozen):
+    """A stored encoder: its sources, how it reads and pools text, its limits in tokens, and its files."""
+
+    format: int = FORMAT
+    name: str
+    model_type: str
+    width: int
+    max_positions: int
+    vocabulary: int
+    parameters: int
+    dtype: DType
+    base: SourceRecord
+    adapters: tuple[SourceRecord, ...]
+    tokenizer: str
+    template: Template
+    pooling: PoolingMode
+    skip_instruction: bool
+    max_length: int
+    doc_max_length: int
+    query_instruction: str
+    recipe: Recipe
+    recipe_fingerprint: str
+    tools: dict[str, str]
+    files: dict[str, StoredFile]
+    embedding_space: str = ""
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its embedding-space id filled in."""
+        return self.model_copy(update={"embedding_space": self._space()})
+
+    def _space(self) -> str:
+        """16 hex digits that change whenever a vector could: vectors of two spaces must not be compared.
+
+        Over the weights, configuration and tokenizer files, the template, pooling and span.
+        """
+        moves_vectors = {
+            "files": {
+                name: file.sha256
+                for name, file in sorted(self.files.items())
+                if name.endswith(".safetensors") or name in (CONFIG_FILE, TOKENIZER_FILE)
+            },
+            "template": [self.template.prefix, self.template.suffix, self.template.strip],
+            "pooling": self.pooling,
+            "skip_instruction": self.skip_instruction,
+        }
+        return hashlib.sha256(json.dumps(moves_vectors, sort_keys=True).encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`, with a hash over itself so that an edit by hand shows."""
+        content = self.model_dump(mode="json")
+        document = {**content, "manifest_sha256": _digest(content)}
+        (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a stored encoder.
+
+    Raises:
+        StoreError: if there is none, it cannot be read, or it was changed after it was written.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise StoreError(
+            f"{folder} is not a stored encoder: it has no {MANIFEST_FILE}. "
+            f"Make one with: llm2vec-service build --base REF --out DIR"
+        )
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+        claimed = document.pop("manifest_sha256", None)
+        if document.get("format") != FORMAT:
+            raise StoreError(
+                f"{path} has format {document.get('format')}, this version reads {FORMAT}: build the encoder again"
+            )
+        manifest = Manifest.model_validate(document)
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    if claimed != _digest(document):
+        raise StoreError(f"{path} was changed after it was written: build the encoder again")
+    return manifest
+
+
+def describe_files(folder: Path) -> dict[str, StoredFile]:
+    """Size and sha256 of every file in the folder but the manifest."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda name: file_sha256(folder / name), names)
+    return {
+        name: StoredFile(size=(folder / name).stat().st_size, sha256=digest)
+        for name, digest in zip(names, hashes, strict=True)
+    }
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What differs between the folder and its manifest, a sentence each; empty when it is whole.
+
+    Reads every byte of the folder, a file to a thread.
+    """
+    present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    differences = [f"{name}: not part of this encoder" for name in sorted(present - manifest.files.keys())]
+    check: Callable[[tuple[str, StoredFile]], str | None] = lambda item: _difference(folder, *item)  # noqa: E731
+    with ThreadPoolExecutor() as pool:
+        differences += [found for found in pool.map(check, sorted(manifest.files.items())) if found]
+    return differences
+
+
+def _difference(folder: Path, name: str, stored: StoredFile) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name}: missing"
+    size = path.stat().st_size
+    if size != stored.size:
+        return f"{name}: {size} bytes, should be {stored.size}"
+    if file_sha256(path) != stored.sha256:
+        return f"{name}: content changed (sha256 differs)"
+    return None
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

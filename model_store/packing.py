@@ -1,0 +1,62 @@
+"""Several texts as one row of tokens, with no padding: what the encoder computes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_store.pooling_modes import PoolingMode, token_weights
+from model_store.tokenizer import TokenizedText
+
+# T packed tokens, B texts
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B texts end to end. `cu_seqlens` are the T-offsets where texts begin, and T itself at the end."""
+
+    token_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, from 0 again for each text
+    cu_seqlens: Tensor  # (B + 1,) int32
+    pooling_weights: Tensor  # (T,) float32
+    longest: int  # tokens of the longest text
+
+    @classmethod
+    def pack(cls, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
+        """Pack rows in their order, on the CPU.
+
+        Raises:
+            ValueError: if there are no rows; a batch of nothing is a bug of the caller.
+        """
+        if not rows:
+            raise ValueError("a batch needs at least one text")
+        lengths = [len(row) for row in rows]
+        return cls(
+            token_ids=torch.from_numpy(np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for row in rows])),
+            position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
+            cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+            pooling_weights=torch.from_numpy(
+                np.concatenate([token_weights(pooling, len(row), row.span_start) for row in rows])
+            ),
+            longest=max(lengths),
+        )
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on a device; copies from pinned memory do not wait for it."""
+        if device.type == "cpu":
+            return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return PackedBatch(
+            move(self.token_ids),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            move(self.pooling_weights),
+            self.longest,
+        )

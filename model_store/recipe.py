@@ -1,0 +1,112 @@
+"""What `build` is asked to make: a base, adapters in order, and how its vectors are pooled."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_store.pooling_modes import PoolingMode
+from model_store.templates import Template
+
+DType = Literal["bfloat16", "float32"]
+
+
+# What the official library does where nothing says otherwise (llm2vec 0.2.3, `LLM2Vec.__init__`).
+ENCODER_DEFAULTS = {"pooling": "mean", "skip_instruction": True, "max_length": 512, "doc_max_length": 400}
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read, or that asks for something that does not exist."""
+
+
+class Recipe(BaseModel):
+    """One encoder to build.
+
+    `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order.
+    `template` None chooses by the base's name. `pooling`, `skip_instruction`, `max_length` and `doc_max_length`
+    (tokens; the official library's limits) where None come from llm2vec_config.json beside the last adapter or
+    the base, else from `ENCODER_DEFAULTS`. `query_instruction` is what a server puts before queries when a client
+    only says that its input is a query.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    base: str = Field(min_length=1)
+    adapters: tuple[str, ...] = ()
+    template: Template | None = None
+    pooling: PoolingMode | None = None
+    skip_instruction: bool | None = None
+    max_length: int | None = Field(default=None, ge=1)
+    doc_max_length: int | None = Field(default=None, ge=1)
+    dtype: DType = "bfloat16"
+    query_instruction: str = ""
+    description: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over everything that moves a vector; a store built from another recipe has another one."""
+        asked = self.model_dump_json(exclude={"name", "description"})
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def read_recipe(text: str, name: str) -> Recipe:
+    """A recipe from TOML; `name` is its name where the text gives none.
+
+    Raises:
+        RecipeError: for bad TOML, an unknown or missing key, or a value that makes no sense.
+    """
+    try:
+        return Recipe.model_validate({"name": name, **tomllib.loads(text)})
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {name}: {error}") from error
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name}: {_sentence(error)}") from error
+
+
+def packaged_recipes() -> dict[str, Recipe]:
+    """Every recipe that ships with the package, by name."""
+    folder = files("model_store") / "recipes"
+    entries = sorted((entry.name, entry) for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return {name[:-5]: read_recipe(entry.read_text(), name[:-5]) for name, entry in entries}
+
+
+def load_recipe(name_or_file: str) -> Recipe:
+    """A packaged recipe by name, or one from a .toml file.
+
+    Raises:
+        RecipeError: if there is neither, naming the recipes there are.
+    """
+    if name_or_file.endswith(".toml"):
+        path = Path(name_or_file)
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {name_or_file}")
+        return read_recipe(path.read_text(), path.stem)
+    recipes = packaged_recipes()
+    if name_or_file not in recipes:
+        raise RecipeError(
+            f"there is no recipe {name_or_file!r}: use one of {', '.join(recipes)}, or a path to a .toml file"
+        )
+    return recipes[name_or_file]
+
+
+def recipe_from(name: str, **values: object) -> Recipe:
+    """A recipe from parts; parts that are None keep their default.
+
+    Raises:
+        RecipeError: for a value that makes no sense.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    try:
+        return Recipe.model_validate({"name": name, **given})
+    except ValidationError as error:
+        raise RecipeError(_sentence(error)) from error
+
+
+def _sentence(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors())

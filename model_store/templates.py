@@ -1,0 +1,48 @@
+"""What LLM2Vec puts around a text before tokenizing it, by base model.
+
+The official library chooses by the exact `_name_or_path` in the raw config.json of the MNTP repository
+(llm2vec 0.2.3, `LLM2Vec.prepare_for_tokenization`); a name that is not in the table gets no template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from model_store.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Template:
+    """`prefix` + text + `suffix`. With `strip`, white space at the outer ends of instruction + text goes."""
+
+    prefix: str = ""
+    suffix: str = ""
+    strip: bool = False
+
+
+_INST = Template("[INST] ", " [/INST]", strip=True)
+_CHATML = Template("<|im_start|>user\n", "<|im_end|>", strip=True)
+
+TEMPLATES = {
+    "meta-llama/Meta-Llama-3-8B-Instruct": Template(
+        "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>", strip=True
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": _INST,
+    "meta-llama/Llama-2-7b-chat-hf": _INST,
+    "Qwen/Qwen2-1.5B-Instruct": _CHATML,
+    "Qwen/Qwen2-7B-Instruct": _CHATML,
+    "google/gemma-2-9b-it": Template("<bos><start_of_turn>user\n", "<end_of_turn>", strip=True),
+}
+
+# These return before the official library appends the text that eos_token pooling asks for.
+_WITHOUT_EOS_TEXT = ("meta-llama/Meta-Llama-3-8B-Instruct",)
+_EOS_TEXT = {"meta-llama/Meta-Llama-3-8B": "<|end_of_text|>"}
+
+
+def template_for(name_or_path: str, pooling: str, architecture: Architecture) -> Template:
+    """The template for a base named `name_or_path`, with the end-of-text mark that `eos_token` pools."""
+    template = TEMPLATES.get(name_or_path, Template())
+    if pooling != "eos_token" or name_or_path in _WITHOUT_EOS_TEXT:
+        return template
+    eos_text = _EOS_TEXT.get(name_or_path, architecture.eos_text)
+    return replace(template, suffix=template.suffix + eos_text, strip=True)

@@ -1,0 +1,60 @@
+"""For those who run the server: is it alive, is it ready, what is it, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from service.api.requests import require_ready
+from service.errors import Unavailable
+
+router = APIRouter(tags=["operations"])
+
+# A probe shares the queue with requests; on a busy CPU a batch can take many seconds.
+_PROBE_SECONDS = 30.0
+
+
+@router.get("/livez")
+async def livez() -> Response:
+    """The process runs and its event loop turns."""
+    return _json({"status": "alive"})
+
+
+@router.get("/readyz")
+@router.get("/health")
+@router.get("/ping", include_in_schema=False)
+async def readyz(request: Request) -> Response:
+    """The server takes requests. Where the last batch failed, one token is encoded to find out."""
+    require_ready(request)
+    if request.app.state.last_batch_failed():
+        try:
+            await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
+        except Exception as error:
+            raise Unavailable("the device fails on every input") from error
+    return _json({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    return Response(request.app.state.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    """The server's version and what it serves."""
+    state = request.app.state
+    return _json(
+        {
+            "version": state.version,
+            "model": state.served_name,
+            "embedding_space": state.manifest.embedding_space,
+            "phase": state.phase,
+        }
+    )
+
+
+def _json(content: object) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -1,0 +1,125 @@
+"""Wiring and lifespan only: which parts there are, and when each of them lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Protocol
+
+from fastapi import FastAPI
+
+from model_store.manifest import Manifest
+from model_store.tokenizer import TokenizedText
+from service.api import openai, operations
+from service.api.error_responses import install_error_handlers
+from service.api.requests import RequestContext
+from service.batcher import MicroBatcher
+from service.embedder import Embedder, Tokenizes, Vector
+from service.errors import EncodingError
+from service.logs import log
+from service.metrics import Metrics
+from service.settings import Limits, Settings
+
+
+class Worker(Protocol):
+    """What `service.worker.EncoderWorker` does; another one can stand in where no model is needed."""
+
+    @property
+    def device(self) -> str:
+        """The device in use, once started."""
+
+    @property
+    def dtype(self) -> str:
+        """The arithmetic in use, once started."""
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use, once started."""
+
+    async def start(self, limits: Limits) -> None:
+        """Load and warm up."""
+
+    async def run_batch(self, rows: list[TokenizedText]) -> Sequence[Vector | EncodingError]:
+        """A vector or an error for each row."""
+
+    def stop(self) -> None:
+        """End the device thread."""
+
+
+def create_app(
+    settings: Settings,
+    manifest: Manifest,
+    tokenizer: Tokenizes,
+    limits: Limits,
+    worker: Worker,
+    metrics: Metrics,
+    on_fatal: Callable[[BaseException], None],
+) -> FastAPI:
+    """The application for one encoder. It answers `/livez` at once and requests when the worker has started.
+
+    `on_fatal` is called when the worker can't start or the batcher ends: the process should then end too.
+    """
+    served_name = settings.served_name or manifest.name
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batcher: MicroBatcher[TokenizedText, Vector] = MicroBatcher(worker.run_batch, limits.batch_tokens, metrics)
+        app.state.embedder = embedder = Embedder(manifest, tokenizer, batcher, settings, limits, metrics)
+        app.state.last_batch_failed = lambda: batcher.last_batch_failed
+
+        async def start_and_batch() -> None:
+            began = time.perf_counter()
+            await worker.start(limits)
+            metrics.build_info.labels(
+                app.state.version, served_name, worker.device, worker.dtype, manifest.pooling
+            ).set(1)
+            app.state.phase = "ready"
+            metrics.ready.set(1)
+            seconds = round(time.perf_counter() - began, 2)
+            where = {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
+            log.info("ready", extra={"fields": {"model": served_name, **where, "seconds": seconds}})
+            await batcher.run()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                app.state.phase = "failed"
+                metrics.ready.set(0)
+                on_fatal(error)
+
+        task = asyncio.create_task(start_and_batch())
+        task.add_done_callback(ended)
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            embedder.close()
+            worker.stop()
+
+    app = FastAPI(
+        title="llm2vec-service",
+        version=version("llm2vec-service"),
+        description="LLM2Vec text embeddings behind an OpenAI-compatible API",
+        lifespan=lifespan,
+    )
+    state = app.state
+    state.version = app.version
+    state.phase = "loading"
+    state.manifest, state.limits, state.metrics, state.served_name = manifest, limits, metrics, served_name
+    state.started_at = int(time.time())
+    metrics.token_budget.set(limits.token_budget)
+    metrics.ready.set(0)
+    install_error_handlers(app)
+    app.add_middleware(RequestContext, metrics=metrics)
+    app.include_router(openai.router)
+    app.include_router(operations.router)
+    return app
+
+
+def drain(app: FastAPI) -> None:
+    """Take no more requests; those in flight go on."""
+    app.state.phase = "draining"
+    app.state.metrics.ready.set(0)

@@ -1,0 +1,198 @@
+"""The one command, `llm2vec-service`. Each subcommand is a few lines over the package that does the work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm import tqdm
+
+from model_store.pooling_modes import PoolingMode
+from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
+from service.errors import ServiceError
+from service.settings import PREFIX, Settings, load_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status. An expected failure is one sentence on stderr and status 1."""
+    # Texts are tokenized by threads of ours; the tokenizer's own would fight them for the same cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        return 130
+    except (ServiceError, ValueError, OSError) as error:
+        print(f"llm2vec-service: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("llm2vec-service", description="LLM2Vec text embeddings: build, verify, serve.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve an encoder over HTTP",
+        description=f"Every option is also a variable: {PREFIX}PORT and so on.",
+    )
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, "") else f" (default {field.default})"
+        flag = f"--{name.replace('_', '-')}"
+        serve.add_argument(flag, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%"))
+    serve.set_defaults(run=_serve)
+
+    build = commands.add_parser("build", help="make a stored encoder from a base and its adapters")
+    build.add_argument("--recipe", metavar="NAME|FILE.toml", help="a packaged recipe, or one of your own")
+    build.add_argument("--base", metavar="REF", help="a folder, a hub id org/name[@revision], or demo:")
+    build.add_argument("--adapter", metavar="REF", action="append", help="a LoRA adapter; several are merged in order")
+    build.add_argument("--out", metavar="DIR", type=Path, help="the encoder's folder")
+    build.add_argument("--dtype", choices=get_args(DType))
+    build.add_argument("--pooling", choices=get_args(PoolingMode))
+    build.add_argument("--max-length", type=int, metavar="N", help="reference truncation: tokens of a row")
+    build.add_argument("--doc-max-length", type=int, metavar="N", help="reference truncation: tokens of a text")
+    build.add_argument("--no-skip-instruction", action="store_true", help="pool the instruction's tokens too")
+    build.add_argument("--list", action="store_true", help="list the packaged recipes")
+    build.set_defaults(run=_build)
+
+    verify = commands.add_parser("verify", help="check a stored encoder's files, tensors and vectors")
+    verify.add_argument("folder", type=Path)
+    verify.set_defaults(run=_verify)
+
+    show = commands.add_parser("show", help="print what a stored encoder is")
+    show.add_argument("folder", type=Path)
+    show.set_defaults(run=_show)
+
+    evaluate = commands.add_parser("eval", help="measure a running server's vectors")
+    tasks = evaluate.add_subparsers(required=True, metavar="TASK")
+    sts = tasks.add_parser("sts", help="Spearman correlation with human judgements of sentence pairs")
+    sts.add_argument("file", type=Path, help="TSV (.gz) with the columns score, sentence1 and sentence2")
+    sts.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
+    sts.add_argument("--instruction", default="", help="put before every sentence")
+    sts.set_defaults(run=_eval_sts)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from service.server import serve
+
+    given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
+    return serve(load_settings(given), _ProgressBar("building"))
+
+
+def _build(options: argparse.Namespace) -> int:
+    if options.list:
+        for name, recipe in packaged_recipes().items():
+            print(f"{name:24} {recipe.description}")
+        return 0
+    parts = {
+        "base": options.base,
+        "adapters": options.adapter,
+        "dtype": options.dtype,
+        "pooling": options.pooling,
+        "max_length": options.max_length,
+        "doc_max_length": options.doc_max_length,
+        "skip_instruction": False if options.no_skip_instruction else None,
+    }
+    if options.recipe:
+        asked_twice = [name for name, value in parts.items() if value is not None]
+        if asked_twice:
+            raise RecipeError(f"--recipe says it all: leave out {', '.join(asked_twice)}, or write a recipe file")
+        recipe = load_recipe(options.recipe)
+    elif options.base and options.out:
+        recipe = recipe_from(options.out.name, **parts)
+    else:
+        raise RecipeError("build needs --recipe NAME, or --base REF and --out DIR")
+
+    from model_store.build import build_encoder
+
+    folder = options.out or load_settings({}).models_dir.expanduser() / recipe.name
+    manifest = build_encoder(recipe, folder, _ProgressBar("building"))
+    print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from model_store.verify import verify_encoder
+
+    checks = verify_encoder(options.folder)
+    for check in checks:
+        print(f"{'FAILED' if check.problems else 'ok':7}{check.name}: {check.found}")
+        for problem in check.problems:
+            print(f"       - {problem}")
+    return int(any(check.problems for check in checks))
+
+
+def _show(options: argparse.Namespace) -> int:
+    from model_store.manifest import read_manifest
+
+    manifest = read_manifest(options.folder)
+    lines: dict[str, Any] = {
+        "name": manifest.name,
+        "model": f"{manifest.model_type}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.dtype}",
+        "base": _source(manifest.base.reference, manifest.base.commit),
+        "adapters": ", ".join(_source(item.reference, item.commit) for item in manifest.adapters) or "none",
+        "tokenizer": manifest.tokenizer,
+        "dimensions": manifest.width,
+        "reads": f"{manifest.max_positions} tokens",
+        "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}",
+        "template": f"{manifest.template.prefix!r} + text + {manifest.template.suffix!r}"
+        + (" (stripped)" if manifest.template.strip else ""),
+        "limits": f"{manifest.max_length} tokens, text {manifest.doc_max_length} (reference truncation)",
+        "query instruction": manifest.query_instruction or "none",
+        "embedding space": manifest.embedding_space,
+        "size": f"{sum(file.size for file in manifest.files.values()) / 1e9:.2f} GB in {len(manifest.files)} files",
+        "built with": ", ".join(f"{name} {found}" for name, found in manifest.tools.items()),
+    }
+    for name, value in lines.items():
+        print(f"{name:18} {value}")
+    return 0
+
+
+def _eval_sts(options: argparse.Namespace) -> int:
+    from model_store.evaluation.sts import evaluate_sts, read_pairs
+    from service.client import embed_texts
+
+    pairs = read_pairs(options.file)
+    texts = [text for pair in pairs for text in (pair.first, pair.second)]
+    vectors = embed_texts(options.url, tqdm(texts, unit="text", disable=None), options.instruction)
+    spearman = evaluate_sts(pairs, vectors)
+    print(json.dumps({"task": "sts", "file": options.file.name, "pairs": len(pairs), "spearman": round(spearman, 4)}))
+    return 0
+
+
+def _source(reference: str, commit: str | None) -> str:
+    return f"{reference} ({commit})" if commit else reference
+
+
+class _ProgressBar:
+    """Bytes of weights written, on stderr; silent where stderr is no terminal but for a line at each tenth."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: tqdm[Any] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            quiet = not sys.stderr.isatty()
+            self._bar = tqdm(
+                total=total,
+                desc=self._what,
+                unit="B",
+                unit_scale=True,
+                mininterval=10.0 if quiet else 0.1,
+                ascii=quiet,
+            )
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self._bar = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Everything that can go wrong with a request or at the start. No HTTP in it: api/error_responses.py maps it.
+
+ServiceError
+├── StartupError               the server refuses to start; the message names the way out
+├── InvalidRequest             the caller can mend it; has a code, and a param where one field is to blame
+│   ├── ContextLengthExceeded
+│   ├── RequestTooLarge
+│   └── ModelNotFound
+├── Overloaded                 too much is queued; come again in retry_after_seconds
+├── Unavailable                loading, draining, or the device thread is gone
+├── ClientGone                 nobody waits for the answer any more
+└── EncodingError              the device could not give this input a vector
+    ├── NonFiniteEmbedding
+    └── OutOfMemory
+"""
+
+from __future__ import annotations
+
+
+class ServiceError(Exception):
+    """The root; `code` is the stable, machine-readable name of the case."""
+
+    code = "internal_error"
+    param: str | None = None
+
+
+class StartupError(ServiceError):
+    """The server refuses to start as it is configured."""
+
+    code = "startup"
+
+
+class InvalidRequest(ServiceError):
+    """The request can't be served as it is; sending it again unchanged won't help."""
+
+    def __init__(self, message: str, code: str = "invalid_request", param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """An input has more tokens than the server reads."""
+
+    def __init__(self, limit: int, tokens: int, index: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens, however you requested {tokens} tokens "
+            f"(input index {index}).",
+            "context_length_exceeded",
+            "input",
+        )
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body is larger than the server reads."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(
+            f"the request body is larger than {limit_bytes} bytes: send fewer inputs at once",
+            "request_too_large",
+        )
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served here."""
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(
+            f"the model {asked!r} does not exist here; this server serves {served!r}",
+            "model_not_found",
+            "model",
+        )
+
+
+class Overloaded(ServiceError):
+    """More tokens are queued than the server takes on."""
+
+    code = "overloaded"
+
+    def __init__(self, queued_tokens: int, retry_after_seconds: float) -> None:
+        super().__init__(f"the server is overloaded: {queued_tokens} tokens are queued; try again later")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Unavailable(ServiceError):
+    """The server takes no requests now."""
+
+    code = "server_unavailable"
+    retry_after_seconds = 5.0
+
+
+class ClientGone(ServiceError):
+    """The client hung up; its work is dropped."""
+
+    code = "client_gone"
+
+
+class EncodingError(ServiceError):
+    """The device failed on this input, alone; `index` is its place in the request once that is known."""
+
+    code = "encoding_failed"
+    index: int | None = None
+
+    def at(self, index: int) -> EncodingError:
+        """The same error, saying which of the request's inputs it is about."""
+        self.index = index
+        return self
+
+
+class NonFiniteEmbedding(EncodingError):
+    """The vector holds NaN or infinity, which is never sent."""
+
+    code = "non_finite_embedding"
+
+
+class OutOfMemory(EncodingError):
+    """The device has too little memory for this input, even alone."""
+
+    code = "out_of_memory"

@@ -1,0 +1,109 @@
+"""Every Prometheus series of the server, in one place. No label ever carries text, a user or a key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# Half a millisecond (a small model on a GPU) to two minutes (a large request on a CPU).
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_TOKENS = (*_COUNTS, 4096, 8192, 16384, 32768, 65536)
+_RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+REJECTION_REASONS = (
+    "overloaded",
+    "loading",
+    "draining",
+    "context_length_exceeded",
+    "request_too_large",
+    "invalid",
+)
+CANCEL_STAGES = ("queued", "request")
+INSTRUCTION_SOURCES = ("request", "input_type", "none")
+
+
+class Metrics:
+    """The series of one server, in a registry of its own so that several servers fit in one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, about: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"llm2vec_{name}", about, labels, registry=registry)
+
+        def gauge(name: str, about: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"llm2vec_{name}", about, labels, registry=registry)
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"llm2vec_{name}", about, labels, buckets=buckets, registry=registry)
+
+        self.requests = counter("requests", "Requests answered", ("route", "status", "code"))
+        self.request_seconds = histogram(
+            "request_duration_seconds",
+            "From the first byte of a request to the last of its answer",
+            _SECONDS,
+            ("route",),
+        )
+        self.inflight = gauge("inflight_requests", "Requests being worked on")
+        self.inputs = counter("inputs", "Inputs embedded")
+        self.tokens = counter("tokens", "Tokens computed; kind text is what was pooled", ("kind",))
+        self.request_inputs = histogram("request_inputs", "Inputs in a request", _COUNTS)
+        self.input_tokens = histogram("input_tokens", "Tokens of an input", _TOKENS)
+        self.tokenize_seconds = histogram("tokenize_seconds", "Tokenizing a request", _SECONDS)
+        self.queue_wait_seconds = histogram("queue_wait_seconds", "An input's wait for its batch", _SECONDS)
+        self.inference_seconds = histogram("inference_seconds", "One batch on the device", _SECONDS)
+        self.serialize_seconds = histogram("serialize_seconds", "Writing an answer's vectors", _SECONDS)
+        self.batch_inputs = histogram("batch_inputs", "Inputs in a batch", _COUNTS)
+        self.batch_tokens = histogram("batch_tokens", "Tokens in a batch", _TOKENS)
+        self.batch_fill_ratio = histogram("batch_fill_ratio", "A batch's tokens over batch_tokens", _RATIOS)
+        self.queue_inputs = gauge("queue_inputs", "Inputs waiting for a batch")
+        self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch")
+        self.queue_oldest_seconds = gauge("queue_oldest_seconds", "How long the oldest input has waited")
+        self.rejected = counter("rejected", "Requests turned away", ("reason",))
+        self.cancelled = counter("cancelled", "Work dropped because its client hung up", ("stage",))
+        self.instruction_inputs = counter(
+            "instruction_inputs", "Inputs by where their instruction came from", ("source",)
+        )
+        self.ignored_fields = counter("ignored_fields", "Request fields that were not known")
+        self.batch_failures = counter("batch_failures", "Batches that failed on the device, halves included")
+        self.nonfinite = counter("nonfinite", "Vectors withheld because they held NaN or infinity")
+        self.oom = counter("oom", "Batches that ran out of device memory")
+        self.token_budget = gauge("token_budget", "Most tokens in one batch")
+        self.gpu_memory_bytes = gauge("gpu_memory_bytes", "Device memory as torch sees it", ("kind",))
+        self.ready = gauge("ready", "1 when the server answers, 0 while it loads or drains")
+        self.model_load_seconds = gauge("model_load_seconds", "Loading the weights")
+        self.warmup_seconds = gauge("warmup_seconds", "First batches, before the server was ready")
+        self.build_info = gauge("build_info", "Constant 1", ("version", "model", "device", "dtype", "pooling"))
+
+        self.requests.labels("/v1/embeddings", "200", "")
+        for kind in ("text", "instruction"):
+            self.tokens.labels(kind)
+        for reason in REJECTION_REASONS:
+            self.rejected.labels(reason)
+        for stage in CANCEL_STAGES:
+            self.cancelled.labels(stage)
+        for source in INSTRUCTION_SOURCES:
+            self.instruction_inputs.labels(source)
+        for kind in ("allocated", "reserved", "total"):
+            self.gpu_memory_bytes.labels(kind)
+
+    def read_queue(self, inputs: Callable[[], float], tokens: Callable[[], float], oldest: Callable[[], float]) -> None:
+        """Read the queue's gauges from these functions whenever the page is asked for."""
+        self.queue_inputs.set_function(inputs)
+        self.queue_tokens.set_function(tokens)
+        self.queue_oldest_seconds.set_function(oldest)
+
+    def page(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,127 @@
+"""A process around the app: store, socket, signals, exit status."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from model_store.build import ensure_built
+from model_store.manifest import Manifest, changed_files, read_manifest
+from model_store.recipe import load_recipe
+from model_store.tokenizer import TextTokenizer
+from service.app import create_app, drain
+from service.errors import StartupError
+from service.logs import configure_logs, log
+from service.metrics import Metrics
+from service.settings import Limits, Settings
+
+Progress = Callable[[int, int], None]
+
+
+def serve(settings: Settings, progress: Progress) -> int:
+    """Serve until a signal says to stop; returns the process's exit status: 0 after a clean end.
+
+    Everything that can be known to be wrong is found before the port is opened.
+
+    Raises:
+        StartupError, ValueError: with a sentence that says what to change.
+    """
+    folder, manifest = prepare_store(settings, progress)
+    configure_logs(settings.log_level)
+
+    from model_store.encoder import choose_device  # torch, from here on
+    from service.worker import EncoderWorker
+
+    device = choose_device(settings.device)
+    limits = Limits(settings, manifest, device.type)
+    metrics = Metrics()
+    failure: list[BaseException] = []
+
+    def on_fatal(error: BaseException) -> None:
+        log.critical("the server can't go on: %s", error)
+        failure.append(error)
+        server.should_exit = True
+
+    app = create_app(
+        settings,
+        manifest,
+        TextTokenizer.load(folder, manifest),
+        limits,
+        EncoderWorker(folder, settings, metrics),
+        metrics,
+        on_fatal,
+    )
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=settings.shutdown_grace_seconds,
+            server_header=False,
+        ),
+        on_stop=lambda: drain(app),
+    )
+    with listen(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
+        server.run(sockets=[listener])
+    return 1 if failure else 0
+
+
+def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifest]:
+    """The stored encoder to serve: the folder given, or the recipe's, built now if it is not there whole.
+
+    Raises:
+        StartupError: if it is damaged, or `model` is neither a folder nor a recipe.
+    """
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        manifest = read_manifest(folder)
+        if differences := changed_files(folder, manifest):
+            raise StartupError(
+                f"{folder} is damaged: {'; '.join(differences)}. "
+                "Build it again, or copy it again from where it was built"
+            )
+        return folder, manifest
+    recipe = load_recipe(settings.model)
+    folder = settings.models_dir.expanduser() / recipe.name
+    return folder, ensure_built(recipe, folder, progress)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on the address.
+
+    Raises:
+        StartupError: if it is taken or not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), backlog=2048, family=_family(host))
+    except OSError as error:
+        raise StartupError(
+            f"can't listen on {host}:{port} ({error.strerror or error}): choose another LLM2VEC_HOST or LLM2VEC_PORT"
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal to stop drains and then ends with status 0 instead of dying of the signal."""
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> Any:
+        """Stop taking requests; a second interrupt does not wait for those in flight."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self._on_stop()
+        self.should_exit = True

@@ -1,0 +1,143 @@
+"""Every setting once: environment variables, command-line options and the README's table all come from here.
+
+python -m service.settings     prints that table
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from model_store.manifest import Manifest
+from service.errors import StartupError
+
+PREFIX = "LLM2VEC_"
+
+# Tokens of one text, whatever more the model could read; callers of hosted APIs expect about this.
+DEFAULT_MAX_INPUT_TOKENS = 8192
+
+
+class Settings(BaseSettings):
+    """How the server runs. A value comes from the command line, else the environment, else its default."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+
+    model: str = Field("demo", description="what to serve: a stored encoder's folder, or a recipe (name or .toml file)")
+    models_dir: Path = Field(
+        Path("~/.cache/llm2vec-service"), description="folder in which recipes are built and found again"
+    )
+    served_name: str = Field("", description="the model's name in the API; by default the recipe's name")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    device: str = Field("auto", description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="arithmetic: auto is bfloat16 on CUDA and on CPUs with bf16 instructions, else float32",
+    )
+    attention: Literal["auto", "sdpa", "torch-flash", "flash-attn"] = Field(
+        "auto", description="attention kernel; auto takes the fastest that serves the model on the device"
+    )
+    max_input_tokens: int | None = Field(
+        None,
+        ge=8,
+        description="longest input, instruction and template included; by default the model's own limit, at most 8192",
+    )
+    token_budget: int | None = Field(
+        None,
+        ge=8,
+        description="most tokens in one batch, tried out at the start on CUDA; by default 16384, on the CPU 8192",
+    )
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens at which a batch is full enough to go; by default the token budget, on the CPU 2048",
+    )
+    max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
+    max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="largest request body")
+    max_queued_tokens: int = Field(
+        1_000_000, ge=1, description="tokens that may wait; a request that would exceed this gets 429"
+    )
+    tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize")
+    query_instruction: str | None = Field(
+        None, description="instruction put before inputs of type query; by default the model's own"
+    )
+    reject_unknown_fields: bool = Field(
+        False,
+        description="answer 400 to request fields that are not known, instead of naming them in a header",
+    )
+    shutdown_grace_seconds: int = Field(
+        30, ge=1, description="how long requests in flight may take to finish after SIGTERM"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+
+
+def load_settings(given: dict[str, Any]) -> Settings:
+    """Settings from explicit values and the environment.
+
+    Raises:
+        StartupError: for a bad value, or an LLM2VEC_ variable that does not exist.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in os.environ:
+        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+            near = difflib.get_close_matches(variable.upper(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise StartupError(f"there is no setting {variable}: {hint}")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise StartupError(
+            "; ".join(
+                f"{PREFIX}{str(issue['loc'][0]).upper()} is {issue['input']!r}: {issue['msg']}"
+                for issue in error.errors()
+            )
+        ) from error
+
+
+class Limits:
+    """The settings' token limits, settled for one model and device type.
+
+    Raises:
+        StartupError: for limits that contradict each other or the model, naming what to change.
+    """
+
+    def __init__(self, settings: Settings, manifest: Manifest, device_type: str) -> None:
+        reads = manifest.max_positions
+        self.max_input_tokens = settings.max_input_tokens or min(DEFAULT_MAX_INPUT_TOKENS, reads)
+        if self.max_input_tokens > reads:
+            raise StartupError(
+                f"max_input_tokens is {self.max_input_tokens}, but {manifest.name} reads {reads} tokens: "
+                f"lower {PREFIX}MAX_INPUT_TOKENS to at most {reads}"
+            )
+        on_cpu = device_type == "cpu"
+        self.token_budget = settings.token_budget or max(8192 if on_cpu else 16384, self.max_input_tokens)
+        if self.token_budget < self.max_input_tokens:
+            raise StartupError(
+                f"the model reads {self.max_input_tokens} tokens but token_budget is {self.token_budget}: raise "
+                f"{PREFIX}TOKEN_BUDGET to at least {self.max_input_tokens} or lower {PREFIX}MAX_INPUT_TOKENS"
+            )
+        self.batch_tokens = settings.batch_tokens or (min(2048, self.token_budget) if on_cpu else self.token_budget)
+        if self.batch_tokens > self.token_budget:
+            raise StartupError(
+                f"batch_tokens is {self.batch_tokens} but token_budget is {self.token_budget}: lower "
+                f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {self.batch_tokens}"
+            )
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table, for the README."""
+    lines = ["| variable | option | default | meaning |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, "") else f"`{field.default}`"
+        lines.append(f"| `{PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(settings_table())
