@@ -30,10 +30,8 @@ from model_store.manifest import (
     TOKENIZER_FILE,
     Manifest,
     SourceRecord,
-    StoreError,
-    changed_files,
     describe_files,
-    read_manifest,
+    find_built,
 )
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import ENCODER_DEFAULTS, Recipe
@@ -84,13 +82,9 @@ def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done,
 
     A folder that holds the encoder of another recipe, or a damaged one, is replaced.
     """
+    if manifest := find_built(folder, recipe):
+        return manifest
     if (folder / MANIFEST_FILE).is_file():
-        try:
-            manifest = read_manifest(folder)
-            if manifest.recipe_fingerprint == recipe.fingerprint and not changed_files(folder, manifest):
-                return manifest
-        except StoreError:
-            pass  # what can't be read is built again
         shutil.rmtree(folder)
     return build_encoder(recipe, folder, progress)
 

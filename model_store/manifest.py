@@ -130,6 +130,18 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def find_built(folder: Path, recipe: Recipe) -> Manifest | None:
+    """The manifest in `folder` if that is the recipe's encoder, whole and unchanged; reads every byte to know."""
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
+    try:
+        manifest = read_manifest(folder)
+    except StoreError:
+        return None
+    whole = manifest.recipe_fingerprint == recipe.fingerprint and not changed_files(folder, manifest)
+    return manifest if whole else None
+
+
 def describe_files(folder: Path) -> dict[str, StoredFile]:
     """Size and sha256 of every file in the folder but the manifest."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 DEMO = "demo:"
 
@@ -82,7 +82,7 @@ def _fetch(reference: str) -> Source:
             f"there is no repository {repository} on the hub, or HF_TOKEN may not see it; "
             "a local folder must exist under the name given"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through, whichever that is
         raise SourceError(
             f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
         ) from error

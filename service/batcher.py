@@ -135,12 +135,10 @@ class MicroBatcher(Generic[Row, Vector]):
     def _drop(self, waiting: list[Waiting[Row, Vector]]) -> None:
         """Let go of a request's inputs; those without an answer yet will not be computed."""
         for item in waiting:
-            if item.answer.done():
-                if not item.answer.cancelled():
-                    item.answer.exception()  # seen here, though another input's error was raised
-                continue
+            if item.answer.done() and not item.answer.cancelled():
+                item.answer.exception()  # seen here, though another input's error was raised
             item.answer.cancel()
-            if item.queued:
+            if item.queued:  # also where cancelling the request has cancelled this answer already
                 item.queued = False
                 self.queued_tokens -= item.tokens
                 self._metrics.cancelled.labels("queued").inc()

@@ -79,10 +79,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
+    settings = load_settings(given)
+
     from service.server import serve
 
-    given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
-    return serve(load_settings(given), _ProgressBar("building"))
+    return serve(settings, _ProgressBar("building"))
 
 
 def _build(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ REJECTION_REASONS = (
     "overloaded",
     "loading",
     "draining",
+    "failed",
     "context_length_exceeded",
     "request_too_large",
     "invalid",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -11,8 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from model_store.build import ensure_built
-from model_store.manifest import Manifest, changed_files, read_manifest
+from model_store.manifest import Manifest, changed_files, find_built, read_manifest
 from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
 from service.app import create_app, drain
@@ -32,13 +32,15 @@ def serve(settings: Settings, progress: Progress) -> int:
     Raises:
         StartupError, ValueError: with a sentence that says what to change.
     """
-    folder, manifest = prepare_store(settings, progress)
-    configure_logs(settings.log_level)
+    # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
     from model_store.encoder import choose_device  # torch, from here on
     from service.worker import EncoderWorker
 
     device = choose_device(settings.device)
+    folder, manifest = prepare_store(settings, progress)
+    configure_logs(settings.log_level)
     limits = Limits(settings, manifest, device.type)
     metrics = Metrics()
     failure: list[BaseException] = []
@@ -91,6 +93,11 @@ def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifes
         return folder, manifest
     recipe = load_recipe(settings.model)
     folder = settings.models_dir.expanduser() / recipe.name
+    if built := find_built(folder, recipe):
+        return folder, built
+
+    from model_store.build import ensure_built  # torch and all that, only where there is something to build
+
     return folder, ensure_built(recipe, folder, progress)
 
 

@@ -86,8 +86,9 @@ def load_settings(given: dict[str, Any]) -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for variable in os.environ:
         if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            near = difflib.get_close_matches(variable.upper(), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            names = [name.upper() for name in Settings.model_fields]
+            near = difflib.get_close_matches(variable.upper().removeprefix(PREFIX), names, n=1)
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
             raise StartupError(f"there is no setting {variable}: {hint}")
     try:
         return Settings(**given)

@@ -84,8 +84,8 @@ class EncoderWorker:
             self._metrics.oom.inc()
             torch.cuda.empty_cache()
             raise OutOfMemory("the device has too little memory for this input") from error
-        finite: NDArray[np.bool_] = np.isfinite(vectors).all(axis=1)
-        self._metrics.nonfinite.inc(len(rows) - int(finite.sum()))
+        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
+        self._metrics.nonfinite.inc(len(rows) - sum(finite))
         return [
             vector if good else NonFiniteEmbedding("the model gave no finite vector for this input")
             for vector, good in zip(vectors, finite, strict=True)

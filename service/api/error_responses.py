@@ -49,7 +49,7 @@ def install_error_handlers(app: FastAPI) -> None:
         message = str(error)
         if isinstance(error, errors.EncodingError) and error.index is not None:
             message += f" (input index {error.index})"
-        if status >= 500:
+        if isinstance(error, errors.EncodingError):
             log.error("answered %d: %s", status, message)
         return _answer(message, status, error.code, error.param, _retry_headers(error))
 
@@ -91,9 +91,6 @@ def _count_rejection(request: Request, error: errors.ServiceError) -> None:
         request.app.state.metrics.cancelled.labels("request").inc()
     elif isinstance(error, errors.Overloaded):
         rejected.labels("overloaded").inc()
-    elif isinstance(error, errors.Unavailable):
-        phase = request.app.state.phase
-        rejected.labels(phase if phase in ("loading", "draining") else "overloaded").inc()
     elif isinstance(error, errors.InvalidRequest):
         known = error.code if error.code in ("context_length_exceeded", "request_too_large") else "invalid"
         rejected.labels(known).inc()

@@ -7,7 +7,6 @@ import asyncio
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from service.api.requests import require_ready
 from service.errors import Unavailable
 
 router = APIRouter(tags=["operations"])
@@ -27,7 +26,8 @@ async def livez() -> Response:
 @router.get("/ping", include_in_schema=False)
 async def readyz(request: Request) -> Response:
     """The server takes requests. Where the last batch failed, one token is encoded to find out."""
-    require_ready(request)
+    if request.app.state.phase != "ready":
+        raise Unavailable(f"the server is {request.app.state.phase}")
     if request.app.state.last_batch_failed():
         try:
             await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)

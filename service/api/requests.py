@@ -122,9 +122,10 @@ def require_ready(request: Request) -> None:
     Raises:
         Unavailable: while it loads or drains.
     """
-    phase = request.app.state.phase
-    if phase != "ready":
-        raise Unavailable(f"the server is {phase}: try again later")
+    state = request.app.state
+    if state.phase != "ready":
+        state.metrics.rejected.labels(state.phase).inc()
+        raise Unavailable(f"the server is {state.phase}: try again later")
 
 
 async def _hang_up(request: Request) -> None:

@@ -1,0 +1,183 @@
+"""A real server process with a real, tiny encoder."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from model_store.encoder import Encoder
+from model_store.packing import PackedBatch
+from model_store.tokenizer import TextTokenizer
+from tests.e2e.process import ServerProcess
+from tests.tiny import build_tiny, normalized
+
+FLOAT32 = ("--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "tiny"
+    build_tiny(folder, "gemma3_text", query_instruction="Find:")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(encoder: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(encoder, None, *FLOAT32) as running:
+        yield running
+
+
+def reference(folder: Path, texts: list[str], instruction: str = "") -> NDArray[np.float32]:
+    """Each text encoded alone, in this process."""
+    encoder = Encoder.load(folder, device="cpu", dtype="float32")
+    tokenizer = TextTokenizer.load(folder, encoder.manifest)
+    rows = tokenizer.encode_batch(texts, [instruction] * len(texts))
+    vectors = [normalized(encoder.encode(PackedBatch.pack([row], encoder.manifest.pooling))).numpy() for row in rows]
+    return np.concatenate(vectors)
+
+
+def vectors(answer: httpx.Response) -> NDArray[np.float32]:
+    assert answer.status_code == 200, answer.text
+    return np.array([item["embedding"] for item in answer.json()["data"]], dtype=np.float32)
+
+
+def test_vectors_over_http_are_the_encoder_s(server: ServerProcess, encoder: Path) -> None:
+    texts = ["A plane is taking off.", "flute " * 30, "Größe 東京 🙂"]
+    assert np.abs(vectors(server.embed(texts)) - reference(encoder, texts)).max() < 1e-5
+    assert np.abs(vectors(server.embed(texts, input_type="query")) - reference(encoder, texts, "Find:")).max() < 1e-5
+    assert np.abs(vectors(server.embed(texts)) - vectors(server.embed(texts, input_type="query"))).max() > 1e-3
+
+
+def test_64_clients_at_once_get_their_own_vectors(server: ServerProcess, encoder: Path) -> None:
+    texts = [f"text number {i} of a crowd, {'long ' * (i % 17)}" for i in range(128)]
+    expected = reference(encoder, texts)
+    with httpx.Client() as client, ThreadPoolExecutor(64) as pool:
+        parts = [slice(i, i + 2) for i in range(0, 128, 2)]
+        answers = list(pool.map(lambda part: server.embed(texts[part], client), parts))
+    for part, answer in zip(parts, answers, strict=True):
+        assert np.abs(vectors(answer) - expected[part]).max() < 1e-5
+    assert server.metric("llm2vec_batch_inputs_sum") >= 128
+    assert server.metric("llm2vec_queue_tokens") == 0
+
+
+def test_a_client_that_hangs_up_is_noticed(server: ServerProcess) -> None:
+    before = server.metric('llm2vec_cancelled_total{stage="request"}')
+    dropped = server.metric('llm2vec_cancelled_total{stage="queued"}')
+    port = int(server.base_url.rpartition(":")[2])
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.embed, ["the river " * 40] * 400)
+        server.eventually(lambda: server.metric("llm2vec_queue_tokens") > 10_000)
+        body = b'{"input": ["nobody waits for this"]}'
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(
+                b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            time.sleep(0.3)
+        assert busy.result().status_code == 200
+    assert server.metric('llm2vec_cancelled_total{stage="request"}') == before + 1
+    assert server.metric('llm2vec_cancelled_total{stage="queued"}') == dropped + 1
+
+
+def test_logs_are_json_with_request_ids_and_no_text(server: ServerProcess) -> None:
+    secret = "the launch code is tangerine"
+    answer = server.embed(secret)
+    server.embed("\ud83d tangerine".encode("utf-8", "replace").decode(), instruction="tangerine", input_type="poem")
+    time.sleep(0.2)
+    assert not [line for line in server.lines if "tangerine" in line]
+    assert all(line.startswith("{") for line in server.lines), server.lines
+    assert any(record.get("request_id") == answer.headers["x-request-id"] for record in server.records())
+
+
+def test_sigterm_answers_what_was_accepted_and_ends_with_0(encoder: Path) -> None:
+    running = ServerProcess(encoder, None, *FLOAT32)
+    with running, ThreadPoolExecutor(16) as pool:
+        texts = [[f"request {i} input {j} " + "the river " * 40 for j in range(20)] for i in range(16)]
+        futures = [pool.submit(running.embed, batch) for batch in texts]
+        running.eventually(lambda: running.metric("llm2vec_inflight_requests") >= 10)
+        assert running.stop() == 0
+        answered = 0
+        for batch, future in zip(texts, futures, strict=True):
+            try:
+                answer = future.result()
+            except httpx.ConnectError:
+                continue  # was never accepted
+            if answer.status_code == 503:
+                continue  # arrived while it was draining, and was told so
+            answered += 1
+            assert vectors(answer).shape == (len(batch), 64)
+        assert answered >= 9
+
+
+def fails_to_start(model: Path | str, environment: dict[str, str] | None = None, *options: str) -> str:
+    """What a start that must not succeed says on stderr."""
+    server = ServerProcess(model, environment, *options)
+    assert server.process.wait(60) == 1
+    server.stop()
+    assert not [record for record in server.records() if record["message"] == "listening"]
+    return "\n".join(server.lines)
+
+
+def test_a_wrong_setting_refuses_to_start(encoder: Path) -> None:
+    assert "did you mean LLM2VEC_TOKEN_BUDGET" in fails_to_start(encoder, {"LLM2VEC_TOKEN_BUGET": "1"})
+    assert "raise LLM2VEC_TOKEN_BUDGET" in fails_to_start(encoder, {"LLM2VEC_TOKEN_BUDGET": "100"})
+    assert "LLM2VEC_DEVICE=cpu" in fails_to_start(encoder, {"LLM2VEC_DEVICE": "cuda:77"})
+    assert "there is no recipe 'nonesuch'" in fails_to_start("nonesuch")
+
+
+def test_a_damaged_store_refuses_to_start(encoder: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(encoder, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "model.safetensors" in fails_to_start(damaged)
+    assert "not a stored encoder" in fails_to_start(tmp_path)
+
+
+def test_a_taken_port_refuses_to_start(encoder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "LLM2VEC_PORT" in fails_to_start(encoder, None, "--port", port)
+
+
+def test_a_kernel_that_can_not_serve_ends_the_process_with_the_way_out(encoder: Path) -> None:
+    server = ServerProcess(encoder, {"LLM2VEC_ATTENTION": "torch-flash", "LLM2VEC_DEVICE": "cpu"})
+    assert server.process.wait(60) == 1
+    server.stop()
+    assert "LLM2VEC_ATTENTION=auto" in "\n".join(server.lines)
+
+
+def test_a_recipe_is_built_on_the_first_start_and_found_on_the_second(tmp_path: Path) -> None:
+    from tests.tiny import save_base
+
+    save_base(tmp_path / "base")
+    (tmp_path / "own.toml").write_text(f'base = "{tmp_path / "base"}"\ndtype = "float32"\n')
+    options: Any = (tmp_path / "own.toml", {"LLM2VEC_MODELS_DIR": str(tmp_path / "models")})
+    with ServerProcess(*options) as server:
+        assert server.embed("a", model="own").status_code == 200
+    built = (tmp_path / "models" / "own" / "manifest.json").stat().st_mtime_ns
+    with ServerProcess(*options) as server:
+        assert server.embed("a", model="own").status_code == 200
+    assert (tmp_path / "models" / "own" / "manifest.json").stat().st_mtime_ns == built
+
+
+def test_eval_sts_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    lines = ["score\tsentence1\tsentence2", "5\tthe same\tthe same", "2\ta river\ta valley", "0\tflute\tprotein a day"]
+    pairs.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "service", "eval", "sts", str(pairs), "--url", server.base_url]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert '"pairs": 3' in ran.stdout
+    unreachable = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True)
+    assert unreachable.returncode == 1
+    assert "is the server running" in unreachable.stderr

@@ -1,0 +1,119 @@
+"""Packed attention against transformers' own padded forward, the slow twin, for every supported family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_store.architectures import ARCHITECTURES
+from model_store.attention import AttentionError, choose_kernel, implementation_name, packed_bidirectional, packed_sdpa
+from model_store.packing import PackedBatch
+from model_store.pooling import pool
+from model_store.tokenizer import TokenizedText
+from tests.tiny import FAMILIES, WINDOW, normalized, padded_vectors, random_rows, tiny_model
+
+# One token alone, the window's length and one to either side of it, and several windows long.
+LENGTHS = [1, 3, WINDOW, WINDOW + 1, WINDOW + 2, 70, 9]
+
+# float32 sums in another order; 3e-7 was seen.
+TOLERANCE = 1e-5
+
+
+@torch.inference_mode()
+def packed_vectors(model: Any, rows: list[TokenizedText]) -> Tensor:
+    batch = PackedBatch.pack(rows, "mean")
+    model.set_attn_implementation(implementation_name("sdpa"))
+    hidden = model(
+        input_ids=batch.token_ids[None],
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        cu_seqlens=batch.cu_seqlens,
+        longest=batch.longest,
+    ).last_hidden_state[0]
+    model.set_attn_implementation("eager")
+    return pool(hidden, batch)
+
+
+def test_every_supported_family_is_tried() -> None:
+    assert FAMILIES.keys() == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_equals_padded(family: str) -> None:
+    model = tiny_model(family)
+    rows = random_rows(LENGTHS)
+    difference = (normalized(packed_vectors(model, rows)) - normalized(padded_vectors(model, rows))).abs().max()
+    assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_is_the_same_alone_and_among_64_others(family: str) -> None:
+    model = tiny_model(family)
+    text = random_rows([23], seed=5)
+    others = random_rows([(7 * i) % 40 + 1 for i in range(64)], seed=6)
+    alone = normalized(packed_vectors(model, text))[0]
+    among = normalized(packed_vectors(model, [*others[:31], *text, *others[31:]]))[31]
+    assert (alone - among).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_token_sees_the_last(family: str) -> None:
+    """A control: were attention causal, the first token's vector would not move."""
+    model = tiny_model(family)
+    row = random_rows([8])[0].token_ids
+    first = [TokenizedText(row, 0), TokenizedText([*row[:-1], (row[-1] + 1) % 200 + 3], 0)]
+    batch = [PackedBatch.pack([text], "bos_token") for text in first]
+    model.set_attn_implementation(implementation_name("sdpa"))
+    with torch.inference_mode():
+        left, right = (
+            model(
+                input_ids=one.token_ids[None],
+                position_ids=one.position_ids[None],
+                use_cache=False,
+                cu_seqlens=one.cu_seqlens,
+                longest=one.longest,
+            ).last_hidden_state[0, 0]
+            for one in batch
+        )
+    assert (left - right).abs().max() > 1e-3
+
+
+def test_long_text_with_a_window_is_attended_in_blocks() -> None:
+    """Longer than a block of queries, so that blocks and their borders are used."""
+    model = tiny_model("gemma3_text")
+    rows = [TokenizedText(row.token_ids, 0) for row in random_rows([500, 11])]
+    model.config.max_position_embeddings = 2048
+    long = [TokenizedText(rows[0].token_ids * 3, 0), rows[1]]
+    difference = (normalized(packed_vectors(model, long)) - normalized(padded_vectors(model, long))).abs().max()
+    assert difference < TOLERANCE
+
+
+def test_long_text_with_a_soft_cap_is_attended_in_blocks() -> None:
+    model = tiny_model("gemma2")
+    long = [TokenizedText(random_rows([400])[0].token_ids * 3, 0)]
+    difference = (normalized(packed_vectors(model, long)) - normalized(padded_vectors(model, long))).abs().max()
+    assert difference < TOLERANCE
+
+
+def test_what_attention_would_ignore_is_refused() -> None:
+    attention = packed_bidirectional(packed_sdpa)
+    query = torch.zeros(1, 2, 4, 8)
+    layout = {"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32), "longest": 4}
+    attention(None, query, query, query, None, is_causal=False, **layout)
+    with pytest.raises(AttentionError, match="s_aux"):
+        attention(None, query, query, query, None, s_aux=torch.zeros(2), **layout)
+    with pytest.raises(AttentionError, match="mask"):
+        attention(None, query, query, query, torch.zeros(1, 1, 4, 4), **layout)
+    with pytest.raises(AttentionError, match="dropout"):
+        attention(None, query, query, query, None, dropout=0.1, **layout)
+
+
+def test_a_kernel_that_can_not_serve_is_refused_with_the_way_out() -> None:
+    cpu = torch.device("cpu")
+    assert choose_kernel("auto", cpu, torch.bfloat16, softcap=False) == "sdpa"
+    for kernel in ("torch-flash", "flash-attn"):
+        with pytest.raises(AttentionError, match="LLM2VEC_ATTENTION=auto"):
+            choose_kernel(kernel, cpu, torch.bfloat16, softcap=False)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model_store.manifest import describe_files, read_manifest
+from model_store.verify import verify_encoder
+from service.cli import main
+from tests.tiny import build_tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "encoder"
+    build_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "encoder"))
+
+
+def problems(folder: Path) -> str:
+    return "\n".join(problem for check in verify_encoder(folder) for problem in check.problems)
+
+
+def reseal(folder: Path) -> None:
+    """What somebody would do who changed a file and wanted it to pass: new hashes, a new manifest."""
+    read_manifest(folder).model_copy(update={"files": describe_files(folder)}).sealed().write(folder)
+
+
+def test_a_whole_encoder_passes(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(encoder)]) == 0
+    report = capsys.readouterr().out
+    assert [line.split()[1] for line in report.splitlines()] == ["manifest:", "files:", "tensors:", "self-test:"]
+    assert "FAILED" not in report
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def _drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _add_file(folder: Path) -> None:
+    (folder / "extra.bin").write_bytes(b"x")
+
+
+def _drop_file(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _edit_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"pooling": "mean"', '"pooling": "last_token"'))
+
+
+def _break_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def _drop_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _poison_and_reseal(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"][3] = float("inf")
+    save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
+
+
+def _reshape_and_reseal(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.weight"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
+
+
+def _change_and_reseal(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, folder / "model.safetensors")
+    reseal(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_truncate, "model.safetensors: .* bytes, should be"),
+        (_flip, "model.safetensors: content changed"),
+        (_drop_tensor, "layers.1.mlp.up_proj.weight: missing"),
+        (_add_file, "extra.bin: not part of this encoder"),
+        (_drop_file, "tokenizer.json: missing"),
+        (_edit_manifest, "changed after it was written"),
+        (_break_manifest, "can't|cannot be read"),
+        (_drop_manifest, "not a stored encoder"),
+        (_poison_and_reseal, "norm.weight: holds NaN or infinite"),
+        (_reshape_and_reseal, r"norm.weight: shape \(3,\), should be \(64,\)"),
+        (_change_and_reseal, "1 − cosine up to"),
+    ],
+)
+def test_every_damage_is_found_and_named(encoder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(encoder)
+    import re
+
+    assert re.search(message, problems(encoder)), problems(encoder)
+    assert main(["verify", str(encoder)]) == 1
+
+
+def test_a_foreign_folder_is_not_an_encoder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": "a web app", "icons": []}))
+    assert "format" in problems(tmp_path)
+    assert main(["verify", str(tmp_path / "nowhere")]) == 1
+
+
+def test_show_prints_what_it_is(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(encoder)]) == 0
+    shown = capsys.readouterr().out
+    for fact in ("llama", "mean", "64", read_manifest(encoder).embedding_space):
+        assert fact in shown

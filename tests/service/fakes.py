@@ -1,0 +1,102 @@
+"""Stand-ins for the tokenizer and the device, so that everything above them is tried in milliseconds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from model_store.manifest import Manifest, SourceRecord
+from model_store.recipe import Recipe
+from model_store.templates import Template
+from model_store.tokenizer import TokenizationError, TokenizedText
+from service.embedder import Vector
+from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
+from service.settings import Limits
+
+WIDTH = 8
+
+# Texts that make the fakes misbehave.
+NO_TOKENS = "<no tokens>"
+BREAKS_THE_BATCH = "<breaks the batch>"
+OUT_OF_MEMORY = "<out of memory>"
+NOT_FINITE = "<not finite>"
+
+
+def fake_manifest(max_positions: int = 512) -> Manifest:
+    recipe = Recipe(name="fake", base="fake")
+    return Manifest(
+        name="fake",
+        model_type="llama",
+        width=WIDTH,
+        max_positions=max_positions,
+        vocabulary=1 << 21,
+        parameters=1,
+        dtype="float32",
+        base=SourceRecord(reference="fake"),
+        adapters=(),
+        tokenizer="fake",
+        template=Template(),
+        pooling="mean",
+        skip_instruction=True,
+        max_length=512,
+        doc_max_length=400,
+        query_instruction="Find:",
+        recipe=recipe,
+        recipe_fingerprint=recipe.fingerprint,
+        tools={},
+        files={},
+    ).sealed()
+
+
+class FakeTokenizer:
+    """A token a character, with one for BOS."""
+
+    def encode_batch(self, texts: Sequence[str], instructions: Sequence[str]) -> list[TokenizedText]:
+        if NO_TOKENS in texts:
+            raise TokenizationError("the text has no tokens", texts.index(NO_TOKENS))
+        rows = []
+        for text, instruction in zip(texts, instructions, strict=True):
+            before = f"{instruction.strip()} " if instruction.strip() else ""
+            rows.append(TokenizedText([1, *map(ord, before + text)], 1 + len(before)))
+        return rows
+
+
+def fake_vector(row: TokenizedText) -> Vector:
+    """A vector that only this row has."""
+    seed = sum((place + 1) * token for place, token in enumerate(row.token_ids))
+    return np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)
+
+
+class FakeWorker:
+    """Answers at once, or when `gate` is set; remembers the batches it was given."""
+
+    device, dtype, kernel = "fake", "float32", "fake"
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.batches: list[list[str]] = []
+        self.broken = False
+        self.start_error: Exception | None = None
+
+    async def start(self, limits: Limits) -> None:
+        if self.start_error:
+            raise self.start_error
+
+    async def run_batch(self, rows: list[TokenizedText]) -> Sequence[Vector | EncodingError]:
+        texts = ["".join(map(chr, row.token_ids[row.span_start :])) for row in rows]
+        self.batches.append(texts)
+        await self.gate.wait()
+        if self.broken or BREAKS_THE_BATCH in texts:
+            raise RuntimeError("device-side assert triggered")
+        if OUT_OF_MEMORY in texts:
+            raise OutOfMemory("the device has too little memory for this input")
+        return [
+            NonFiniteEmbedding("no finite vector") if text == NOT_FINITE else fake_vector(row)
+            for text, row in zip(texts, rows, strict=True)
+        ]
+
+    def stop(self) -> None:
+        pass

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import StartupError
+from service.settings import Limits, Settings, load_settings, settings_table
+from tests.service.fakes import fake_manifest
+
+
+def limits(positions: int = 32768, device: str = "cpu", **given: Any) -> Limits:
+    return Limits(Settings(**given), fake_manifest(positions), device)
+
+
+def test_explicit_values_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM2VEC_PORT", "9000")
+    assert load_settings({}).port == 9000
+    assert load_settings({"port": "9001"}).port == 9001
+    monkeypatch.setenv("LLM2VEC_PORT", "")
+    assert load_settings({}).port == 8000
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("LLM2VEC_TOKEN_BUGDET", "1", "did you mean LLM2VEC_TOKEN_BUDGET"),
+        ("LLM2VEC_XYZZY", "1", "known are LLM2VEC_"),
+        ("LLM2VEC_PORT", "many", "LLM2VEC_PORT is 'many'"),
+        ("LLM2VEC_DTYPE", "int4", "LLM2VEC_DTYPE"),
+        ("LLM2VEC_TOKENIZER_THREADS", "0", "greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_variable_refuses_to_start(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StartupError, match=message):
+        load_settings({})
+
+
+def test_limits_by_default() -> None:
+    cpu, cuda, short = limits(), limits(device="cuda"), limits(positions=512)
+    assert (cpu.max_input_tokens, cpu.token_budget, cpu.batch_tokens) == (8192, 8192, 2048)
+    assert (cuda.max_input_tokens, cuda.token_budget, cuda.batch_tokens) == (8192, 16384, 16384)
+    assert short.max_input_tokens == 512
+    assert limits(max_input_tokens=20000).token_budget == 20000
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"token_budget": 4096},
+            "the model reads 8192 tokens but token_budget is 4096: raise LLM2VEC_TOKEN_BUDGET to at least 8192 or "
+            "lower LLM2VEC_MAX_INPUT_TOKENS",
+        ),
+        ({"max_input_tokens": 40000}, "lower LLM2VEC_MAX_INPUT_TOKENS to at most 32768"),
+        ({"batch_tokens": 9000}, "raise LLM2VEC_TOKEN_BUDGET to at least 9000"),
+    ],
+)
+def test_limits_that_contradict_each_other_name_the_way_out(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        limits(**given)
+    assert message in str(caught.value)
+
+
+def test_the_readme_lists_every_setting() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "README.md").read_text()

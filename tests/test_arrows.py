@@ -1,0 +1,66 @@
+"""Who imports whom: the borders between the packages, as a check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, at its top or inside a function."""
+    return set(re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def test_model_store_knows_nothing_of_the_service() -> None:
+    assert not [path for path in files("model_store") if any(name.startswith("service") for name in imports(path))]
+
+
+def test_fastapi_is_only_in_app_and_api() -> None:
+    allowed = {ROOT / "service" / "app.py", *files("service/api")}
+    used = {
+        path
+        for path in files("service") + files("model_store")
+        if any(name.split(".")[0] in ("fastapi", "starlette") for name in imports(path))
+    }
+    assert used <= allowed
+
+
+def test_errors_know_nothing() -> None:
+    assert imports(ROOT / "service" / "errors.py") == {"__future__"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "service.app",
+        "service.batcher",
+        "service.embedder",
+        "service.settings",
+        "service.cli",
+        "service.client",
+        "model_store.manifest",
+        "model_store.recipe",
+        "model_store.tokenizer",
+        "model_store.pooling_modes",
+        "model_store.sources",
+    ],
+)
+def test_importing_it_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_package_inits_are_empty() -> None:
+    assert not [
+        path for path in files("service") + files("model_store") if path.name == "__init__.py" and path.read_text()
+    ]
