@@ -41,5 +41,19 @@ bench: install
 container-test: install
 	docker/container-test.sh
 
+# The official library pins an old transformers, so it gets an environment of its own.
+GOLDEN_VENV := build/golden-venv
+GOLDEN_PINS := tests/fidelity/golden-constraints.txt
+
+.PHONY: golden
+golden: $(GOLDEN_VENV)/.installed
+	$(GOLDEN_VENV)/bin/python -m tests.fidelity.generate
+
+$(GOLDEN_VENV)/.installed: $(GOLDEN_PINS)
+	$(PYTHON) -m venv $(GOLDEN_VENV)
+	$(GOLDEN_VENV)/bin/pip install --quiet --constraint $(GOLDEN_PINS) torch
+	$(GOLDEN_VENV)/bin/pip install --quiet --constraint $(GOLDEN_PINS) llm2vec transformers peft
+	@touch $@
+
 clean:
 	rm -rf $(VENV) build *.egg-info

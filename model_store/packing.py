@@ -45,6 +45,19 @@ class PackedBatch:
             longest=max(lengths),
         )
 
+    def filled_up_to(self, tokens: int) -> PackedBatch:
+        """The same batch with one more text of filler if it has fewer tokens, so that it has that many."""
+        missing = tokens - len(self.token_ids)
+        if missing <= 0:
+            return self
+        return PackedBatch(
+            token_ids=torch.cat([self.token_ids, torch.zeros(missing, dtype=torch.int64)]),
+            position_ids=torch.cat([self.position_ids, torch.arange(missing)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, torch.tensor([tokens], dtype=torch.int32)]),
+            pooling_weights=torch.cat([self.pooling_weights, torch.ones(missing)]),
+            longest=max(self.longest, missing),
+        )
+
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on a device; copies from pinned memory do not wait for it."""
         if device.type == "cpu":

@@ -1,0 +1,1 @@
+raise RuntimeError("remote code must never run")
