@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench build container-test clean
+.PHONY: install serve test check format bench fidelity-table build container-test clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,9 @@ test: install
 
 bench: install
 	$(BIN)/python -m bench.throughput
+
+fidelity-table: install
+	$(BIN)/python -m bench.fidelity --save
 
 container-test: install
 	docker/container-test.sh

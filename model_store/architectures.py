@@ -15,17 +15,22 @@ class UnsupportedArchitectureError(ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text."""
+    """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text.
+
+    `windowed` False drops a sliding window that config.json asks for: LLM2Vec models of that family were trained by the
+    official library, which attends to the whole text.
+    """
 
     model_type: str
     eos_text: str
+    windowed: bool = True
 
 
 ARCHITECTURES = {
     row.model_type: row
     for row in (
         Architecture("llama", " </s>"),
-        Architecture("mistral", " </s>"),
+        Architecture("mistral", " </s>", windowed=False),
         Architecture("qwen2", "<|endoftext|>"),
         Architecture("qwen3", "<|endoftext|>"),
         Architecture("gemma", "<eos>"),

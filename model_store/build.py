@@ -34,13 +34,15 @@ from model_store.manifest import (
     find_built,
 )
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import ENCODER_DEFAULTS, Recipe
+from model_store.recipe import ENCODER_DEFAULTS, Recipe, packaged_recipes
 from model_store.self_test import write_self_test
 from model_store.sources import Source, resolve
 from model_store.templates import template_for
-from model_store.tokenizer import starts_with_bos
+from model_store.tokenizer import special_tokens_around
 
 _SHARD_BYTES = 2 << 30
+
+SENTENCE_TRANSFORMERS_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
 
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -61,6 +63,7 @@ def build_encoder(recipe: Recipe, folder: Path, progress: Progress = lambda done
         raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
     with ExitStack() as sources:
         base = sources.enter_context(resolve(recipe.base))
+        _refuse_missing_stage(recipe)
         stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
@@ -69,6 +72,7 @@ def build_encoder(recipe: Recipe, folder: Path, progress: Progress = lambda done
             _write_config(checkpoint.config, recipe.dtype, staging)
             tokenizer_source = _write_tokenizer(base, stages, staging)
             _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress)
+            _write_sentence_transformers_files(recipe, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
             manifest.write(staging)
             write_self_test(staging)
@@ -87,6 +91,23 @@ def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done,
     if (folder / MANIFEST_FILE).is_file():
         shutil.rmtree(folder)
     return build_encoder(recipe, folder, progress)
+
+
+def _refuse_missing_stage(recipe: Recipe) -> None:
+    """Refuse a published second-stage adapter without the stage it was trained on: nothing in its files says so."""
+    names = [_repository_name(reference) for reference in recipe.adapters]
+    for published in packaged_recipes().values():
+        *before, last = [_repository_name(reference) for reference in published.adapters] or [""]
+        if before and last in names and not set(before) <= set(names[: names.index(last)]):
+            raise BuildError(
+                f"the adapter {last} was trained on top of {', '.join(before)}, which must be merged before it: "
+                f"use --recipe {published.name}, or give the adapters in this order: {', '.join(published.adapters)}"
+            )
+
+
+def _repository_name(reference: str) -> str:
+    """The last part of a hub id or path, by which a local copy is known too."""
+    return reference.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
 def _check_names(recipe: Recipe, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
@@ -112,6 +133,8 @@ def _write_config(config: Any, dtype: str, folder: Path) -> None:
     config = config.from_dict(config.to_dict())
     for stale in ("auto_map", "_name_or_path", "quantization_config"):
         config.__dict__.pop(stale, None)
+    if not architecture_of(config.model_type).windowed:
+        config.sliding_window = None
     config.is_causal = False
     config.use_cache = False
     config.dtype = getattr(torch, dtype)
@@ -144,6 +167,19 @@ def _write_tokenizer(base: Source, stages: list[Source], folder: Path) -> str:
     if not (folder / TOKENIZER_FILE).is_file():
         raise BuildError(f"{base.reference} has no fast tokenizer: put a tokenizer.json beside its weights")
     return f"{base.reference} (converted)"
+
+
+def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
+    """What sentence-transformers looks for: the one module that reads this folder, and the query instruction."""
+    modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_TRANSFORMERS_MODULE}]
+    settings = {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": recipe.query_instruction, "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    for name, content in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _copy_json(source: Path, target: Path) -> None:
@@ -230,7 +266,8 @@ def _describe(
     choices = {**ENCODER_DEFAULTS, **_llm2vec_config(stages[-1] if stages else base)}
     choices |= {key: value for key in ENCODER_DEFAULTS if (value := getattr(recipe, key)) is not None}
     pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(choices["pooling"])
-    if pooling == "bos_token" and not starts_with_bos(Tokenizer.from_file(str(folder / TOKENIZER_FILE))):
+    before, _ = special_tokens_around(Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
+    if pooling == "bos_token" and not before:
         raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
     template = recipe.template or template_for(_base_name(base, stages), pooling, architecture_of(config.model_type))
     return Manifest.model_validate(
@@ -258,9 +295,12 @@ def _describe(
 
 
 def _base_name(base: Source, stages: list[Source]) -> str:
-    """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's hub id."""
-    for stage in stages:
-        name = read_raw_config(stage.folder).get("_name_or_path")
+    """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's.
+
+    As in the official library a base on the hub is called by its id, one in a folder by its own raw config.json.
+    """
+    for source in (*stages, *([base] if base.commit is None else [])):
+        name = read_raw_config(source.folder).get("_name_or_path")
         if name:
             return str(name)
     return base.reference.partition("@")[0]

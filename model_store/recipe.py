@@ -31,7 +31,8 @@ class Recipe(BaseModel):
     `template` None chooses by the base's name. `pooling`, `skip_instruction`, `max_length` and `doc_max_length`
     (tokens; the official library's limits) where None come from llm2vec_config.json beside the last adapter or
     the base, else from `ENCODER_DEFAULTS`. `query_instruction` is what a server puts before queries when a client
-    only says that its input is a query.
+    only says that its input is a query. `parameters` (of the encoder, without output head) and `gated` (the base wants
+    a licence accepted on the hub) are for people who choose.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,11 +48,18 @@ class Recipe(BaseModel):
     dtype: DType = "bfloat16"
     query_instruction: str = ""
     description: str = ""
+    parameters: int | None = Field(default=None, ge=1)
+    gated: bool = False
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """What the stored weights take, on disk and on the device; None where the recipe does not say."""
+        return self.parameters and self.parameters * (2 if self.dtype == "bfloat16" else 4)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that moves a vector; a store built from another recipe has another one."""
-        asked = self.model_dump_json(exclude={"name", "description"})
+        asked = self.model_dump_json(exclude={"name", "description", "parameters", "gated"})
         return hashlib.sha256(asked.encode()).hexdigest()
 
 

@@ -17,6 +17,10 @@ from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes
 from service.errors import ServiceError
 from service.settings import PREFIX, Settings, load_settings
 
+# Beside its weights a GPU holds a batch's activations, the CUDA context and torch's reserve. An estimate for the
+# default token budget: 16384 tokens by the widest layer of a 7B model, a few tensors of that, and 1 GB.
+_WORKING_BYTES = 3_000_000_000
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status. An expected failure is one sentence on stderr and status 1."""
@@ -49,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
     build = commands.add_parser("build", help="make a stored encoder from a base and its adapters")
     build.add_argument("--recipe", metavar="NAME|FILE.toml", help="a packaged recipe, or one of your own")
-    build.add_argument("--base", metavar="REF", help="a folder, a hub id org/name[@revision], or demo:")
+    build.add_argument(
+        "--base", metavar="REF", help="a folder, a hub id org/name[@revision], or demo:; overrides a recipe's"
+    )
     build.add_argument("--adapter", metavar="REF", action="append", help="a LoRA adapter; several are merged in order")
     build.add_argument("--out", metavar="DIR", type=Path, help="the encoder's folder")
     build.add_argument("--dtype", choices=get_args(DType))
@@ -89,10 +95,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     if options.list:
+        print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
         for name, recipe in packaged_recipes().items():
-            print(f"{name:24} {recipe.description}")
+            weights = recipe.weight_bytes or 0
+            size = f"{weights / 1e9:5.1f} GB {(weights + _WORKING_BYTES) / 1e9:6.1f} GB"
+            print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
         return 0
-    parts = {
+    parts: dict[str, Any] = {
         "base": options.base,
         "adapters": options.adapter,
         "dtype": options.dtype,
@@ -102,10 +111,13 @@ def _build(options: argparse.Namespace) -> int:
         "skip_instruction": False if options.no_skip_instruction else None,
     }
     if options.recipe:
+        base = parts.pop("base")
         asked_twice = [name for name, value in parts.items() if value is not None]
         if asked_twice:
             raise RecipeError(f"--recipe says it all: leave out {', '.join(asked_twice)}, or write a recipe file")
         recipe = load_recipe(options.recipe)
+        if base:  # a copy of a gated base, or one on this disk
+            recipe = recipe.model_copy(update={"base": base})
     elif options.base and options.out:
         recipe = recipe_from(options.out.name, **parts)
     else:

@@ -51,6 +51,7 @@ class EmbedResult:
 
     vectors: NDArray[np.float32]
     prompt_tokens: int
+    truncated_inputs: int
     tokenize_seconds: float
     queue_seconds: float  # of the input that waited longest
     inference_seconds: float  # of the slowest batch an input was in
@@ -88,6 +89,7 @@ class Embedder:
         result = EmbedResult(
             vectors=_shorten_and_normalize(computed, request.dimensions),
             prompt_tokens=tokens,
+            truncated_inputs=sum(row.cut for row in rows),
             tokenize_seconds=tokenized - began,
             queue_seconds=max(item.queue_seconds for item in computed),
             inference_seconds=max(item.inference_seconds for item in computed),
@@ -177,6 +179,7 @@ class Embedder:
         metrics = self.metrics
         pooled = sum(len(row) - row.span_start for row in rows)
         metrics.inputs.inc(len(rows))
+        metrics.truncated_inputs.inc(result.truncated_inputs)
         metrics.tokens.labels("text").inc(pooled)
         metrics.tokens.labels("instruction").inc(result.prompt_tokens - pooled)
         metrics.instruction_inputs.labels(request.instruction_source).inc(len(rows))

@@ -76,6 +76,7 @@ class Metrics:
         self.instruction_inputs = counter(
             "instruction_inputs", "Inputs by where their instruction came from", ("source",)
         )
+        self.truncated_inputs = counter("truncated_inputs", "Inputs that lost tokens to a length limit")
         self.ignored_fields = counter("ignored_fields", "Request fields that were not known")
         self.batch_failures = counter("batch_failures", "Batches that failed on the device, halves included")
         self.nonfinite = counter("nonfinite", "Vectors withheld because they held NaN or infinity")

@@ -53,7 +53,7 @@ def serve(settings: Settings, progress: Progress) -> int:
     app = create_app(
         settings,
         manifest,
-        TextTokenizer.load(folder, manifest),
+        TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference"),
         limits,
         EncoderWorker(folder, settings, metrics),
         metrics,

@@ -64,6 +64,11 @@ class Settings(BaseSettings):
         1_000_000, ge=1, description="tokens that may wait; a request that would exceed this gets 429"
     )
     tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize")
+    truncation: Literal["token", "reference"] = Field(
+        "token",
+        description="token refuses what is too long; reference cuts it as the official library does, to the model's "
+        "own limits (512 tokens, 400 of them text), and says so",
+    )
     query_instruction: str | None = Field(
         None, description="instruction put before inputs of type query; by default the model's own"
     )

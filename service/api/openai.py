@@ -55,6 +55,7 @@ class _Embedding(BaseModel):
 class _Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
+    truncated_inputs: int
 
 
 class EmbeddingsAnswer(BaseModel):
@@ -106,6 +107,7 @@ async def create_embeddings(request: Request) -> Response:
     headers = {
         "x-embedding-space": embedder.manifest.embedding_space,
         "x-compute-tokens": str(result.prompt_tokens),
+        "x-truncated-inputs": str(result.truncated_inputs),
         "x-tokenization-time": _milliseconds(result.tokenize_seconds),
         "x-queue-time": _milliseconds(result.queue_seconds),
         "x-inference-time": _milliseconds(result.inference_seconds),
@@ -190,7 +192,11 @@ def write_answer(result: EmbedResult, model: str, encoding_format: Literal["floa
                 for index, embedding in enumerate(as_sent)
             ],
             "model": model,
-            "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
+            "usage": {
+                "prompt_tokens": result.prompt_tokens,
+                "total_tokens": result.prompt_tokens,
+                "truncated_inputs": result.truncated_inputs,
+            },
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )

@@ -171,6 +171,17 @@ def test_a_recipe_is_built_on_the_first_start_and_found_on_the_second(tmp_path: 
     assert (tmp_path / "models" / "own" / "manifest.json").stat().st_mtime_ns == built
 
 
+def test_the_query_and_document_example(server: ServerProcess, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "query_document.py"
+    picture = tmp_path / "matrix.png"
+    command = [sys.executable, str(example), "--url", server.base_url, "--picture", str(picture)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line for line in ran.stdout.splitlines() if line[:1] in "-0"]
+    assert len(rows) == 2
+    assert all(-1 <= float(value) <= 1 for row in rows for value in row.split()[:2])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_eval_sts_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     lines = ["score\tsentence1\tsentence2", "5\tthe same\tthe same", "2\ta river\ta valley", "0\tflute\tprotein a day"]

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from model_store.architectures import ARCHITECTURES
+from model_store.build import BuildError, build_encoder
+from model_store.manifest import read_manifest
 from model_store.recipe import RecipeError, load_recipe, packaged_recipes, read_recipe, recipe_from
-from model_store.templates import Template
+from model_store.templates import Template, template_for
 from service.cli import main
+from tests.tiny import save_adapter, save_base, tiny_model
 
 
 def test_packaged_recipes_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,3 +77,47 @@ def test_the_fingerprint_covers_what_moves_a_vector() -> None:
 def test_build_says_what_it_needs(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_every_published_checkpoint_has_a_recipe() -> None:
+    """Fourteen: MNTP alone, with SimCSE, with supervised training; Llama 3.1 has no SimCSE stage."""
+    published = {name: recipe for name, recipe in packaged_recipes().items() if recipe.adapters}
+    assert len(published) == 14
+    for name, recipe in published.items():
+        family, _, stage = name.rpartition("-")
+        assert stage in ("mntp", "simcse", "supervised")
+        mntp, *second = recipe.adapters
+        assert mntp.startswith("McGill-NLP/LLM2Vec-")
+        assert mntp.endswith("-mntp")
+        assert second == ([] if stage == "mntp" else [f"{mntp}-{'unsup-simcse' if stage == 'simcse' else stage}"])
+        assert recipe.template == template_for(recipe.base, "mean", ARCHITECTURES["llama"])
+        assert (recipe.pooling, recipe.max_length, recipe.doc_max_length) == ("mean", 512, 400)
+        assert recipe.gated == recipe.base.startswith("meta-llama/")
+        assert recipe.parameters
+        assert recipe.query_instruction
+        assert f"{family}-mntp" in published
+
+
+def test_a_second_stage_without_its_first_is_refused(tmp_path: Path) -> None:
+    """Nothing in the adapter's own files says that another one comes before it."""
+    save_base(tmp_path / "base")
+    second = tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp-supervised"
+    first = tmp_path / "LLM2Vec-Mistral-7B-Instruct-v2-mntp"
+    for seed, folder in enumerate((first, second)):
+        save_adapter(folder, tiny_model("llama"), seed)
+    for adapters in ([second], [second, first]):
+        recipe = recipe_from("x", base=str(tmp_path / "base"), adapters=[str(folder) for folder in adapters])
+        with pytest.raises(BuildError, match="--recipe mistral-7b-supervised"):
+            build_encoder(recipe, tmp_path / "encoder")
+    recipe = recipe_from("x", base=str(tmp_path / "base"), adapters=[str(first), str(second)])
+    build_encoder(recipe, tmp_path / "encoder")
+
+
+def test_a_recipe_s_base_can_be_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_base(tmp_path / "copy")
+    (tmp_path / "r.toml").write_text('base = "org/gated"\ndtype = "float32"\n')
+    out = tmp_path / "encoder"
+    assert (
+        main(["build", "--recipe", str(tmp_path / "r.toml"), "--base", str(tmp_path / "copy"), "--out", str(out)]) == 0
+    )
+    assert read_manifest(out).base.reference == str(tmp_path / "copy")

@@ -4,7 +4,7 @@ import pytest
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
-from model_store.tokenizer import TextTokenizer, TokenizationError, starts_with_bos
+from model_store.tokenizer import ReferenceLimits, TextTokenizer, TokenizationError, special_tokens_around
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
@@ -76,9 +76,36 @@ def test_a_token_without_an_embedding_is_an_error_not_a_crash() -> None:
     assert caught.value.index == 1
 
 
-def test_starts_with_bos() -> None:
-    assert starts_with_bos(tiny_tokenizer())
-    assert not starts_with_bos(tiny_tokenizer(bos=False))
+def test_special_tokens_around() -> None:
+    assert special_tokens_around(tiny_tokenizer()) == ([1], [])
+    assert special_tokens_around(tiny_tokenizer(bos=False)) == ([], [])
+
+
+def reference_tokenizer(max_length: int, doc_max_length: int) -> TextTokenizer:
+    return TextTokenizer(tiny_tokenizer(), Template(), True, VOCABULARY, ReferenceLimits(max_length, doc_max_length))
+
+
+def test_reference_truncation_drops_words_then_cuts_the_row() -> None:
+    text = "the river ran past the mill and the valley " * 4
+    row = reference_tokenizer(64, 20).encode_batch([text], [""])[0]
+    assert row.cut
+    assert 1 < len(row.token_ids) <= 21
+    row = reference_tokenizer(16, 400).encode_batch([text], [INSTRUCTION])[0]
+    assert (len(row.token_ids), row.cut) == (16, True)
+    assert row.token_ids[0] == 1
+    row = reference_tokenizer(64, 20).encode_batch(["a river"], [""])[0]
+    assert not row.cut
+
+
+def test_reference_truncation_drops_a_long_word_whole_and_pools_what_is_left() -> None:
+    row = reference_tokenizer(64, 5).encode_batch(["x" * 50], [""])[0]
+    assert (row.token_ids, row.span_start, row.cut) == ([1], 0, True)
+
+
+def test_nothing_is_cut_unasked() -> None:
+    row = text_tokenizer().encode_batch(["x" * 5000], [""])[0]
+    assert not row.cut
+    assert len(row.token_ids) > 600
 
 
 def test_templates_by_name_and_pooling() -> None:

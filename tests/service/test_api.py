@@ -83,7 +83,7 @@ def test_a_text_and_a_list_of_texts(server: Server) -> None:
     assert body["object"] == "list"
     assert body["model"] == "fake"
     assert body["data"][0]["object"] == "embedding"
-    assert body["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    assert body["usage"] == {"prompt_tokens": 6, "total_tokens": 6, "truncated_inputs": 0}
     texts = [f"text {i}" for i in range(150)]
     answer = server.embed(input=texts)
     np.testing.assert_allclose(vectors(answer), [expected(text) for text in texts], rtol=1e-6)
