@@ -94,11 +94,11 @@ def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done,
 
 
 def _refuse_missing_stage(recipe: Recipe) -> None:
-    """Refuse a published second-stage adapter without the stage it was trained on: nothing in its files says so."""
-    names = [_repository_name(reference) for reference in recipe.adapters]
+    """Refuse a published second-stage adapter with no stage before it: nothing in its files says that one is needed."""
+    first = _repository_name(recipe.adapters[0]) if recipe.adapters else ""
     for published in packaged_recipes().values():
         *before, last = [_repository_name(reference) for reference in published.adapters] or [""]
-        if before and last in names and not set(before) <= set(names[: names.index(last)]):
+        if before and first == last:
             raise BuildError(
                 f"the adapter {last} was trained on top of {', '.join(before)}, which must be merged before it: "
                 f"use --recipe {published.name}, or give the adapters in this order: {', '.join(published.adapters)}"

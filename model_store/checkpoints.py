@@ -191,6 +191,8 @@ def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
     index = folder / index_name
     if not index.is_file():
         paths = [path for path in sorted(folder.glob(pattern)) if not path.name.startswith("adapter_")]
+        # Beside model.safetensors some repositories keep the same weights under another layout's names.
+        paths = [path for path in paths if path.stem in ("model", "pytorch_model")] or paths
         if len(paths) != 1:
             raise CheckpointError(f"{folder} holds {len(paths)} weight files and no {index_name}")
         return paths

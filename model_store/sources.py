@@ -18,7 +18,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 DEMO = "demo:"
 
-_WANTED_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf")
+# Weights in the order of preference; a repository often has the same ones in several formats.
+_WEIGHTS = (
+    re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin"),
+    re.compile(r".+\.gguf"),
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -71,8 +76,9 @@ def _fetch(reference: str) -> Source:
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
-        commit = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None).sha
-        folder = snapshot_download(repository, revision=commit, allow_patterns=list(_WANTED_FILES), endpoint=endpoint)
+        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
+        wanted = wanted_files([file.rfilename for file in info.siblings or []])
+        folder = snapshot_download(repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint)
     except GatedRepoError as error:
         raise SourceError(
             f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"
@@ -86,4 +92,15 @@ def _fetch(reference: str) -> Source:
         raise SourceError(
             f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
         ) from error
-    return Source(reference, Path(folder), commit)
+    return Source(reference, Path(folder), info.sha)
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """What to fetch of a repository's files: its settings, its tokenizer, and its weights in one format.
+
+    Never Python files, and nothing from subfolders.
+    """
+    top = [name for name in names if "/" not in name]
+    settings = [name for name in top if name.endswith((".json", ".model"))]
+    formats = ([name for name in top if pattern.fullmatch(name)] for pattern in _WEIGHTS)
+    return settings + next((found for found in formats if found), [])

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
 from service.errors import ServiceError
@@ -123,9 +124,13 @@ def _build(options: argparse.Namespace) -> int:
     else:
         raise RecipeError("build needs --recipe NAME, or --base REF and --out DIR")
 
+    folder = options.out or load_settings({}).models_dir.expanduser() / recipe.name
+    if find_built(folder, recipe):
+        print(f"{folder} has it already, whole and unchanged")
+        return 0
+
     from model_store.build import build_encoder
 
-    folder = options.out or load_settings({}).models_dir.expanduser() / recipe.name
     manifest = build_encoder(recipe, folder, _ProgressBar("building"))
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
     return 0

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from model_store.architectures import ARCHITECTURES
-from model_store.attention import AttentionError, choose_kernel, implementation_name, packed_bidirectional, packed_sdpa
+from model_store.attention import (
+    AttentionError,
+    choose_kernel,
+    implementation_name,
+    packed_bidirectional,
+    packed_sdpa,
+    packed_torch_flash,
+)
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
 from model_store.tokenizer import TokenizedText
@@ -109,6 +116,19 @@ def test_what_attention_would_ignore_is_refused() -> None:
         attention(None, query, query, query, torch.zeros(1, 1, 4, 4), **layout)
     with pytest.raises(AttentionError, match="dropout"):
         attention(None, query, query, query, None, dropout=0.1, **layout)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_torch_s_flash_kernel_takes_the_call(window: int | None) -> None:
+    """Without a GPU: on the meta device torch checks arguments and shapes, and computes nothing."""
+    heads, groups, tokens, width = 8, 2, 40, 64
+    query = torch.empty(1, tokens, heads, width, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    key = torch.empty(1, tokens, groups, width, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    out = packed_torch_flash(query, key, key, cu_seqlens, 17, 0.1, window, None)
+    assert out.shape == (1, tokens, heads, width)
+    with pytest.raises(AttentionError, match="soft-capping"):
+        packed_torch_flash(query, key, key, cu_seqlens, 17, 0.1, window, 5.0)
 
 
 def test_a_kernel_that_can_not_serve_is_refused_with_the_way_out() -> None:

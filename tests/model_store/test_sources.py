@@ -13,7 +13,7 @@ import pytest
 
 from model_store.build import build_encoder
 from model_store.recipe import recipe_from
-from model_store.sources import SourceError, resolve
+from model_store.sources import SourceError, resolve, wanted_files
 from tests.tiny import save_adapter, save_base, tiny_model
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -111,6 +111,21 @@ def test_a_hub_id_is_pinned_to_its_commit(hub: type[_Hub], tmp_path: Path) -> No
     assert [stage.commit for stage in manifest.adapters] == [COMMITS["v1"]]
     assert not [path for path in hub.asked if path.endswith(".py")]
     assert not [path for path in hub.asked if "/resolve/main/" in path]
+
+
+@pytest.mark.parametrize(
+    ("names", "weights"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "x.gguf"], ["model.safetensors"]),
+        (["consolidated.safetensors", "model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors"]),
+        (["pytorch_model-00001-of-00002.bin", "training_args.bin"], ["pytorch_model-00001-of-00002.bin"]),
+        (["adapter_model.safetensors", "adapter_model.bin"], ["adapter_model.safetensors"]),
+        (["model.Q4_K_M.gguf"], ["model.Q4_K_M.gguf"]),
+        (["original/model.safetensors", "modeling_llama.py"], []),
+    ],
+)
+def test_only_one_format_is_fetched_and_never_code(names: list[str], weights: list[str]) -> None:
+    assert wanted_files([*names, "config.json", "tokenizer.model"]) == ["config.json", "tokenizer.model", *weights]
 
 
 def test_what_the_hub_refuses_names_the_way_out(hub: type[_Hub]) -> None:
