@@ -278,12 +278,21 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _randomize(model: Any, generator: torch.Generator) -> None:
-    """Weights so large that what a token attends to shows in the vectors; norms and biases take part too."""
+    """Weights so large that what a token attends to shows in the vectors; norms and biases take part too.
+
+    As in trained models a token's embedding is large beside what a layer adds to it, and attention is no hard choice of
+    one token: were it otherwise, bfloat16 would show its rounding many times over.
+    """
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        scale = 0.2 if parameter.dim() > 1 else 0.1
+        scale = _scale(name) if parameter.dim() > 1 else 0.1
         centre = 1.0 if "norm" in name and type(model).__name__.startswith(("Llama", "Mistral", "Qwen2")) else 0.0
         parameter.data.copy_(centre + scale * noise)
+
+
+def _scale(name: str) -> float:
+    """The standard deviation of a matrix's random entries."""
+    return 0.6 if "embed" in name else 0.1 if "q_proj" in name or "k_proj" in name else 0.2
 
 
 def write_base(folder: Path, family: Family, tokenizer: Any, generator: torch.Generator) -> None:
@@ -318,7 +327,7 @@ def write_adapter(folder: Path, family: Family, base: Path, generator: torch.Gen
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=_TARGETS))
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.75 * _scale(name) * torch.randn(parameter.shape, generator=generator))
     adapted.to(family.adapter_dtype).save_pretrained(folder)
     (folder / "README.md").unlink()
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -125,9 +125,7 @@ def test_bfloat16_is_near(family: str, tmp_path: Path) -> None:
     build_like(one, "mean", folder, dtype="bfloat16")
     ours = encode(folder, tokenize(folder, one, reference=True), dtype="bfloat16")
     cosines = (ours * normalized(one.vectors["mean"])).sum(1)
-    # Random weights of width 32 multiply rounding; a single pooled token has no other to average it with.
-    assert cosines.median() > 0.9995
-    assert cosines.min() > 0.99
+    assert cosines.min() > 0.998
 
 
 def test_over_http_single_batched_shuffled_and_concurrent(family: str, tmp_path: Path) -> None:

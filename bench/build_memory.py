@@ -1,0 +1,111 @@
+"""Memory that a build takes: a random base of a real model's shape, two adapters, merged and self-tested.
+
+    python -m bench.build_memory [--layers N] [--save]
+
+The base has Sheared-LLaMA-1.3B's shape in bfloat16, or fewer or more layers of it. Anonymous memory is what a machine
+must have; the files that are mapped beside it, the kernel takes back when it needs to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from bench.report import finish
+from model_store.build import build_encoder
+from model_store.checkpoints import decoder_on_meta
+from model_store.recipe import recipe_from
+from tests.tiny import tiny_tokenizer
+
+_RANK = 16
+
+
+def main() -> None:
+    """Build and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_base(folder / "base", options.layers)
+        for number in (0, 1):
+            write_adapter(folder / f"adapter-{number}", options.layers)
+        recipe = recipe_from(
+            "memory", base=str(folder / "base"), adapters=[str(folder / f"adapter-{n}") for n in (0, 1)]
+        )
+        before, peak = anonymous_bytes(), [0]
+        merged: list[int] = []
+        watching = threading.Event()
+
+        def watch() -> None:
+            while not watching.wait(0.02):
+                peak[0] = max(peak[0], anonymous_bytes())
+
+        threading.Thread(target=watch, daemon=True).start()
+        began = time.perf_counter()
+        manifest = build_encoder(
+            recipe, folder / "encoder", lambda done, total: merged.append(peak[0]) if done == total else None
+        )
+        watching.set()
+        finish(
+            "build_memory",
+            {
+                "parameters": manifest.parameters,
+                "weights_gb": round(manifest.parameters * 2 / 1e9, 2),
+                "anonymous_gb_before": round(before / 1e9, 2),
+                "anonymous_gb_peak_while_merging": round(merged[-1] / 1e9, 2),
+                "anonymous_gb_peak": round(peak[0] / 1e9, 2),
+                "seconds": round(time.perf_counter() - began),
+            },
+            options.save,
+        )
+
+
+def write_base(folder: Path, layers: int) -> None:
+    """A sharded bfloat16 checkpoint of random weights."""
+    folder.mkdir()
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16
+    )
+    config.save_pretrained(folder)
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    weight_map = {}
+    for name, tensor in decoder_on_meta(config).state_dict().items():
+        values = torch.randn(tensor.shape) * 0.02 if tensor.dim() > 1 else torch.ones(tensor.shape)
+        file = f"{name}.safetensors"
+        save_file({f"model.{name}": values.bfloat16()}, folder / file)
+        weight_map[f"model.{name}"] = file
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def write_adapter(folder: Path, layers: int) -> None:
+    """A LoRA adapter of two projections a layer."""
+    folder.mkdir()
+    tensors = {}
+    for layer in range(layers):
+        for module, (rows, columns) in {"self_attn.q_proj": (2048, 2048), "mlp.down_proj": (2048, 5504)}.items():
+            prefix = f"base_model.model.layers.{layer}.{module}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(_RANK, columns) * 0.01
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, _RANK) * 0.01
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, in bytes (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+if __name__ == "__main__":
+    main()
