@@ -11,6 +11,7 @@ tokens with its own), so the stored encoder gives the same vectors when it is op
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -47,86 +48,68 @@ def implementation_name(kernel: Kernel) -> str:
     }[kernel]
 
 
-def packed_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class Layout:
+    """Where texts begin in the row, and what the model asks of attention; None where it asks nothing."""
+
+    cu_seqlens: Tensor  # (B + 1,) int32
+    longest: int  # tokens of the longest text
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+def packed_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Any device, any dtype: torch's scaled-dot-product attention, one call a text."""
-    bounds = cu_seqlens.tolist()
+    bounds = layout.cu_seqlens.tolist()
     out = torch.empty_like(query)
     for start, end in pairwise(bounds):
         text = slice(start, end)
-        out[:, :, text] = _attend_one_text(
-            query[:, :, text], key[:, :, text], value[:, :, text], scale, window, softcap
-        )
+        out[:, :, text] = _attend_one_text(query[:, :, text], key[:, :, text], value[:, :, text], layout)
     return out.transpose(1, 2)
 
 
-def packed_torch_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """CUDA, sm80 and later, bf16 or fp16: the varlen FlashAttention-2 kernel (Dao 2023) that torch ships."""
-    if softcap is not None:
+    if layout.softcap is not None:
         raise AttentionError("torch's flash kernel has no soft-capping: set LLM2VEC_ATTENTION to flash-attn or sdpa")
     # A longest text of 1 would choose another kernel, for decoding; more than the true length costs nothing.
-    max_seqlen = max(longest, 8)
+    max_seqlen = max(layout.longest, 8)
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query[0].transpose(0, 1),  # (T, H, d); only the last dimension has to be contiguous
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        cu_seqlens,
-        cu_seqlens,
+        layout.cu_seqlens,
+        layout.cu_seqlens,
         max_seqlen,
         max_seqlen,
         0.0,
         False,
         False,
-        scale=scale,
-        window_size_left=window,
-        window_size_right=window,
+        scale=layout.scale,
+        window_size_left=layout.window,
+        window_size_right=layout.window,
     )[0]
     return out[None]
 
 
-def packed_flash_attn(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    scale: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """CUDA, bf16 or fp16: the flash-attn package (FlashAttention-2), which has soft-capping too."""
     from flash_attn import flash_attn_varlen_func
 
-    reach = -1 if window is None else window
+    reach = -1 if layout.window is None else layout.window
     out: Tensor = flash_attn_varlen_func(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_k=longest,
-        softmax_scale=scale,
+        cu_seqlens_q=layout.cu_seqlens,
+        cu_seqlens_k=layout.cu_seqlens,
+        max_seqlen_q=layout.longest,
+        max_seqlen_k=layout.longest,
+        softmax_scale=layout.scale,
         causal=False,
         window_size=(reach, reach),
-        softcap=softcap or 0.0,
+        softcap=layout.softcap or 0.0,
     )
     return out[None]
 
@@ -164,7 +147,7 @@ def packed_bidirectional(kernel: Callable[..., Tensor]) -> Callable[..., tuple[T
         if attention_mask is not None or dropout or unknown:
             asked = ", ".join(sorted(unknown)) or ("a mask" if attention_mask is not None else "dropout")
             raise AttentionError(f"the model passes {asked} to attention, which packed attention would ignore")
-        return kernel(query, key, value, cu_seqlens, longest, scaling, sliding_window, softcap), None
+        return kernel(query, key, value, Layout(cu_seqlens, longest, scaling, sliding_window, softcap)), None
 
     return attention
 
@@ -206,13 +189,11 @@ def _has_flash_attn() -> bool:
     return True
 
 
-def _attend_one_text(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, softcap: float | None
-) -> Tensor:
+def _attend_one_text(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """(1, H, S, d) for one text. Cost in memory: one block of queries' scores where there is a mask or a cap."""
-    length = query.shape[2]
-    if softcap is None and (window is None or length <= window + 1):
-        return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+    length, window = query.shape[2], layout.window
+    if layout.softcap is None and (window is None or length <= window + 1):
+        return F.scaled_dot_product_attention(query, key, value, scale=layout.scale, enable_gqa=True)
     out = torch.empty_like(query)
     reach = length if window is None else window
     for start in range(0, length, _QUERY_BLOCK):
@@ -220,12 +201,12 @@ def _attend_one_text(
         first, last = max(start - reach, 0), min(end + reach, length)
         seen = None if window is None else _window_mask(end - start, last - first, start - first, window, query.device)
         block, keys, values = query[:, :, start:end], key[:, :, first:last], value[:, :, first:last]
-        if softcap is None:
+        if layout.softcap is None:
             out[:, :, start:end] = F.scaled_dot_product_attention(
-                block, keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+                block, keys, values, attn_mask=seen, scale=layout.scale, enable_gqa=True
             )
         else:
-            out[:, :, start:end] = _soft_capped(block, keys, values, seen, scale, softcap)
+            out[:, :, start:end] = _soft_capped(block, keys, values, seen, layout.scale, layout.softcap)
     return out
 
 

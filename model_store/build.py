@@ -40,7 +40,7 @@ from model_store.sources import Source, resolve
 from model_store.templates import template_for
 from model_store.tokenizer import special_tokens_around
 
-_SHARD_BYTES = 2 << 30
+SHARD_BYTES = 2 << 30
 
 SENTENCE_TRANSFORMERS_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
 
@@ -52,8 +52,15 @@ class BuildError(ValueError):
     """A recipe whose parts don't make an encoder; the message names the part and the way out."""
 
 
-def build_encoder(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
+def build_encoder(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
     """Build the encoder of a recipe in `folder`, which must not exist yet or be empty.
+
+    Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
 
     Raises:
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
@@ -71,7 +78,7 @@ def build_encoder(recipe: Recipe, folder: Path, progress: Progress = lambda done
         with _appearing_whole(folder) as staging:
             _write_config(checkpoint.config, recipe.dtype, staging)
             tokenizer_source = _write_tokenizer(base, stages, staging)
-            _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress)
+            _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
             _write_sentence_transformers_files(recipe, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
             manifest.write(staging)
@@ -199,15 +206,16 @@ def _write_weights(
     dtype: str,
     folder: Path,
     progress: Progress,
+    shard_bytes: int,
 ) -> None:
-    """The merged tensors as safetensors shards of at most 2 GiB, with an index where there are several."""
+    """The merged tensors as safetensors shards, with an index where there are several."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
     sizes = {name: torch.Size(shape).numel() * torch_dtype.itemsize for name, shape in shapes.items()}
     total, done = sum(sizes.values()), 0
     free = shutil.disk_usage(folder).free
     if free < total:
         raise BuildError(f"{folder.parent} has {free / 1e9:.1f} GB free, the encoder needs {total / 1e9:.1f} GB")
-    shards = _plan_shards(sizes)
+    shards = _plan_shards(sizes, shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, 1):
         tensors: dict[str, Tensor] = {}
@@ -241,11 +249,11 @@ def _merged(
     return weight
 
 
-def _plan_shards(sizes: dict[str, int]) -> list[list[str]]:
+def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
-        if shards[-1] and filled + size > _SHARD_BYTES:
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import time
 from typing import Annotated, Any, Literal
 
@@ -113,7 +114,8 @@ async def create_embeddings(request: Request) -> Response:
         "x-inference-time": _milliseconds(result.inference_seconds),
     }
     if ignored:
-        headers["x-ignored-fields"] = ", ".join(name.encode("ascii", "replace").decode() for name in ignored)[:1024]
+        # The names are the client's: nothing in them may end the header or begin another.
+        headers["x-ignored-fields"] = ", ".join(re.sub(r"[^\x21-\x7e]", "?", name) for name in ignored)[:1024]
     return Response(content, 200, headers, "application/json")
 
 

@@ -36,6 +36,13 @@ def server(demo: Path) -> Iterator[ServerProcess]:
         yield running
 
 
+def test_sigterm_while_building_leaves_nothing_behind(tmp_path: Path) -> None:
+    server = ServerProcess("demo", {"LLM2VEC_MODELS_DIR": str(tmp_path)})
+    server.eventually(lambda: any(tmp_path.iterdir()), seconds=100)
+    assert server.stop() == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_building_it_again_finds_it_there(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", "--recipe", "demo", "--out", str(demo)]) == 0
     assert "has it already" in capsys.readouterr().out

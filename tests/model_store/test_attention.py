@@ -11,6 +11,7 @@ from torch import Tensor
 from model_store.architectures import ARCHITECTURES
 from model_store.attention import (
     AttentionError,
+    Layout,
     choose_kernel,
     implementation_name,
     packed_bidirectional,
@@ -125,10 +126,10 @@ def test_torch_s_flash_kernel_takes_the_call(window: int | None) -> None:
     query = torch.empty(1, tokens, heads, width, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     key = torch.empty(1, tokens, groups, width, dtype=torch.bfloat16, device="meta").transpose(1, 2)
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
-    out = packed_torch_flash(query, key, key, cu_seqlens, 17, 0.1, window, None)
+    out = packed_torch_flash(query, key, key, Layout(cu_seqlens, 17, 0.1, window))
     assert out.shape == (1, tokens, heads, width)
     with pytest.raises(AttentionError, match="soft-capping"):
-        packed_torch_flash(query, key, key, cu_seqlens, 17, 0.1, window, 5.0)
+        packed_torch_flash(query, key, key, Layout(cu_seqlens, 17, 0.1, window, 5.0))
 
 
 def test_a_kernel_that_can_not_serve_is_refused_with_the_way_out() -> None:

@@ -97,9 +97,9 @@ def test_automodel_opens_the_folder_and_is_bidirectional(tmp_path: Path) -> None
     assert (normalized(hidden[1:].mean(0)[None]) - ours).abs().max() < 1e-5
 
 
-def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model_store.build._SHARD_BYTES", 100_000)
-    build_tiny(tmp_path / "encoder")
+def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder", shard_bytes=100_000)
     assert len(list((tmp_path / "encoder").glob("model-*.safetensors"))) > 1
     expected = normalized(padded_vectors(tiny_model("llama", head=True).model, ROWS))
     assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5

@@ -201,6 +201,10 @@ def test_unknown_fields_are_named_or_refused(server: Server) -> None:
     answer = server.embed(input="a", colour="red", shape=1)
     assert answer.status_code == 200
     assert answer.headers["x-ignored-fields"] == "colour, shape"
+    odd: dict[str, Any] = {"x\r\nset-cookie: a=b": 1, "größe": 2}
+    answer = server.embed(input="a", **odd)
+    assert answer.headers["x-ignored-fields"] == "gr??e, x??set-cookie:?a=b"
+    assert "set-cookie" not in answer.headers
     with (strict := Server(reject_unknown_fields=True)).client:
         assert strict.embed(input="a", colour="red").json()["error"]["code"] == "unknown_field"
 
