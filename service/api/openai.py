@@ -151,7 +151,10 @@ def parse_body(content: bytes) -> EmbeddingsBody:
         issue = error.errors()[0]
         field = str(issue["loc"][0])
         if field == "input":
-            raise InvalidRequest("input must be a text or a list of texts", "invalid_input", "input") from error
+            message = "input must be a text or a list of texts"
+            if _are_token_ids(document.get("input")):
+                message += "; token ids are not taken (in LangChain: check_embedding_ctx_length=False)"
+            raise InvalidRequest(message, "invalid_input", "input") from error
         raise InvalidRequest(f"{field}: {issue['msg']}", "invalid_value", field) from error
 
 
@@ -202,6 +205,11 @@ def write_answer(result: EmbedResult, model: str, encoding_format: Literal["floa
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
+
+
+def _are_token_ids(given: Any) -> bool:
+    first = given[0] if isinstance(given, list) and given else None
+    return isinstance(first[0] if isinstance(first, list) and first else first, int)
 
 
 def _model(request: Request) -> dict[str, Any]:

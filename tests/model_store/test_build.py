@@ -105,6 +105,41 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5
 
 
+def test_a_gguf_base_gives_the_same_vectors(tmp_path: Path) -> None:
+    """Written as llama.cpp's converter writes Llama: its own tensor names, and rows of q and k in another order."""
+    gguf = pytest.importorskip("gguf", reason="GGUF bases need the extra `demo`")
+    model = save_base(tmp_path / "base")
+    config = model.config
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    shutil.copyfile(tmp_path / "base" / "tokenizer.json", folder / "tokenizer.json")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        stem, _, ending = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{ending}", values.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    build_encoder(recipe(folder), tmp_path / "encoder")
+    expected = normalized(padded_vectors(tiny_model("llama", head=True).model, ROWS))
+    assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5
+
+
 def test_the_same_recipe_gives_the_same_files_and_space(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     one = build_encoder(recipe(tmp_path / "base"), tmp_path / "one")

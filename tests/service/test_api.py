@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import Iterator
@@ -134,6 +135,8 @@ def test_the_server_can_have_its_own_query_instruction() -> None:
         ({"input": ""}, 400, "empty_input", "input", "index 0"),
         ({}, 400, "invalid_input", "input", "text or a list of texts"),
         ({"input": 7}, 400, "invalid_input", "input", "text or a list"),
+        ({"input": [1, 2]}, 400, "invalid_input", "input", "check_embedding_ctx_length=False"),
+        ({"input": [[1, 2], [3]]}, 400, "invalid_input", "input", "token ids are not taken"),
         ({"input": ["a", None]}, 400, "invalid_input", "input", "text or a list"),
         ({"input": "a", "dimensions": 0}, 400, "invalid_dimensions", "dimensions", "1 to 8"),
         ({"input": "a", "dimensions": 9}, 400, "invalid_dimensions", "dimensions", "1 to 8"),
@@ -284,3 +287,29 @@ def test_metrics_count_what_happened(server: Server) -> None:
     }.items():
         assert server.metric(line) == value, line
     assert server.metric("llm2vec_build_info{") == 1
+
+
+async def test_an_overloaded_server_says_when_to_come_again() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    server = Server(worker, max_queued_tokens=20)
+    transport = httpx.ASGITransport(server.app)
+    async with (
+        server.app.router.lifespan_context(server.app),
+        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
+    ):
+        await asyncio.sleep(0.01)
+        accepted = []
+        for text in ("computing", "waiting one"):
+            accepted.append(asyncio.create_task(client.post("/v1/embeddings", json={"input": text})))
+            await asyncio.sleep(0.05)
+        refused = await client.post("/v1/embeddings", json={"input": "one too many"})
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert 1000 <= int(refused.headers["retry-after-ms"]) <= 60_000
+        worker.gate.set()
+        for task in accepted:
+            assert (await task).status_code == 200
+        assert (await client.post("/v1/embeddings", json={"input": "one too many"})).status_code == 200
+    assert worker.batches == [["computing"], ["waiting one"], ["one too many"]]

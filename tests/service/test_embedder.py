@@ -1,0 +1,82 @@
+"""The use case without HTTP: what it admits, and what its results say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_store.tokenizer import TokenizedText
+from service.batcher import MicroBatcher
+from service.embedder import Embedder, EmbedRequest, Vector
+from service.errors import InvalidRequest, Unavailable
+from service.metrics import Metrics
+from service.settings import Limits, Settings
+from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest, fake_vector
+
+
+@asynccontextmanager
+async def embedder(worker: FakeWorker, **given: Any) -> AsyncIterator[Embedder]:
+    settings, manifest, metrics = Settings(**given), fake_manifest(), Metrics()
+    batcher: MicroBatcher[TokenizedText, Vector] = MicroBatcher(worker.run_batch, 100, metrics)
+    running = asyncio.create_task(batcher.run())
+    one = Embedder(manifest, FakeTokenizer(), batcher, settings, Limits(settings, manifest, "cpu"), metrics)
+    try:
+        yield one
+    finally:
+        one.close()
+        running.cancel()
+        await asyncio.wait({running})
+
+
+def request(*texts: str, **fields: Any) -> EmbedRequest:
+    return EmbedRequest(texts, [""] * len(texts), **fields)
+
+
+async def test_a_result_carries_its_own_measurements() -> None:
+    async with embedder(FakeWorker()) as one:
+        result = await one.embed(request("abc", "de"))
+    assert result.prompt_tokens == 7
+    assert result.truncated_inputs == 0
+    assert min(result.tokenize_seconds, result.queue_seconds, result.inference_seconds) >= 0
+    np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, rtol=1e-6)
+
+
+async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:
+    texts = [f"text {number}" for number in range(300)]
+    async with embedder(FakeWorker(), tokenizer_threads=4) as one:
+        result = await one.embed(request(*texts))
+    rows = FakeTokenizer().encode_batch(texts, [""] * 300)
+    expected = np.stack([fake_vector(row) for row in rows])
+    np.testing.assert_allclose(result.vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-6)
+
+
+async def test_a_zero_vector_stays_zero_and_finite() -> None:
+    class Zeros(FakeWorker):
+        async def run_batch(self, rows: list[TokenizedText]) -> Any:
+            return [np.zeros(8, dtype=np.float32) for _ in rows]
+
+    async with embedder(Zeros()) as one:
+        assert (await one.embed(request("a"))).vectors.tolist() == [[0.0] * 8]
+
+
+async def test_bad_requests_compute_nothing() -> None:
+    worker = FakeWorker()
+    async with embedder(worker, max_inputs_per_request=2) as one:
+        for bad in (request(), request("a", " "), request("a", "b", "c"), request("a", dimensions=99)):
+            with pytest.raises(InvalidRequest):
+                await one.embed(bad)
+    assert worker.batches == []
+
+
+async def test_probe_goes_through_the_device() -> None:
+    worker = FakeWorker()
+    async with embedder(worker) as one:
+        await one.probe()
+        assert len(worker.batches) == 1
+    with pytest.raises(Unavailable):
+        await one.probe()
