@@ -68,9 +68,9 @@ def build_encoder(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
+    _refuse_missing_stage(recipe)
     with ExitStack() as sources:
         base = sources.enter_context(resolve(recipe.base))
-        _refuse_missing_stage(recipe)
         stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]

@@ -117,6 +117,10 @@ def _build(options: argparse.Namespace) -> int:
         if asked_twice:
             raise RecipeError(f"--recipe says it all: leave out {', '.join(asked_twice)}, or write a recipe file")
         recipe = load_recipe(options.recipe)
+        if base and not options.out:
+            raise RecipeError(
+                "--base with --recipe needs --out DIR: the recipe's own place is for the recipe's own base"
+            )
         if base:  # a copy of a gated base, or one on this disk
             recipe = recipe.model_copy(update={"base": base})
     elif options.base and options.out:

@@ -71,6 +71,7 @@ def test_the_fingerprint_covers_what_moves_a_vector() -> None:
         (["build"], "--recipe NAME, or --base REF and --out DIR"),
         (["build", "--base", "x"], "--out"),
         (["build", "--recipe", "demo", "--pooling", "mean"], "leave out pooling"),
+        (["build", "--recipe", "demo", "--base", "x"], "needs --out DIR"),
         (["build", "--base", "/nowhere/at/all", "--out", "/tmp/never-made"], "no folder and no hub id"),
     ],
 )
