@@ -123,21 +123,24 @@ def _read_config(folder: Path, reference: str) -> LoraConfig:
         raise AdapterError(f"adapter {reference}: {path} is not valid JSON: {error}") from error
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"adapter {reference} is of type {raw.get('peft_type')}: only LORA can be merged")
-    known = {key: value for key, value in raw.items() if key in LoraConfig.__dataclass_fields__}
-    config = LoraConfig(**{**known, "task_type": None, "auto_mapping": None})
+    unknown = sorted(key for key, value in raw.items() if value and key not in LoraConfig.__dataclass_fields__)
+    if unknown:
+        raise AdapterError(f"adapter {reference}: {path} has options this version of peft does not know: {unknown}")
+    asked = raw.get
+    initialisation = str(asked("init_lora_weights", True))
     for wrong, what in (
-        (config.use_dora, "DoRA"),
-        (config.fan_in_fan_out, "transposed (fan_in_fan_out) weights"),
-        (config.bias != "none", "trained biases"),
-        (config.modules_to_save, "whole modules (modules_to_save)"),
-        (
-            str(config.init_lora_weights).lower().startswith(_BASE_CHANGING),
-            f"{config.init_lora_weights} initialisation",
-        ),
+        (asked("use_dora"), "DoRA"),
+        (asked("fan_in_fan_out"), "transposed (fan_in_fan_out) weights"),
+        (asked("bias", "none") != "none", "trained biases"),
+        (asked("alora_invocation_tokens"), "activation by tokens (aLoRA)"),
+        (asked("use_qalora") or asked("layer_replication"), "more than plain LoRA (QA-LoRA or layer replication)"),
+        (asked("modules_to_save"), "whole modules (modules_to_save)"),
+        (initialisation.lower().startswith(_BASE_CHANGING), f"{initialisation} initialisation"),
     ):
         if wrong:
             raise AdapterError(f"adapter {reference} uses {what}: merge it with peft first and build from the result")
-    return config
+    known = {key: value for key, value in raw.items() if key in LoraConfig.__dataclass_fields__}
+    return LoraConfig(**{**known, "task_type": None, "auto_mapping": None})
 
 
 def _read_tensors(folder: Path, reference: str) -> dict[str, Tensor]:
