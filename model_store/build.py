@@ -6,6 +6,7 @@ of weights while merging, and at one copy of the model for the self-test.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import tempfile
@@ -349,10 +350,30 @@ def _some(names: Collection[str]) -> str:
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the block ends well, and goes when it does not."""
+    """A folder beside `folder` that takes its place when the block ends well, and goes when it does not.
+
+    What a build that was killed has left there goes first; one that still runs holds a lock on its own.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+    prefix = f".{folder.name}-building-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        with _locked(left / "lock") as abandoned:
+            if abandoned:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch, _locked(Path(scratch) / "lock"):
         staging = Path(scratch) / folder.name
         staging.mkdir()
         yield staging
         staging.replace(folder)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock on a file, which the system lets go when the process ends; False where another holds it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -335,6 +336,21 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="not empty"):
         build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
     assert (tmp_path / "encoder" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_a_killed_build_left_goes_and_a_running_one_stays(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    killed, running = tmp_path / ".encoder-building-1", tmp_path / ".encoder-building-2"
+    for left in (killed, running):
+        (left / "encoder").mkdir(parents=True)
+        (left / "encoder" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".other-building-1").mkdir()
+    with (running / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
+    assert not killed.exists()
+    assert running.exists()
+    assert (tmp_path / ".other-building-1").exists()
 
 
 def test_the_manifest_says_where_everything_came_from(tmp_path: Path) -> None:
