@@ -1,6 +1,6 @@
 """Tokens a second on one device: the encoder alone, the server over HTTP, and sentence-transformers.
 
-    python -m bench.throughput [--model DIR|RECIPE] [--texts N] [--rounds N] [--clients N] [--save]
+    python -m bench.throughput [--model DIR|RECIPE] [--texts N] [--rounds N] [--clients N] [--parts …] [--save]
 
 Everybody embeds the same texts with the same stored weights, in turn, round by round, so that a machine whose speed
 drifts is the same for all; what counts are the ratios. Parts:
@@ -35,6 +35,8 @@ from service.server import prepare_store
 from service.settings import Limits, Settings
 from tests.e2e.process import ServerProcess
 
+PARTS = ("encoder", "server", "padded_sorted", "padded")
+
 
 def main() -> None:
     """Measure and report."""
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these only")
     parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
 
@@ -72,14 +75,13 @@ def main() -> None:
         encoder.encode(PackedBatch.pack(rows[:8], manifest.pooling))
         peer.encode(texts[:8])
         for number in range(options.rounds):
-            for name, (count, run) in parts.items():
+            for name in options.parts:
+                count, run = parts[name]
                 began = time.perf_counter()
                 run()
                 rate = count / (time.perf_counter() - began)
                 rates.setdefault(name, []).append(rate)
                 print(f"round {number + 1}: {name:14} {rate:8.0f} tokens/s", flush=True)
-    agreement = float((np.stack(server_vectors[: len(texts)]) * normalized(peer.encode(texts))).sum(1).min())
-
     medians = {name: statistics.median(values) for name, values in rates.items()}
     finish(
         "throughput",
@@ -93,14 +95,22 @@ def main() -> None:
             "tokens_per_second": {name: round(value) for name, value in medians.items()},
             "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
             "ratios": {
-                "server / encoder": ratio(rates["server"], rates["encoder"]),
-                "encoder / padded_sorted": ratio(rates["encoder"], rates["padded_sorted"]),
-                "encoder / padded": ratio(rates["encoder"], rates["padded"]),
+                f"{left} / {right}": ratio(rates[left], rates[right])
+                for left, right in (("server", "encoder"), ("encoder", "padded_sorted"), ("encoder", "padded"))
+                if left in rates and right in rates
             },
-            "lowest cosine, server to sentence-transformers": round(agreement, 5),
+            **agreement(server_vectors, texts, peer),
         },
         options.save,
     )
+
+
+def agreement(server_vectors: list[np.ndarray[Any, Any]], texts: list[str], peer: Any) -> dict[str, float]:
+    """How alike the server's vectors and the peer's are; the peer pools BOS too."""
+    if not server_vectors:
+        return {}
+    lowest = (np.stack(server_vectors[: len(texts)]) * normalized(peer.encode(texts))).sum(1).min()
+    return {"lowest cosine, server to sentence-transformers": round(float(lowest), 5)}
 
 
 def load_peer(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
