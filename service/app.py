@@ -76,8 +76,9 @@ def create_app(
             metrics.build_info.labels(
                 app.state.version, served_name, worker.device, worker.dtype, manifest.pooling
             ).set(1)
-            app.state.phase = "ready"
-            metrics.ready.set(1)
+            if app.state.phase == "loading":  # and not told to stop meanwhile
+                app.state.phase = "ready"
+                metrics.ready.set(1)
             seconds = round(time.perf_counter() - began, 2)
             where = {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
             log.info("ready", extra={"fields": {"model": served_name, **where, "seconds": seconds}})

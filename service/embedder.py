@@ -67,6 +67,7 @@ class Embedder:
     settings: Settings
     limits: Limits
     metrics: Metrics
+    running: int = field(default=0, init=False)  # requests admitted or about to be, and not answered yet
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +81,13 @@ class Embedder:
             Overloaded: if too much is queued already; nothing was computed.
             EncodingError: if the device failed on one of the texts.
         """
+        self.running += 1
+        try:
+            return await self._embed(request)
+        finally:
+            self.running -= 1
+
+    async def _embed(self, request: EmbedRequest) -> EmbedResult:
         self._check(request)
         began = time.perf_counter()
         rows = await self._tokenize(request)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,9 @@ from service.errors import StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
+
+# Tenths of a second without work in which a request that was on its way has been read and answered.
+_QUIET_TICKS = 3
 
 Progress = Callable[[int, int], None]
 
@@ -68,6 +72,7 @@ def serve(settings: Settings, progress: Progress) -> int:
             server_header=False,
         ),
         on_stop=lambda: drain(app),
+        in_work=lambda: app.state.embedder.running,
     )
     with listen(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -120,15 +125,34 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal to stop drains and then ends with status 0 instead of dying of the signal."""
+    """uvicorn, but a signal to stop drains first, and ends with status 0 instead of dying of the signal.
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+    While it drains it still listens: what arrives is told 503, where a closed socket would reset requests that were
+    sent but not read yet. It stops listening once nothing has been in work for a moment, or the grace period is over.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None], in_work: Callable[[], int]) -> None:
         super().__init__(config)
         self._on_stop = on_stop
+        self._in_work = in_work
+        self._stop_at: float | None = None
+        self._quiet_ticks = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> Any:
-        """Stop taking requests; a second interrupt does not wait for those in flight."""
-        if self.should_exit and sig == signal.SIGINT:
-            self.force_exit = True
-        self._on_stop()
-        self.should_exit = True
+        """Take no new requests; a second interrupt does not wait for those in flight."""
+        if self._stop_at is not None and sig == signal.SIGINT:
+            self.force_exit = self.should_exit = True
+        elif self._stop_at is None:
+            self._on_stop()
+            self._stop_at = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends its main loop."""
+        await super().on_tick(counter)
+        if self._stop_at is not None:
+            self._quiet_ticks = 0 if self._in_work() else self._quiet_ticks + 1
+            left = self._stop_at - time.monotonic()
+            if self._quiet_ticks >= _QUIET_TICKS or left <= 0:
+                self.config.timeout_graceful_shutdown = max(1, round(left))
+                self.should_exit = True
+        return self.should_exit
