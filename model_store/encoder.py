@@ -15,13 +15,17 @@ from model_store.attention import Kernel, choose_kernel, implementation_name
 from model_store.manifest import Manifest, read_manifest
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
+from model_store.quantization import Quantization, quantize
 
 # T packed tokens, B texts, D width
 
 
-# Below about 12 rows the CPU's float32 matrix products take another path, and a short text would get other last bits
-# alone than in company. A text of filler keeps it on the usual one.
-_LEAST_CPU_TOKENS = 16
+# A smaller batch gets a text of filler. Below about 12 rows the CPU's float32 matrix products take another path, and a
+# short text would get other last bits alone than in company; a compiled layer must never see one row only.
+LEAST_TOKENS = 16
+
+# The attention kernels take a longest text of 1 for decoding; more than the true length costs nothing.
+_LEAST_LONGEST = 8
 
 
 class DeviceError(ValueError):
@@ -45,6 +49,7 @@ class Encoder:
         device: str = "auto",
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         attention: Kernel | Literal["auto"] = "auto",
+        quantization: Quantization = "none",
     ) -> Encoder:
         """Load a stored encoder; its weights take their size in memory once.
 
@@ -52,6 +57,7 @@ class Encoder:
             StoreError: if the folder is no stored encoder.
             DeviceError: for a device that is not there.
             AttentionError: if the attention kernel asked for can't serve this model on this device.
+            QuantizationError: if the device or the model can't do with the quantisation asked for.
         """
         manifest = read_manifest(folder)
         on = choose_device(device)
@@ -63,6 +69,7 @@ class Encoder:
         softcap = getattr(model.config, "attn_logit_softcapping", None) is not None
         kernel = choose_kernel(attention, on, as_dtype, softcap)
         model.set_attn_implementation(implementation_name(kernel))
+        quantize(model, quantization, on)
         return cls(model.eval().requires_grad_(False).to(on), manifest, on, as_dtype, kernel)
 
     @torch.inference_mode()
@@ -73,7 +80,7 @@ class Encoder:
             position_ids=batch.position_ids[None],
             use_cache=False,
             cu_seqlens=batch.cu_seqlens,
-            longest=batch.longest,
+            longest=max(batch.longest, _LEAST_LONGEST),
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
@@ -81,11 +88,21 @@ class Encoder:
     @torch.inference_mode()
     def encode(self, batch: PackedBatch) -> Tensor:
         """Text vectors, shape (B, D) float32 on the host, not normalised."""
-        texts = len(batch.cu_seqlens) - 1
-        if self.device.type == "cpu":
-            batch = batch.filled_up_to(_LEAST_CPU_TOKENS)
-        on_device = batch.to(self.device)
-        return pool(self.hidden(on_device), on_device).cpu()[:texts]
+        on_device = batch.filled_up_to(LEAST_TOKENS).to(self.device)
+        return pool(self.hidden(on_device), on_device)[: len(batch.cu_seqlens) - 1].cpu()
+
+    def compile_layers(self) -> None:
+        """Have each layer compiled at the next use: one graph for all of a kind, for any number of tokens and texts.
+
+        The first batch then takes up to half a minute, or seconds where torch's compile cache has the layers.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=True, fullgraph=True)
+
+    def uncompile_layers(self) -> None:
+        """Back to what `load` gave."""
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None
 
 
 def choose_device(asked: str) -> torch.device:

@@ -45,15 +45,20 @@ class PackedBatch:
             longest=max(lengths),
         )
 
-    def filled_up_to(self, tokens: int) -> PackedBatch:
-        """The same batch with one more text of filler if it has fewer tokens, so that it has that many."""
-        missing = tokens - len(self.token_ids)
-        if missing <= 0:
+    def filled_up_to(self, tokens: int, texts: int = 0) -> PackedBatch:
+        """The same batch, made at least so large: by one more text of filler, and then by texts of no tokens.
+
+        Texts of no tokens have no vector: theirs is NaN.
+        """
+        missing = max(tokens - len(self.token_ids), 0)
+        ends = [tokens] * (missing > 0)
+        ends += [max(tokens, len(self.token_ids))] * (texts + 1 - len(self.cu_seqlens) - len(ends))
+        if not ends:
             return self
         return PackedBatch(
             token_ids=torch.cat([self.token_ids, torch.zeros(missing, dtype=torch.int64)]),
             position_ids=torch.cat([self.position_ids, torch.arange(missing)]),
-            cu_seqlens=torch.cat([self.cu_seqlens, torch.tensor([tokens], dtype=torch.int32)]),
+            cu_seqlens=torch.cat([self.cu_seqlens, torch.tensor(ends, dtype=torch.int32)]),
             pooling_weights=torch.cat([self.pooling_weights, torch.ones(missing)]),
             longest=max(self.longest, missing),
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from model_store.encoder import Encoder
 from model_store.manifest import SELF_TEST_FILE, read_manifest
 from model_store.packing import PackedBatch
+from model_store.pipeline import Pipeline
 from model_store.tokenizer import TextTokenizer, TokenizedText
 
 # B texts, S tokens of the longest text, D width
@@ -30,6 +31,10 @@ CASES = (
 
 # 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
+
+
+# Token ids that every vocabulary has, three texts of different lengths.
+_CHECKED = [TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0) for length in (3, 24, 9)]
 
 
 class SelfTestError(ValueError):
@@ -67,6 +72,57 @@ def largest_difference(left: Tensor, right: Tensor) -> float:
     return float((1 - torch.cosine_similarity(left.double(), right.double(), dim=-1)).max())
 
 
+def check_attention(encoder: Encoder) -> None:
+    """Compare a tiny packed forward with transformers' own on the encoder's device, before it serves.
+
+    That shows at once a neighbour that moves another text, a first token that does not see the last, a layer that
+    never calls attention and a kernel that is wrong on this device.
+
+    Raises:
+        SelfTestError: if they differ.
+    """
+    _refuse_other(
+        _packed_vectors(encoder, _CHECKED),
+        _padded_vectors(encoder, _CHECKED),
+        f"attention kernel {encoder.kernel} on {encoder.device}",
+        encoder,
+    )
+
+
+def compile_checked(encoder: Encoder) -> None:
+    """Compile the layers, and see that the vectors stay what they are; else the layers stay as they are.
+
+    Raises:
+        SelfTestError: if they do not.
+        Exception: whatever the compiler raises.
+    """
+    before = _packed_vectors(encoder, _CHECKED)
+    encoder.compile_layers()
+    try:
+        _refuse_other(_packed_vectors(encoder, _CHECKED), before, "torch.compile", encoder)
+    except BaseException:
+        encoder.uncompile_layers()
+        raise
+
+
+def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
+    """See that two ways through one encoder give the same vectors.
+
+    Raises:
+        SelfTestError: if they do not.
+    """
+    widths = [plain.encoder.manifest.width] * len(_CHECKED)
+    left, right = (torch.from_numpy(way.launch(_CHECKED, widths).wait()) for way in (plain, faster))
+    _refuse_other(left, right, "the captured forward pass", plain.encoder)
+
+
+def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> None:
+    difference = largest_difference(left, right)
+    # Random tokens' vectors can lie closer to rounding than those of the texts that TOLERANCE was set for.
+    if not difference <= 2 * TOLERANCE[encoder.dtype]:
+        raise SelfTestError(f"{what} gives other vectors for this model (1 − cosine up to {difference:.1e})")
+
+
 def _load(folder: Path, cases: Sequence[Sequence[str]] = CASES) -> tuple[Encoder, list[TokenizedText]]:
     encoder = Encoder.load(folder, device="cpu", dtype=read_manifest(folder).dtype, attention="sdpa")
     tokenizer = TextTokenizer.load(folder, encoder.manifest)
@@ -90,9 +146,14 @@ def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
     packed = encoder.model.config._attn_implementation
     encoder.model.set_attn_implementation("eager")
     try:
-        output = encoder.model(input_ids=token_ids, attention_mask=mask, is_causal=False, use_cache=False)
+        output = encoder.model(
+            input_ids=token_ids.to(encoder.device),
+            attention_mask=mask.to(encoder.device),
+            is_causal=False,
+            use_cache=False,
+        )
     finally:
         encoder.model.set_attn_implementation(packed)
-    hidden = output.last_hidden_state.float()
+    hidden = output.last_hidden_state.float().cpu()
     vectors: Tensor = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
     return vectors

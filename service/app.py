@@ -12,16 +12,17 @@ from typing import Protocol
 from fastapi import FastAPI
 
 from model_store.manifest import Manifest
-from model_store.tokenizer import TokenizedText
 from service.api import openai, operations
 from service.api.error_responses import install_error_handlers
 from service.api.requests import RequestContext
-from service.batcher import MicroBatcher
-from service.embedder import Embedder, Tokenizes, Vector
+from service.batcher import DevicePlan, MicroBatcher
+from service.embedder import Embedder, Tokenizes
 from service.errors import EncodingError
 from service.logs import log
 from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings
+from service.vector_cache import VectorCache
 
 
 class Worker(Protocol):
@@ -39,10 +40,10 @@ class Worker(Protocol):
     def kernel(self) -> str:
         """The attention kernel in use, once started."""
 
-    async def start(self, limits: Limits) -> None:
-        """Load and warm up."""
+    async def start(self, limits: Limits) -> DevicePlan:
+        """Load and warm up; what batches are to be like."""
 
-    async def run_batch(self, rows: list[TokenizedText]) -> Sequence[Vector | EncodingError]:
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
         """A vector or an error for each row."""
 
     def stop(self) -> None:
@@ -66,13 +67,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher: MicroBatcher[TokenizedText, Vector] = MicroBatcher(worker.run_batch, limits.batch_tokens, metrics)
+        recent = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+        batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(worker.run_batch, metrics, recent)
         app.state.embedder = embedder = Embedder(manifest, tokenizer, batcher, settings, limits, metrics)
         app.state.last_batch_failed = lambda: batcher.last_batch_failed
 
         async def start_and_batch() -> None:
             began = time.perf_counter()
-            await worker.start(limits)
+            plan = await worker.start(limits)
             metrics.build_info.labels(
                 app.state.version, served_name, worker.device, worker.dtype, manifest.pooling
             ).set(1)
@@ -82,7 +84,7 @@ def create_app(
             seconds = round(time.perf_counter() - began, 2)
             where = {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
             log.info("ready", extra={"fields": {"model": served_name, **where, "seconds": seconds}})
-            await batcher.run()
+            await batcher.run(plan)
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()) is not None:

@@ -1,90 +1,151 @@
-"""Gathers inputs of many requests into batches and hands each to `run_batch`.
+"""Runs what waits in batches on the device, one queue for all requests.
 
-A batch leaves the moment the device is idle; what arrives while it is busy makes up the next one, so there is no
-delay to tune. Knows nothing of HTTP, text, tensors or torch: rows are things with a length in tokens.
+A batch leaves when the device is free, or about to be where it can queue one behind another; what arrives meanwhile
+makes up the next, so there is no delay to tune. Which inputs go is `service.scheduling`'s choice. Knows nothing of
+HTTP, text, tensors or torch: rows are things with a length in tokens and a key that equal rows share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence, Sized
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
+from service.cost_model import CostModel
 from service.errors import EncodingError, Unavailable
 from service.logs import log
 from service.metrics import Metrics
+from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
 
-Row = TypeVar("Row", bound=Sized)
+
+class Batchable(Protocol):
+    """A row to compute."""
+
+    @property
+    def key(self) -> bytes:
+        """The same for rows that get the same vector."""
+
+    def __len__(self) -> int:
+        """Its tokens."""
+
+
+Row = TypeVar("Row", bound=Batchable)
 Vector = TypeVar("Vector")
 
 # What a batch gives for each row, in order: its vector, or the error of that row alone.
 RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
 
+# Share of the newest batch in running averages.
+_NEWEST = 0.2
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What warm-up found out about the device.
+
+    `lead_seconds` is how long before the device is free the next batch must be composed so that it never waits; 0 where
+    batches can't be queued behind each other.
+    """
+
+    cost: CostModel
+    limits: BatchLimits
+    lead_seconds: float = 0.0
+
 
 @dataclass(frozen=True)
 class Computed(Generic[Vector]):
-    """One input's vector, how long it waited for its batch and how long the batch took."""
+    """One input's vector, how long it waited for its batch and how long the batch took; no time if it was there."""
 
     vector: Vector
-    queue_seconds: float
-    inference_seconds: float
+    queue_seconds: float = 0.0
+    inference_seconds: float = 0.0
 
 
 @dataclass(eq=False)
-class Waiting(Generic[Row, Vector]):
-    """One input, and the future its request waits on."""
+class _Request(Generic[Vector]):
+    """A request's answers, and the future that has them all once none is missing."""
+
+    answers: list[Computed[Vector] | None]
+    missing: int
+    done: asyncio.Future[None]
+
+    def set(self, index: int, computed: Computed[Vector]) -> None:
+        self.answers[index] = computed
+        self.missing -= 1
+        if not self.missing and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, index: int, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error.at(index) if isinstance(error, EncodingError) else error)
+
+
+@dataclass(eq=False)
+class _Input(Generic[Row, Vector]):
+    """One distinct row, and the places in requests that wait for its vector."""
 
     row: Row
-    answer: asyncio.Future[Computed[Vector]]
+    lane: Lane
+    waiting: list[tuple[_Request[Vector], int]]
     since: float = field(default_factory=time.perf_counter)
     queued: bool = True
 
     @property
     def tokens(self) -> int:
-        """The row's length in tokens."""
         return len(self.row)
 
+    @property
+    def wanted(self) -> bool:
+        return any(not request.done.done() for request, _ in self.waiting)
 
-def take_batch(queue: deque[Any], batch_tokens: int) -> list[Any]:
-    """Take the next batch off the queue: the oldest first, as many as fit into `batch_tokens`.
+    def set(self, computed: Computed[Vector]) -> None:
+        for request, index in self.waiting:
+            request.set(index, computed)
 
-    An input that is longer than that by itself goes alone; one whose answer nobody waits for is dropped.
-    """
-    batch: list[Any] = []
-    tokens = 0
-    while queue:
-        if queue[0].answer.done():
-            queue.popleft()
-        elif batch and tokens + queue[0].tokens > batch_tokens:
-            break
-        else:
-            tokens += queue[0].tokens
-            batch.append(queue.popleft())
-    return batch
+    def fail(self, error: Exception) -> None:
+        for request, index in self.waiting:
+            request.fail(index, error)
+
+
+class Recent(Protocol[Vector]):
+    """A memory of vectors, such as `service.vector_cache.VectorCache`."""
+
+    def get(self, key: bytes) -> Vector | None:
+        """The vector, if it is remembered."""
+
+    def put(self, key: bytes, vector: Vector) -> None:
+        """Remember a vector."""
 
 
 class MicroBatcher(Generic[Row, Vector]):
     """The queue and the one task that empties it."""
 
-    def __init__(self, run_batch: RunBatch[Row, Vector], batch_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self, run_batch: RunBatch[Row, Vector], metrics: Metrics, recent: Recent[Vector] | None = None
+    ) -> None:
         self._run_batch = run_batch
-        self._batch_tokens = batch_tokens
         self._metrics = metrics
-        self._queue: deque[Waiting[Row, Vector]] = deque()
+        self._recent = recent
+        self._queue: Queue[_Input[Row, Vector]] = Queue()
+        self._known: dict[tuple[Lane, bytes], _Input[Row, Vector]] = {}
         self._arrival = asyncio.Event()
         self._ended = False
-        self._tokens_per_second = 0.0
-        self.queued_tokens = 0
+        self._plan: DevicePlan | None = None
+        self._slowness = 1.0  # seconds that batches take for each second of the cost model
+        self._free_at = 0.0  # when the device will have done what was given to it, by the cost model
+        self._last_ended = 0.0
+        self._queued = {lane: [0, 0] for lane in LANES}  # inputs and tokens that wait
         self.last_batch_failed = False
-        metrics.read_queue(lambda: len(self._queue), lambda: self.queued_tokens, self._oldest_seconds)
+        for lane in LANES:
+            self._expose(lane)
 
-    async def submit(self, rows: Sequence[Row]) -> list[Computed[Vector]]:
+    async def submit(self, rows: Sequence[Row], lane: Lane = "interactive") -> list[Computed[Vector]]:
         """The rows' vectors, in order, each from whatever batch it fitted into.
 
-        Cancelling this drops the rows that are still queued.
+        A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
+        still queued and that nobody else waits for.
 
         Raises:
             EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
@@ -92,105 +153,178 @@ class MicroBatcher(Generic[Row, Vector]):
         """
         if self._ended:
             raise Unavailable("the server can't compute any more")
-        loop = asyncio.get_running_loop()
-        waiting: list[Waiting[Row, Vector]] = [Waiting(row, loop.create_future()) for row in rows]
-        self._queue.extend(waiting)
-        self.queued_tokens += sum(item.tokens for item in waiting)
+        request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
+        awaited: list[_Input[Row, Vector]] = []
+        new: list[_Input[Row, Vector]] = []
+        for index, row in enumerate(rows):
+            if self._recent is not None and (vector := self._recent.get(row.key)) is not None:
+                self._metrics.cache_hits.inc()
+                request.set(index, Computed(vector))
+                continue
+            item = self._known.get((lane, row.key))
+            if item is not None and item.wanted:
+                self._metrics.dedup_hits.inc()
+                item.waiting.append((request, index))
+            else:
+                item = self._known[lane, row.key] = _Input(row, lane, [(request, index)])
+                self._count(item, 1)
+                new.append(item)
+            awaited.append(item)
+        self._queue.add(new, lane)
         self._arrival.set()
-        index = 0
         try:
-            computed = []
-            for index, item in enumerate(waiting):  # noqa: B007
-                computed.append(await item.answer)
-            return computed
-        except EncodingError as error:
-            raise error.at(index) from error
+            await request.done
+            return [answer for answer in request.answers if answer is not None]
         finally:
-            self._drop(waiting)
+            request.done.cancel()
+            for item in awaited:
+                if item.queued and not item.wanted:
+                    self._unqueue(item)
+                    self._end(item)
+                    self._metrics.cancelled.labels("queued").inc()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens at which a batch is full; 0 before `run`."""
+        return self._plan.limits.batch_tokens if self._plan else 0
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait for a batch."""
+        return sum(map(self.queued_in, LANES))
+
+    def queued_in(self, lane: Lane) -> int:
+        """Tokens that wait in one lane."""
+        return self._queued[lane][1]
 
     def backlog_seconds(self) -> float:
-        """How long the queue would take at the rate of the latest batches; 0 before the first."""
-        return self.queued_tokens / self._tokens_per_second if self._tokens_per_second else 0.0
+        """How long the device needs for what waits and what it is at, at its present speed."""
+        if self._plan is None:
+            return 0.0
+        at_it = max(self._free_at - time.perf_counter(), 0.0)
+        return at_it + self.queued_tokens * self._plan.cost.per_token * self._slowness
 
-    async def run(self) -> None:
+    async def run(self, plan: DevicePlan) -> None:
         """Batch and run, for ever. When this ends, whatever the reason, everything that waits is told."""
+        self._plan = plan
+        at_once = 2 if plan.lead_seconds else 1
+        running: set[asyncio.Task[None]] = set()
         try:
             while True:
                 while not self._queue:
                     self._arrival.clear()
                     await self._arrival.wait()
-                batch = take_batch(self._queue, self._batch_tokens)
+                await self._wait_for_device(running, at_once, plan.lead_seconds)
+                batch = take_batch(self._queue, plan.limits)
                 for item in batch:
-                    item.queued = False
-                    self.queued_tokens -= item.tokens
+                    self._unqueue(item)
                 if batch:
-                    await self._compute(batch)
+                    running.add(asyncio.create_task(self._compute(batch, plan)))
         finally:
             self._ended = True
-            for item in self._queue:
-                if not item.answer.done():
-                    item.answer.set_exception(Unavailable("the server stopped before this input was computed"))
-            self._queue.clear()
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+            error = Unavailable("the server stopped before this input was computed")
+            for item in self._known.values():
+                item.fail(error)
+            self._queue = Queue()
 
-    def _drop(self, waiting: list[Waiting[Row, Vector]]) -> None:
-        """Let go of a request's inputs; those without an answer yet will not be computed."""
-        for item in waiting:
-            if item.answer.done() and not item.answer.cancelled():
-                item.answer.exception()  # seen here, though another input's error was raised
-            item.answer.cancel()
-            if item.queued:  # also where cancelling the request has cancelled this answer already
-                item.queued = False
-                self.queued_tokens -= item.tokens
-                self._metrics.cancelled.labels("queued").inc()
+    async def _wait_for_device(self, running: set[asyncio.Task[None]], at_once: int, lead_seconds: float) -> None:
+        """Until a batch composed now would not wait for the device long, nor the device for the batch.
 
-    async def _compute(self, batch: list[Waiting[Row, Vector]]) -> None:
+        Composing any earlier would let a query that arrives meanwhile miss it.
+        """
+        while running:
+            if len(running) < at_once:
+                spare = self._free_at - time.perf_counter() - lead_seconds
+                if spare <= 0:
+                    return
+                done, _ = await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
+            else:
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                running.discard(task)
+                task.result()  # a batch that fails answers its inputs; anything else ends the batcher
+
+    async def _compute(self, batch: list[_Input[Row, Vector]], plan: DevicePlan) -> None:
         """Run a batch and answer it; one that fails is run again in halves, down to the input that is to blame."""
-        started = time.perf_counter()
+        given = time.perf_counter()
+        expected = plan.cost.seconds(sum(item.tokens for item in batch)) * self._slowness
+        self._free_at = due = max(given, self._free_at) + expected
         try:
             results = await self._run_batch([item.row for item in batch])
         except Exception as error:
+            self._free_at = time.perf_counter()
             self.last_batch_failed = True
             self._metrics.batch_failures.inc()
             log.warning("a batch of %d inputs failed: %r", len(batch), error)
-            await self._after_failure(batch, error)
+            await self._after_failure(batch, plan, error)
             return
         except BaseException:
             for item in batch:
-                if not item.answer.done():
-                    item.answer.set_exception(Unavailable("the server stopped while this input was computed"))
+                self._end(item)
+                item.fail(Unavailable("the server stopped while this input was computed"))
             raise
         self.last_batch_failed = False
-        seconds = time.perf_counter() - started
-        self._observe(batch, started, seconds)
+        ended = time.perf_counter()
+        seconds = ended - max(given, self._last_ended)  # on the device, without the time behind another batch
+        self._last_ended = ended
+        self._free_at += ended - due  # what is queued behind this one moves with it
+        self._slowness *= 1 + _NEWEST * (min(max(seconds / expected, 0.1), 10.0) - 1)
+        self._observe(batch, given, seconds, plan.limits)
         for item, result in zip(batch, results, strict=True):
-            if item.answer.done():
-                continue
+            self._end(item)
             if isinstance(result, EncodingError):
-                item.answer.set_exception(result)
+                item.fail(result)
             else:
-                item.answer.set_result(Computed(result, started - item.since, seconds))
+                if self._recent is not None:
+                    self._recent.put(item.row.key, result)
+                item.set(Computed(result, given - item.since, ended - given))
 
-    async def _after_failure(self, batch: list[Waiting[Row, Vector]], error: Exception) -> None:
-        waiting = [item for item in batch if not item.answer.done()]
-        if len(waiting) > 1:
-            half = len(waiting) // 2
-            await self._compute(waiting[:half])
-            await self._compute(waiting[half:])
-        elif waiting:
-            known = error if isinstance(error, EncodingError) else EncodingError("the device failed on this input")
-            waiting[0].answer.set_exception(known)
-
-    def _observe(self, batch: list[Waiting[Row, Vector]], started: float, seconds: float) -> None:
-        tokens = sum(item.tokens for item in batch)
-        if seconds:
-            latest = tokens / seconds
-            self._tokens_per_second = 0.8 * (self._tokens_per_second or latest) + 0.2 * latest
-        self._metrics.inference_seconds.observe(seconds)
-        self._metrics.batch_inputs.observe(len(batch))
-        self._metrics.batch_tokens.observe(tokens)
-        self._metrics.batch_fill_ratio.observe(tokens / self._batch_tokens)
+    async def _after_failure(self, batch: list[_Input[Row, Vector]], plan: DevicePlan, error: Exception) -> None:
+        wanted = [item for item in batch if item.wanted]
         for item in batch:
-            self._metrics.queue_wait_seconds.observe(started - item.since)
+            if not item.wanted:
+                self._end(item)
+        if len(wanted) > 1:
+            half = len(wanted) // 2
+            await self._compute(wanted[:half], plan)
+            await self._compute(wanted[half:], plan)
+        elif wanted:
+            self._end(wanted[0])
+            known = error if isinstance(error, EncodingError) else EncodingError("the device failed on this input")
+            wanted[0].fail(known)
 
-    def _oldest_seconds(self) -> float:
-        return time.perf_counter() - self._queue[0].since if self._queue else 0.0
+    def _observe(self, batch: list[_Input[Row, Vector]], given: float, seconds: float, limits: BatchLimits) -> None:
+        tokens = sum(item.tokens for item in batch)
+        metrics = self._metrics
+        metrics.inference_seconds.observe(seconds)
+        metrics.batch_inputs.observe(len(batch))
+        metrics.batch_tokens.observe(tokens)
+        metrics.batch_fill_ratio.observe(tokens / limits.batch_tokens)
+        for item in batch:
+            metrics.queue_wait_seconds.labels(item.lane).observe(given - item.since)
+
+    def _count(self, item: _Input[Row, Vector], sign: int) -> None:
+        inputs_tokens = self._queued[item.lane]
+        inputs_tokens[0] += sign
+        inputs_tokens[1] += sign * item.tokens
+
+    def _unqueue(self, item: _Input[Row, Vector]) -> None:
+        """The input goes into a batch, or nobody wants it any more."""
+        if item.queued:
+            item.queued = False
+            self._count(item, -1)
+
+    def _end(self, item: _Input[Row, Vector]) -> None:
+        """No later request can share this input's vector."""
+        if self._known.get((item.lane, item.row.key)) is item:
+            del self._known[item.lane, item.row.key]
+
+    def _expose(self, lane: Lane) -> None:
+        def oldest_seconds() -> float:
+            return max((time.perf_counter() - item.since for item in self._queue.heads(lane)), default=0.0)
+
+        self._metrics.read_queue(lane, lambda: self._queued[lane][0], lambda: self.queued_in(lane), oldest_seconds)

@@ -10,19 +10,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Literal, Protocol
 
 from model_store.manifest import Manifest
 from model_store.tokenizer import TokenizationError, TokenizedText
-from service.batcher import Computed, MicroBatcher
+from service.batcher import MicroBatcher
 from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
+from service.scheduling import Lane
 from service.settings import Limits, Settings
-
-Vector = NDArray[np.float32]
 
 # Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
 _TOKENIZE_AT_ONCE = 64
@@ -47,9 +44,9 @@ class EmbedRequest:
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """(n, D) L2-normalised float32 vectors in the order of the texts, and what they cost."""
+    """L2-normalised float32 vectors in the order of the texts, each of the width asked for, and what they cost."""
 
-    vectors: NDArray[np.float32]
+    vectors: Sequence[Vector]
     prompt_tokens: int
     truncated_inputs: int
     tokenize_seconds: float
@@ -59,11 +56,11 @@ class EmbedResult:
 
 @dataclass
 class Embedder:
-    """Admits, tokenizes, submits, shortens and normalizes."""
+    """Admits, tokenizes and submits."""
 
     manifest: Manifest
     tokenizer: Tokenizes
-    batcher: MicroBatcher[TokenizedText, Vector]
+    batcher: MicroBatcher[EmbedRow, Vector]
     settings: Settings
     limits: Limits
     metrics: Metrics
@@ -92,12 +89,14 @@ class Embedder:
         began = time.perf_counter()
         rows = await self._tokenize(request)
         tokenized = time.perf_counter()
-        tokens = self._admit(rows)
-        computed = await self.batcher.submit(rows)
+        tokens = self._count(rows)
+        lane = self._lane(rows, tokens)
+        self._admit(tokens, lane)
+        computed = await self.batcher.submit(rows, lane)
         result = EmbedResult(
-            vectors=_shorten_and_normalize(computed, request.dimensions),
+            vectors=[item.vector for item in computed],
             prompt_tokens=tokens,
-            truncated_inputs=sum(row.cut for row in rows),
+            truncated_inputs=sum(row.text.cut for row in rows),
             tokenize_seconds=tokenized - began,
             queue_seconds=max(item.queue_seconds for item in computed),
             inference_seconds=max(item.inference_seconds for item in computed),
@@ -111,7 +110,7 @@ class Embedder:
         Raises:
             EncodingError, Unavailable: if it does not.
         """
-        await self.batcher.submit([TokenizedText([0], 0)])
+        await self.batcher.submit([EmbedRow(TokenizedText([0], 0), self.manifest.width)])
 
     def close(self) -> None:
         """End the tokenizer threads."""
@@ -141,19 +140,20 @@ class Embedder:
                 "dimensions",
             )
 
-    async def _tokenize(self, request: EmbedRequest) -> list[TokenizedText]:
+    async def _tokenize(self, request: EmbedRequest) -> list[EmbedRow]:
+        width = request.dimensions or self.manifest.width
+
+        def encode(part: slice) -> list[EmbedRow]:
+            texts = self.tokenizer.encode_batch(request.texts[part], request.instructions[part])
+            return [EmbedRow(text, width) for text in texts]
+
         loop = asyncio.get_running_loop()
         starts = range(0, len(request.texts), _TOKENIZE_AT_ONCE)
         slices = [slice(start, start + _TOKENIZE_AT_ONCE) for start in starts]
-        encode = self.tokenizer.encode_batch
         parts = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._threads, encode, request.texts[part], request.instructions[part])
-                for part in slices
-            ),
-            return_exceptions=True,
+            *(loop.run_in_executor(self._threads, encode, part) for part in slices), return_exceptions=True
         )
-        rows: list[TokenizedText] = []
+        rows: list[EmbedRow] = []
         for part, outcome in zip(slices, parts, strict=True):
             if isinstance(outcome, TokenizationError):
                 raise InvalidRequest(
@@ -164,8 +164,12 @@ class Embedder:
             rows += outcome
         return rows
 
-    def _admit(self, rows: list[TokenizedText]) -> int:
-        """The request's tokens, once its length and the queue's are known to allow it."""
+    def _lane(self, rows: list[EmbedRow], tokens: int) -> Lane:
+        small = len(rows) <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
+        return "interactive" if small else "bulk"
+
+    def _count(self, rows: list[EmbedRow]) -> int:
+        """The request's tokens, if each text and all together are short enough."""
         tokens = 0
         for index, row in enumerate(rows):
             tokens += len(row)
@@ -178,14 +182,17 @@ class Embedder:
                 "request_too_large",
                 "input",
             )
-        queued = self.batcher.queued_tokens
-        if queued and queued + tokens > self.settings.max_queued_tokens:
-            raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
         return tokens
 
-    def _measure(self, request: EmbedRequest, rows: list[TokenizedText], result: EmbedResult) -> None:
+    def _admit(self, tokens: int, lane: Lane) -> None:
+        """Each lane has a queue of its own, so that bulk can't keep queries out."""
+        queued = self.batcher.queued_in(lane)
+        if queued and queued + tokens > self.settings.max_queued_tokens:
+            raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
+
+    def _measure(self, request: EmbedRequest, rows: list[EmbedRow], result: EmbedResult) -> None:
         metrics = self.metrics
-        pooled = sum(len(row) - row.span_start for row in rows)
+        pooled = sum(len(row) - row.text.span_start for row in rows)
         metrics.inputs.inc(len(rows))
         metrics.truncated_inputs.inc(result.truncated_inputs)
         metrics.tokens.labels("text").inc(pooled)
@@ -195,11 +202,3 @@ class Embedder:
         metrics.tokenize_seconds.observe(result.tokenize_seconds)
         for row in rows:
             metrics.input_tokens.observe(len(row))
-
-
-def _shorten_and_normalize(computed: list[Computed[Vector]], dimensions: int | None) -> NDArray[np.float32]:
-    """(n, D) with rows of length 1. Cut first, so that a shortened vector has length 1 too."""
-    vectors = np.stack([item.vector for item in computed])[:, :dimensions]
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    shortened: NDArray[Any] = vectors / np.maximum(norms, np.finfo(np.float32).tiny)
-    return shortened

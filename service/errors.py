@@ -102,9 +102,10 @@ class EncodingError(ServiceError):
     index: int | None = None
 
     def at(self, index: int) -> EncodingError:
-        """The same error, saying which of the request's inputs it is about."""
-        self.index = index
-        return self
+        """The same error, saying which of a request's inputs it is about; requests that share an input differ in it."""
+        error = type(self)(*self.args)
+        error.index = index
+        return error
 
 
 class NonFiniteEmbedding(EncodingError):

@@ -13,6 +13,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.scheduling import LANES
+
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # Half a millisecond (a small model on a GPU) to two minutes (a large request on a CPU).
@@ -62,15 +64,17 @@ class Metrics:
         self.request_inputs = histogram("request_inputs", "Inputs in a request", _COUNTS)
         self.input_tokens = histogram("input_tokens", "Tokens of an input", _TOKENS)
         self.tokenize_seconds = histogram("tokenize_seconds", "Tokenizing a request", _SECONDS)
-        self.queue_wait_seconds = histogram("queue_wait_seconds", "An input's wait for its batch", _SECONDS)
+        self.queue_wait_seconds = histogram("queue_wait_seconds", "An input's wait for its batch", _SECONDS, ("class",))
         self.inference_seconds = histogram("inference_seconds", "One batch on the device", _SECONDS)
         self.serialize_seconds = histogram("serialize_seconds", "Writing an answer's vectors", _SECONDS)
         self.batch_inputs = histogram("batch_inputs", "Inputs in a batch", _COUNTS)
         self.batch_tokens = histogram("batch_tokens", "Tokens in a batch", _TOKENS)
         self.batch_fill_ratio = histogram("batch_fill_ratio", "A batch's tokens over batch_tokens", _RATIOS)
-        self.queue_inputs = gauge("queue_inputs", "Inputs waiting for a batch")
-        self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch")
-        self.queue_oldest_seconds = gauge("queue_oldest_seconds", "How long the oldest input has waited")
+        self.queue_inputs = gauge("queue_inputs", "Inputs waiting for a batch", ("class",))
+        self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch", ("class",))
+        self.queue_oldest_seconds = gauge("queue_oldest_seconds", "How long the oldest input has waited", ("class",))
+        self.dedup_hits = counter("dedup_hits", "Inputs that shared the computation of an equal one that waited")
+        self.cache_hits = counter("cache_hits", "Inputs whose vector was remembered")
         self.rejected = counter("rejected", "Requests turned away", ("reason",))
         self.cancelled = counter("cancelled", "Work dropped because its client hung up", ("stage",))
         self.instruction_inputs = counter(
@@ -82,6 +86,16 @@ class Metrics:
         self.nonfinite = counter("nonfinite", "Vectors withheld because they held NaN or infinity")
         self.oom = counter("oom", "Batches that ran out of device memory")
         self.token_budget = gauge("token_budget", "Most tokens in one batch")
+        self.batch_tokens_full = gauge("batch_tokens_full", "Tokens at which a batch is full enough to go")
+        self.device_seconds = counter("device_seconds", "Time the device was at batches")
+        self.model_flops = counter("model_flops", "Floating-point operations of the tokens computed, filler left out")
+        self.gemm_flops_per_second = gauge(
+            "gemm_flops_per_second", "Rate of this device at large matrix products, measured at the start"
+        )
+        self.model_flops_utilization = gauge(
+            "model_flops_utilization", "model_flops over device_seconds and gemm_flops_per_second, of late"
+        )
+        self.throughput = gauge("throughput_tokens_per_second", "Tokens over device_seconds, of late")
         self.gpu_memory_bytes = gauge("gpu_memory_bytes", "Device memory as torch sees it", ("kind",))
         self.ready = gauge("ready", "1 when the server answers, 0 while it loads or drains")
         self.model_load_seconds = gauge("model_load_seconds", "Loading the weights")
@@ -97,14 +111,18 @@ class Metrics:
             self.cancelled.labels(stage)
         for source in INSTRUCTION_SOURCES:
             self.instruction_inputs.labels(source)
+        for lane in LANES:
+            self.queue_wait_seconds.labels(lane)
         for kind in ("allocated", "reserved", "total"):
             self.gpu_memory_bytes.labels(kind)
 
-    def read_queue(self, inputs: Callable[[], float], tokens: Callable[[], float], oldest: Callable[[], float]) -> None:
-        """Read the queue's gauges from these functions whenever the page is asked for."""
-        self.queue_inputs.set_function(inputs)
-        self.queue_tokens.set_function(tokens)
-        self.queue_oldest_seconds.set_function(oldest)
+    def read_queue(
+        self, lane: str, inputs: Callable[[], float], tokens: Callable[[], float], oldest: Callable[[], float]
+    ) -> None:
+        """Read a lane's gauges from these functions whenever the page is asked for."""
+        self.queue_inputs.labels(lane).set_function(inputs)
+        self.queue_tokens.labels(lane).set_function(tokens)
+        self.queue_oldest_seconds.labels(lane).set_function(oldest)
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""

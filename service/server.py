@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -39,11 +40,16 @@ def serve(settings: Settings, progress: Progress) -> int:
     # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
+    # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
     from model_store.encoder import choose_device  # torch, from here on
+    from model_store.quantization import quantized_space
     from service.worker import EncoderWorker
 
     device = choose_device(settings.device)
     folder, manifest = prepare_store(settings, progress)
+    space = quantized_space(manifest.embedding_space, settings.quantization)
+    manifest = manifest.model_copy(update={"embedding_space": space})
     configure_logs(settings.log_level)
     limits = Limits(settings, manifest, device.type)
     metrics = Metrics()

@@ -14,12 +14,20 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store.manifest import Manifest
+from service.cost_model import CostModel
 from service.errors import StartupError
+from service.scheduling import BatchLimits
 
 PREFIX = "LLM2VEC_"
 
 # Tokens of one text, whatever more the model could read; callers of hosted APIs expect about this.
 DEFAULT_MAX_INPUT_TOKENS = 8192
+
+
+# A device so slow that this takes longer than a batch should is used as well as it can be.
+_LEAST_BATCH_TOKENS = 512
+
+Switch = Literal["auto", "on", "off"]
 
 
 class Settings(BaseSettings):
@@ -39,6 +47,11 @@ class Settings(BaseSettings):
         "auto",
         description="arithmetic: auto is bfloat16 on CUDA and on CPUs with bf16 instructions, else float32",
     )
+    quantization: Literal["none", "fp8"] = Field(
+        "none",
+        description="fp8: linear layers in 8 bits, on GPUs of compute capability 8.9 and later; vectors move a little, "
+        "and get an embedding space of their own",
+    )
     attention: Literal["auto", "sdpa", "torch-flash", "flash-attn"] = Field(
         "auto", description="attention kernel; auto takes the fastest that serves the model on the device"
     )
@@ -55,13 +68,38 @@ class Settings(BaseSettings):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens at which a batch is full enough to go; by default the token budget, on the CPU 2048",
+        description="tokens at which a batch is full enough to go; by default what a calibration at the start finds "
+        "to be efficient",
+    )
+    batch_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="longest a batch of batch_tokens may take by that calibration, unless batch_tokens is set; by "
+        "default 0.1, on the CPU 1.5",
+    )
+    interactive_inputs: int = Field(
+        4,
+        ge=0,
+        description="most inputs of a request that goes before bulk; one of more than half a batch's tokens never does",
+    )
+    compile: Switch = Field(
+        "auto",
+        description="torch.compile the model's layers at the start: half a minute the first time, seconds later; auto "
+        "where there is a compiler",
+    )
+    cuda_graphs: Switch = Field(
+        "auto", description="capture the forward pass of small batches as CUDA graphs; auto where they can be and help"
+    )
+    cache_bytes: int = Field(
+        0, ge=0, description="memory for recent vectors, given again for equal texts; 0 keeps none"
     )
     max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
     max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
     max_body_bytes: int = Field(32 << 20, ge=1024, description="largest request body")
     max_queued_tokens: int = Field(
-        1_000_000, ge=1, description="tokens that may wait; a request that would exceed this gets 429"
+        1_000_000,
+        ge=1,
+        description="tokens that may wait in each lane, interactive and bulk; a request that would exceed it gets 429",
     )
     tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize")
     truncation: Literal["token", "reference"] = Field(
@@ -128,12 +166,19 @@ class Limits:
                 f"the model reads {self.max_input_tokens} tokens but token_budget is {self.token_budget}: raise "
                 f"{PREFIX}TOKEN_BUDGET to at least {self.max_input_tokens} or lower {PREFIX}MAX_INPUT_TOKENS"
             )
-        self.batch_tokens = settings.batch_tokens or (min(2048, self.token_budget) if on_cpu else self.token_budget)
-        if self.batch_tokens > self.token_budget:
+        if settings.batch_tokens is not None and settings.batch_tokens > self.token_budget:
             raise StartupError(
-                f"batch_tokens is {self.batch_tokens} but token_budget is {self.token_budget}: lower "
-                f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {self.batch_tokens}"
+                f"batch_tokens is {settings.batch_tokens} but token_budget is {self.token_budget}: lower "
+                f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
             )
+        self._batch_tokens = settings.batch_tokens
+        self._batch_seconds = settings.batch_seconds or (1.5 if on_cpu else 0.1)
+
+    def for_batches(self, cost: CostModel) -> BatchLimits:
+        """The limits of a batch on a device that is so fast: large enough to be efficient, quick enough to wait for."""
+        quick = cost.tokens_within(self._batch_seconds)
+        efficient = max(min(cost.efficient_tokens(), quick), _LEAST_BATCH_TOKENS)
+        return BatchLimits(self._batch_tokens or min(efficient, self.token_budget), self.token_budget)
 
 
 def settings_table() -> str:

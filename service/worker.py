@@ -1,4 +1,4 @@
-"""The only thread that touches the device: loading, warm-up and packed batches.
+"""The only thread that gives work to the device: loading, warm-up and packed batches; a second one takes results.
 
 If `run_batch` raises, the whole batch failed. Knows nothing of HTTP, text or queues.
 """
@@ -6,8 +6,9 @@ If `run_batch` raises, the whole batch failed. Knows nothing of HTTP, text or qu
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,16 +17,28 @@ import torch
 from numpy.typing import NDArray
 
 from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
+from model_store.pipeline import Pending, Pipeline
+from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
+from model_store.self_test import check_attention, check_same_vectors, compile_checked
 from model_store.tokenizer import TokenizedText
-from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
+from service.batcher import DevicePlan
+from service.cost_model import CostModel, fit
+from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory, StartupError
+from service.logs import log
 from service.metrics import Metrics
-from service.settings import Limits, Settings
+from service.rows import EmbedRow, Vector
+from service.settings import Limits, Settings, Switch
 
-Vector = NDArray[np.float32]
+# Batches timed at the start, in tokens, of texts no longer than this, for as long as this.
+_TIMED_TOKENS = (16, 64, 256, 1024, 4096, 16384)
+_TIMED_TEXT_TOKENS = 128
+_TIMING_SECONDS = 4.0
 
-# Lengths tried before the server is ready, so that no request pays for the first use of a kernel.
-_WARM_UP_TOKENS = (16, 128, 512)
+# What a thread's wake-up and a timer's grain may add to the host's time for a batch.
+_SLACK_SECONDS = 1e-3
+
+# Share of the newest batch in running averages.
+_NEWEST = 0.1
 
 
 class EncoderWorker:
@@ -35,64 +48,196 @@ class EncoderWorker:
         self._folder = folder
         self._settings = settings
         self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, "device")
-        self._encoder: Encoder
+        self._device_thread = ThreadPoolExecutor(1, "device")
+        self._result_thread = ThreadPoolExecutor(1, "results")
+        self._pipeline: Pipeline
+        self._last_ended = 0.0
+        self._of_late = dict.fromkeys(("seconds", "flops", "tokens"), 0.0)
 
-    async def start(self, limits: Limits) -> None:
-        """Load the encoder and run the first batches; on CUDA one of the whole token budget, to see it fit.
+    async def start(self, limits: Limits) -> DevicePlan:
+        """Load the encoder, check it, speed it up and time it; on CUDA see that the whole token budget fits.
 
         Raises:
-            ValueError: a DeviceError, AttentionError or StoreError that says what to change.
+            ValueError: a DeviceError, AttentionError, SelfTestError or StoreError that says what to change.
+            StartupError: if what is switched on can't be had here.
             OutOfMemory: if the token budget does not fit beside the weights.
         """
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._start, limits)
+        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self._start, limits)
 
-    async def run_batch(self, rows: list[TokenizedText]) -> Sequence[Vector | EncodingError]:
-        """One float32 vector of shape (D,) for each row, or the row's own error.
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
+        """A float32 vector of the row's width and of length 1 for each row, or the row's own error.
+
+        Several may be under way; the device takes them in the order of the calls.
 
         Raises:
             OutOfMemory: if the batch needs more device memory than there is.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, rows)
+        loop = asyncio.get_running_loop()
+        given = time.perf_counter()
+        pending = await loop.run_in_executor(self._device_thread, self._launch, rows)
+        if pending.copied is None:
+            return self._finish(rows, pending, given)
+        return await loop.run_in_executor(self._result_thread, self._finish, rows, pending, given)
 
     def stop(self) -> None:
-        """Let the thread end after the batch it is in."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Let the threads end after the batches they are at."""
+        self._device_thread.shutdown(wait=True, cancel_futures=True)
+        self._result_thread.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, limits: Limits) -> None:
-        settings = self._settings
+    def _start(self, limits: Limits) -> DevicePlan:
+        settings, metrics = self._settings, self._metrics
         began = time.perf_counter()
-        encoder = Encoder.load(self._folder, settings.device, settings.dtype, settings.attention)
-        self._encoder = encoder
+        encoder = Encoder.load(self._folder, settings.device, settings.dtype, settings.attention, settings.quantization)
+        check_attention(encoder)
+        self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
-        self._metrics.model_load_seconds.set(loaded - began)
-        lengths = [length for length in _WARM_UP_TOKENS if length <= limits.max_input_tokens]
+        metrics.model_load_seconds.set(loaded - began)
+        self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
+        self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), self._capture)
         if encoder.device.type == "cuda":
-            lengths.append(limits.token_budget)
-        for tokens in lengths:
-            each = min(tokens, limits.max_input_tokens)
-            count = -(-tokens // each)
-            self._run([TokenizedText([0] * each, 0)] * count)
-        self._metrics.warmup_seconds.set(time.perf_counter() - loaded)
+            self._time(limits.token_budget, limits.max_input_tokens)
+        self._flops_per_second = gemm_flops_per_second(encoder.device, encoder.dtype)
+        self._linear_flops = linear_flops_per_token(encoder.model)
+        metrics.gemm_flops_per_second.set(self._flops_per_second)
+        plan = self._plan(limits)
+        metrics.warmup_seconds.set(time.perf_counter() - loaded)
+        metrics.batch_tokens_full.set(plan.limits.batch_tokens)
         self._watch_memory()
+        return plan
 
-    def _run(self, rows: list[TokenizedText]) -> list[Vector | EncodingError]:
+    def _switch_on(self, name: str, switch: Switch, lacks: str, turn_on: Callable[[], None]) -> None:
+        """Turn a fast path on; where it was not asked for by name, whatever it lacks leaves it off.
+
+        Raises:
+            StartupError: if it was asked for and can't be had.
+        """
+        if switch == "off":
+            return
+        began = time.perf_counter()
         try:
-            batch = PackedBatch.pack(rows, self._encoder.manifest.pooling)
-            vectors: NDArray[np.float32] = self._encoder.encode(batch).numpy()
+            if lacks:
+                raise StartupError(f"LLM2VEC_{name.upper()} needs {lacks}")
+            turn_on()
+        except Exception as error:
+            if switch == "on":
+                raise StartupError(f"LLM2VEC_{name.upper()} is on but fails: {error}") from error
+            log.info("%s is off: %s", name, error)
+        else:
+            log.info("%s is on", name, extra={"fields": {"seconds": round(time.perf_counter() - began, 2)}})
+
+    def _lacks_compiler(self) -> str:
+        return "" if any(map(shutil.which, ("g++", "clang++", "c++"))) else "a C++ compiler (g++)"
+
+    def _lacks_graphs(self) -> str:
+        encoder = self._pipeline.encoder
+        if encoder.device.type != "cuda":
+            return "CUDA"
+        return "" if encoder.kernel != "sdpa" else "an attention kernel other than sdpa"
+
+    def _compile(self) -> None:
+        compile_checked(self._pipeline.encoder)
+
+    def _capture(self) -> None:
+        """Capture graphs, see that they give the same vectors, and keep those that save time."""
+        plain = self._pipeline
+        captured = plain.with_graphs()
+        check_same_vectors(plain, captured)
+        faster = []
+        for graph in captured.graphs:
+            without = self._time(graph.tokens, graph.tokens)
+            self._pipeline = Pipeline(plain.encoder, (graph,))
+            faster += [graph] * (self._time(graph.tokens, graph.tokens) < without)
+            self._pipeline = plain
+        self._pipeline = Pipeline(plain.encoder, tuple(faster))
+
+    def _plan(self, limits: Limits) -> DevicePlan:
+        measured: dict[int, float] = {}
+        left = _TIMING_SECONDS
+        for tokens in _TIMED_TOKENS:
+            expected = 3 * max(measured.values(), default=0.0) * 4
+            if tokens > limits.token_budget or (len(measured) > 1 and expected > left):
+                break
+            began = time.perf_counter()
+            measured[tokens] = self._time(tokens, min(_TIMED_TEXT_TOKENS, limits.max_input_tokens))
+            left -= time.perf_counter() - began
+        try:
+            cost = fit(measured)
+        except ValueError:  # too little is allowed, or the device too small a thing, to see a rate
+            tokens, seconds = max(measured.items())
+            cost = CostModel(seconds, 0.0, seconds / tokens)
+        batch_limits = limits.for_batches(cost)
+        log.info(
+            "calibrated",
+            extra={
+                "fields": {
+                    "tokens_per_second": round(cost.tokens_per_second),
+                    "smallest_batch_ms": round(cost.floor * 1000, 2),
+                    "batch_tokens": batch_limits.batch_tokens,
+                }
+            },
+        )
+        return DevicePlan(cost, batch_limits, self._lead_seconds(limits))
+
+    def _time(self, tokens: int, longest: int) -> float:
+        """Seconds for a batch of about so many tokens, the better of two after one that does not count."""
+        each = min(tokens, longest)
+        rows = [EmbedRow(TokenizedText([0] * each, 0), self._pipeline.encoder.manifest.width)] * (tokens // each)
+
+        def once() -> float:
+            began = time.perf_counter()
+            self._launch(rows).wait()
+            return time.perf_counter() - began
+
+        once()
+        return min(once(), once())
+
+    def _lead_seconds(self, limits: Limits) -> float:
+        """How long the host is at giving a batch to the device; 0 where it computes it itself."""
+        if self._pipeline.encoder.device.type == "cpu":
+            return 0.0
+        rows = [EmbedRow(TokenizedText([0] * min(64, limits.max_input_tokens), 0), 1)] * 16
+        began = time.perf_counter()
+        pending = self._launch(rows)
+        seconds = time.perf_counter() - began
+        pending.wait()
+        return seconds + _SLACK_SECONDS
+
+    def _launch(self, rows: list[EmbedRow]) -> Pending:
+        try:
+            return self._pipeline.launch([row.text for row in rows], [row.width for row in rows])
         except torch.OutOfMemoryError as error:
             self._metrics.oom.inc()
             torch.cuda.empty_cache()
             raise OutOfMemory("the device has too little memory for this input") from error
-        finite = [bool(np.isfinite(vector).all()) for vector in vectors]
-        self._metrics.nonfinite.inc(len(rows) - sum(finite))
+
+    def _finish(self, rows: list[EmbedRow], pending: Pending, given: float) -> list[Vector | EncodingError]:
+        vectors = pending.wait()
+        self._measure(rows, given)
+        # One number that is not finite makes all of its normalised vector so, or itself: the sum shows either.
+        finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))
+        self._metrics.nonfinite.inc(len(rows) - int(finite.sum()))
         return [
-            vector if good else NonFiniteEmbedding("the model gave no finite vector for this input")
-            for vector, good in zip(vectors, finite, strict=True)
+            vector[: row.width] if good else NonFiniteEmbedding("the model gave no finite vector for this input")
+            for row, vector, good in zip(rows, vectors, finite, strict=True)
         ]
 
+    def _measure(self, rows: list[EmbedRow], given: float) -> None:
+        ended = time.perf_counter()
+        seconds = ended - max(given, self._last_ended)
+        self._last_ended = ended
+        tokens = sum(map(len, rows))
+        config = self._pipeline.encoder.model.config
+        flops = self._linear_flops * tokens + attention_flops(config, map(len, rows))
+        for kind, amount in (("seconds", seconds), ("flops", flops), ("tokens", tokens)):
+            self._of_late[kind] = (1 - _NEWEST) * self._of_late[kind] + _NEWEST * amount
+        metrics, late = self._metrics, self._of_late
+        metrics.device_seconds.inc(seconds)
+        metrics.model_flops.inc(flops)
+        metrics.model_flops_utilization.set(late["flops"] / late["seconds"] / self._flops_per_second)
+        metrics.throughput.set(late["tokens"] / late["seconds"])
+
     def _watch_memory(self) -> None:
-        device = self._encoder.device
+        device = self._pipeline.encoder.device
         if device.type != "cuda":
             return
         for kind, read in (
@@ -105,14 +250,14 @@ class EncoderWorker:
     @property
     def device(self) -> str:
         """The device in use, such as cuda:0."""
-        return str(self._encoder.device)
+        return str(self._pipeline.encoder.device)
 
     @property
     def dtype(self) -> str:
         """The arithmetic in use, such as bfloat16."""
-        return str(self._encoder.dtype).removeprefix("torch.")
+        return str(self._pipeline.encoder.dtype).removeprefix("torch.")
 
     @property
     def kernel(self) -> str:
         """The attention kernel in use."""
-        return self._encoder.kernel
+        return self._pipeline.encoder.kernel

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import re
-import time
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from service.api.requests import read_body, require_ready, while_connected
+from service.api.answers import EncodingFormat, answer, encode_vectors
+from service.api.requests import DirectRoute, read_body, require_ready, while_connected
 from service.embedder import Embedder, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest, ModelNotFound
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], route_class=DirectRoute)
 
 # What clients call the two roles. Queries get the server's query instruction, documents none.
 INPUT_TYPES: dict[str, Literal["query", "document"]] = {
@@ -38,7 +38,7 @@ class EmbeddingsBody(BaseModel):
 
     input: Text | list[Text] = Field(description="a text, or a list of texts")
     model: str | None = Field(None, description="the served model's name")
-    encoding_format: Literal["float", "base64"] | None = Field(
+    encoding_format: EncodingFormat | None = Field(
         None, description="base64 is little-endian float32; float is the default"
     )
     dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
@@ -102,9 +102,6 @@ async def create_embeddings(request: Request) -> Response:
 
     result = await while_connected(request, embedder.embed(to_embed_request(body, embedder)))
 
-    began = time.perf_counter()
-    content = write_answer(result, served, body.encoding_format or "float")
-    embedder.metrics.serialize_seconds.observe(time.perf_counter() - began)
     headers = {
         "x-embedding-space": embedder.manifest.embedding_space,
         "x-compute-tokens": str(result.prompt_tokens),
@@ -116,7 +113,8 @@ async def create_embeddings(request: Request) -> Response:
     if ignored:
         # The names are the client's: nothing in them may end the header or begin another.
         headers["x-ignored-fields"] = ", ".join(re.sub(r"[^\x21-\x7e]", "?", name) for name in ignored)[:1024]
-    return Response(content, 200, headers, "application/json")
+    slices = write_answer(result, served, body.encoding_format or "float")
+    return answer(slices, result.vectors, headers, embedder.metrics)
 
 
 @router.get("/v1/models")
@@ -126,8 +124,9 @@ async def list_models(request: Request) -> Response:
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(request: Request, name: str) -> Response:
+async def get_model(request: Request) -> Response:
     """The served model by its name."""
+    name = request.path_params["name"]
     if name != request.app.state.served_name:
         raise ModelNotFound(name, request.app.state.served_name)
     return _json(_model(request))
@@ -183,28 +182,21 @@ def to_embed_request(body: EmbeddingsBody, embedder: Embedder) -> EmbedRequest:
     return EmbedRequest(texts, [instruction] * len(texts), source, body.dimensions)
 
 
-def write_answer(result: EmbedResult, model: str, encoding_format: Literal["float", "base64"]) -> bytes:
-    """The answer as JSON bytes."""
-    vectors = result.vectors.astype("<f4", copy=False)
-    as_sent: list[Any] = (
-        [base64.b64encode(vector).decode() for vector in vectors] if encoding_format == "base64" else list(vectors)
-    )
-    return orjson.dumps(
-        {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": index, "embedding": embedding}
-                for index, embedding in enumerate(as_sent)
-            ],
-            "model": model,
-            "usage": {
-                "prompt_tokens": result.prompt_tokens,
-                "total_tokens": result.prompt_tokens,
-                "truncated_inputs": result.truncated_inputs,
-            },
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
-    )
+def write_answer(result: EmbedResult, model: str, encoding_format: EncodingFormat) -> Iterator[bytes]:
+    """The answer as JSON bytes, in slices of some milliseconds' work each."""
+    before = b'{"object":"list","data":['
+    index = 0
+    for part in encode_vectors(result.vectors, encoding_format):
+        items = [
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (place, vector)
+            for place, vector in enumerate(part, index)
+        ]
+        yield before + b",".join(items)
+        before = b","
+        index += len(part)
+    tokens = result.prompt_tokens
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
+    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage))
 
 
 def _are_token_ids(given: Any) -> bool:

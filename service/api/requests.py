@@ -7,10 +7,11 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -77,6 +78,16 @@ class RequestContext:
 QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 
 
+class DirectRoute(APIRoute):
+    """A route whose function takes the request and gives the response: FastAPI's machinery for anything else is not
+    run for it, and documents it only."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function itself."""
+        function: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return function
+
+
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The request's body, refused while it streams in if it is too large.
 
@@ -102,18 +113,27 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     Raises:
         ClientGone: if it did.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_hang_up(request))
+    working = asyncio.current_task()
+    assert working is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone("the client closed the connection")
+        return await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        working.uncancel()
+        raise ClientGone("the client closed the connection") from None
     finally:
-        gone.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
+        watching.cancel()
 
 
 def require_ready(request: Request) -> None:
@@ -126,8 +146,3 @@ def require_ready(request: Request) -> None:
     if state.phase != "ready":
         state.metrics.rejected.labels(state.phase).inc()
         raise Unavailable(f"the server is {state.phase}: try again later")
-
-
-async def _hang_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

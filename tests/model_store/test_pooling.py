@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model_store.packing import PackedBatch
-from model_store.pooling import pool
+from model_store.pooling import pool, shorten_and_normalize
 from model_store.pooling_modes import PoolingMode, token_weights
 from model_store.tokenizer import TokenizedText
 
@@ -48,6 +48,33 @@ def test_packing_restarts_positions_and_counts_texts() -> None:
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.pooling_weights.tolist() == [0, 1, 1, 1, 1]
     assert batch.longest == 3
+
+
+def test_filling_up_adds_a_text_of_filler_and_texts_of_no_tokens() -> None:
+    batch = PackedBatch.pack([TokenizedText([3, 4, 5], 1), TokenizedText([6, 7], 0)], "mean")
+    filled = batch.filled_up_to(9, texts=5)
+    assert filled.token_ids.tolist() == [3, 4, 5, 6, 7, 0, 0, 0, 0]
+    assert filled.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert filled.cu_seqlens.tolist() == [0, 3, 5, 9, 9, 9]
+    assert filled.longest == 4
+    assert batch.filled_up_to(5) is batch
+    assert batch.filled_up_to(5, texts=3).cu_seqlens.tolist() == [0, 3, 5, 5]
+    hidden = torch.randn(9, 6)
+    assert torch.equal(pool(hidden, filled)[:2], pool(hidden[:5], batch))
+
+
+def test_vectors_are_cut_first_and_have_length_1_then() -> None:
+    vectors = torch.tensor([[3.0, 4.0, 12.0], [3.0, 4.0, 12.0], [0.0, 0.0, 0.0]])
+    finished = shorten_and_normalize(vectors, torch.tensor([2, 3, 3]))
+    expected = [[0.6, 0.8, 0.0], [3 / 13, 4 / 13, 12 / 13], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(finished, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_vector_that_is_not_finite_does_not_become_so(bad: float) -> None:
+    vectors = torch.tensor([[1.0, bad, 2.0], [1.0, 1.0, 2.0]])
+    finished = shorten_and_normalize(vectors, torch.tensor([3, 3]))
+    assert finished.sum(1).isfinite().tolist() == [False, True]
 
 
 def test_packing_nothing_is_an_error() -> None:

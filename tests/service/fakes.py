@@ -11,11 +11,16 @@ from model_store.manifest import Manifest, SourceRecord
 from model_store.recipe import Recipe
 from model_store.templates import Template
 from model_store.tokenizer import TokenizationError, TokenizedText
-from service.embedder import Vector
+from service.batcher import DevicePlan
+from service.cost_model import CostModel
 from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
+from service.rows import EmbedRow, Vector
 from service.settings import Limits
 
 WIDTH = 8
+
+# A device that is done at once.
+COST = CostModel(floor=1e-6, base=1e-6, per_token=1e-9)
 
 # Texts that make the fakes misbehave.
 NO_TOKENS = "<no tokens>"
@@ -63,10 +68,12 @@ class FakeTokenizer:
         return rows
 
 
-def fake_vector(row: TokenizedText) -> Vector:
-    """A vector that only this row has."""
-    seed = sum((place + 1) * token for place, token in enumerate(row.token_ids))
-    return np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)
+def fake_vector(row: EmbedRow) -> Vector:
+    """A vector of length 1 that only this row has."""
+    seed = sum((place + 1) * token for place, token in enumerate(row.text.token_ids))
+    vector = np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)[: row.width]
+    shortened: Vector = vector / np.linalg.norm(vector)
+    return shortened
 
 
 class FakeWorker:
@@ -81,12 +88,13 @@ class FakeWorker:
         self.broken = False
         self.start_error: Exception | None = None
 
-    async def start(self, limits: Limits) -> None:
+    async def start(self, limits: Limits) -> DevicePlan:
         if self.start_error:
             raise self.start_error
+        return DevicePlan(COST, limits.for_batches(COST))
 
-    async def run_batch(self, rows: list[TokenizedText]) -> Sequence[Vector | EncodingError]:
-        texts = ["".join(map(chr, row.token_ids[row.span_start :])) for row in rows]
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
+        texts = ["".join(map(chr, row.text.token_ids[row.text.span_start :])) for row in rows]
         self.batches.append(texts)
         await self.gate.wait()
         if self.broken or BREAKS_THE_BATCH in texts:

@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 
 from service.app import create_app, drain
 from service.metrics import Metrics
+from service.rows import EmbedRow
 from service.settings import Limits, Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
@@ -73,8 +74,7 @@ def vectors(answer: Any) -> np.ndarray[Any, Any]:
 
 
 def expected(text: str, instruction: str = "", dimensions: int | None = None) -> np.ndarray[Any, Any]:
-    vector = fake_vector(FakeTokenizer().encode_batch([text], [instruction])[0])[:dimensions]
-    return vector / np.linalg.norm(vector)
+    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions or WIDTH))
 
 
 def test_a_text_and_a_list_of_texts(server: Server) -> None:

@@ -1,76 +1,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from model_store.tokenizer import TokenizedText
-from service.batcher import MicroBatcher, Waiting, take_batch
-from service.embedder import Vector
+from service.batcher import DevicePlan, MicroBatcher
+from service.cost_model import CostModel
 from service.errors import EncodingError, OutOfMemory, Unavailable
 from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
+from service.scheduling import BatchLimits
+from service.vector_cache import VectorCache
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
+    COST,
     NOT_FINITE,
     OUT_OF_MEMORY,
+    WIDTH,
     FakeTokenizer,
     FakeWorker,
     fake_vector,
 )
 
-Batcher = MicroBatcher[TokenizedText, Vector]
+Batcher = MicroBatcher[EmbedRow, Vector]
 
 
-def rows_of(*texts: str) -> list[TokenizedText]:
-    return FakeTokenizer().encode_batch(texts, [""] * len(texts))
+def rows_of(*texts: str) -> list[EmbedRow]:
+    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
 
 
-class Item:
-    """A queued input of so many tokens; gone: its client hung up."""
-
-    def __init__(self, tokens: int, gone: bool = False) -> None:
-        self.tokens = tokens
-        self.answer = self
-        self._gone = gone
-
-    def done(self) -> bool:
-        return self._gone
-
-
-@pytest.mark.parametrize(
-    ("queue", "batch_tokens", "taken", "left"),
-    [
-        ([], 10, [], []),
-        ([3], 10, [3], []),
-        ([3, 4, 3], 10, [3, 4, 3], []),
-        ([3, 4, 4], 10, [3, 4], [4]),
-        ([3, 8, 1], 10, [3], [8, 1]),  # oldest first: a later one that would fit does not overtake
-        ([50], 10, [50], []),  # longer than a batch: alone
-        ([50, 1], 10, [50], [1]),
-        ([1, 50], 10, [1], [50]),
-        ([10, 1], 10, [10], [1]),
-    ],
-)
-def test_take_batch(queue: list[int], batch_tokens: int, taken: list[int], left: list[int]) -> None:
-    waiting = deque(Item(tokens) for tokens in queue)
-    assert [item.tokens for item in take_batch(waiting, batch_tokens)] == taken
-    assert [item.tokens for item in waiting] == left
-
-
-def test_take_batch_drops_those_nobody_waits_for() -> None:
-    waiting = deque([Item(9, gone=True), Item(3), Item(9, gone=True), Item(4), Item(9)])
-    assert [item.tokens for item in take_batch(waiting, 10)] == [3, 4]
-    assert [item.tokens for item in waiting] == [9]
+def plan(batch_tokens: int = 100, lead_seconds: float = 0.0, cost: CostModel = COST) -> DevicePlan:
+    return DevicePlan(cost, BatchLimits(batch_tokens, 10_000), lead_seconds)
 
 
 @asynccontextmanager
 async def running(worker: FakeWorker, batch_tokens: int = 100) -> AsyncIterator[Batcher]:
-    batcher: Batcher = MicroBatcher(worker.run_batch, batch_tokens, Metrics())
-    task = asyncio.create_task(batcher.run())
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics())
+    task = asyncio.create_task(batcher.run(plan(batch_tokens)))
     try:
         yield batcher
     finally:
@@ -162,8 +131,8 @@ async def test_a_client_that_hung_up_costs_no_compute() -> None:
 async def test_when_it_ends_everything_that_waits_is_told() -> None:
     worker = FakeWorker()
     worker.gate.clear()
-    batcher: Batcher = MicroBatcher(worker.run_batch, 3, Metrics())
-    run = asyncio.create_task(batcher.run())
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics())
+    run = asyncio.create_task(batcher.run(plan(batch_tokens=3)))
     computing = asyncio.create_task(batcher.submit(rows_of("a")))
     await until(lambda: worker.batches)
     queued = asyncio.create_task(batcher.submit(rows_of("b")))
@@ -176,9 +145,156 @@ async def test_when_it_ends_everything_that_waits_is_told() -> None:
         await batcher.submit(rows_of("c"))
 
 
-def test_waiting_counts_tokens() -> None:
-    loop = asyncio.new_event_loop()
-    try:
-        assert Waiting(rows_of("abc")[0], loop.create_future()).tokens == 4
-    finally:
-        loop.close()
+async def test_small_requests_pass_bulk_in_the_queue() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker, batch_tokens=20) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches)
+        bulk = asyncio.create_task(batcher.submit(rows_of(*(f"text {i}" for i in range(40))), "bulk"))
+        await until(lambda: batcher.queued_tokens > 100)
+        query = asyncio.create_task(batcher.submit(rows_of("query")))
+        await until(lambda: batcher.queued_tokens > 312)
+        worker.gate.set()
+        await asyncio.gather(first, bulk, query)
+    assert "query" in worker.batches[1]
+    assert "text 0" in worker.batches[1]
+
+
+async def test_equal_rows_that_wait_are_computed_once() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker, batch_tokens=1000) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches)
+        left = asyncio.create_task(batcher.submit(rows_of("same", "left", "same")))
+        right = asyncio.create_task(batcher.submit(rows_of("right", "same")))
+        late = asyncio.create_task(batcher.submit(rows_of("first")))  # what is computed now is shared too
+        await until(lambda: batcher.queued_tokens == len("same" + "left" + "right") + 3)
+        worker.gate.set()
+        answers = await asyncio.gather(first, left, right, late)
+    assert [sorted(batch) for batch in worker.batches] == [["first"], ["left", "right", "same"]]
+    for texts, computed in zip(
+        (["first"], ["same", "left", "same"], ["right", "same"], ["first"]), answers, strict=True
+    ):
+        for row, item in zip(rows_of(*texts), computed, strict=True):
+            assert (item.vector == fake_vector(row)).all()
+
+
+async def test_rows_of_another_width_are_not_equal() -> None:
+    worker = FakeWorker()
+    text = rows_of("same")[0].text
+    async with running(worker) as batcher:
+        wide, narrow = await asyncio.gather(
+            batcher.submit([EmbedRow(text, WIDTH)]), batcher.submit([EmbedRow(text, 3)])
+        )
+    assert (len(wide[0].vector), len(narrow[0].vector)) == (WIDTH, 3)
+
+
+async def test_one_of_two_that_share_a_row_hangs_up() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches)
+        gone = asyncio.create_task(batcher.submit(rows_of("same")))
+        await until(lambda: batcher.queued_tokens)
+        stays = asyncio.create_task(batcher.submit(rows_of("same")))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        await asyncio.wait({gone})
+        assert batcher.queued_tokens == 5
+        worker.gate.set()
+        await asyncio.gather(first, stays)
+        worker.gate.clear()
+        # And where both do, nothing is left of it.
+        blocker = asyncio.create_task(batcher.submit(rows_of("blocker")))
+        await until(lambda: len(worker.batches) == 3)
+        both = [asyncio.create_task(batcher.submit(rows_of("shared"))) for _ in range(2)]
+        await until(lambda: batcher.queued_tokens)
+        await asyncio.sleep(0.01)
+        for task in both:
+            task.cancel()
+        await asyncio.wait(both)
+        assert batcher.queued_tokens == 0
+        worker.gate.set()
+        await blocker
+    assert worker.batches == [["first"], ["same"], ["blocker"]]
+
+
+async def test_an_error_that_two_requests_share_names_each_one_s_own_index() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        blocker = asyncio.create_task(batcher.submit(rows_of("blocker")))
+        await until(lambda: worker.batches)
+        left = asyncio.create_task(batcher.submit(rows_of("a", NOT_FINITE)))
+        right = asyncio.create_task(batcher.submit(rows_of("b", "c", "d", NOT_FINITE)))
+        await until(lambda: batcher.queued_tokens > 20)
+        worker.gate.set()
+        outcomes = await asyncio.gather(left, right, return_exceptions=True)
+        await blocker
+    assert [error.index for error in outcomes if isinstance(error, EncodingError)] == [1, 3]
+
+
+async def test_remembered_vectors_are_not_computed() -> None:
+    worker = FakeWorker()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics(), VectorCache(10_000))
+    task = asyncio.create_task(batcher.run(plan()))
+    await batcher.submit(rows_of("a", "b"))
+    computed = await batcher.submit(rows_of("b", "c", "a"))
+    assert worker.batches == [["a", "b"], ["c"]]
+    for row, item in zip(rows_of("b", "c", "a"), computed, strict=True):
+        assert (item.vector == fake_vector(row)).all()
+    assert await batcher.submit(rows_of("a"))
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_where_the_device_can_queue_the_next_batch_is_composed_shortly_before_it_is_free() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics())
+    cost = CostModel(floor=0.2, base=0.2, per_token=1e-9)
+    task = asyncio.create_task(batcher.run(plan(lead_seconds=0.1, cost=cost)))
+    tasks = [asyncio.create_task(batcher.submit(rows_of("a")))]
+    await until(lambda: len(worker.batches) == 1)
+    tasks.append(asyncio.create_task(batcher.submit(rows_of("b"))))
+    await asyncio.sleep(0.02)
+    assert len(worker.batches) == 1  # the device is busy for long yet: who comes now may still go along
+    tasks.append(asyncio.create_task(batcher.submit(rows_of("c"))))
+    await until(lambda: len(worker.batches) == 2)
+    assert worker.batches[1] == ["b", "c"]
+    tasks.append(asyncio.create_task(batcher.submit(rows_of("d"))))
+    await asyncio.sleep(0.3)
+    assert len(worker.batches) == 2  # never two ahead
+    worker.gate.set()
+    await asyncio.gather(*tasks)
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def test_backlog_follows_what_batches_take() -> None:
+    worker = FakeWorker()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics())
+    assert batcher.backlog_seconds() == 0.0
+    cost = CostModel(floor=0.0, base=0.0, per_token=1.0)
+    task = asyncio.create_task(batcher.run(plan(cost=cost)))
+    worker.gate.clear()
+    first = asyncio.create_task(batcher.submit(rows_of("a")))
+    await until(lambda: worker.batches)
+    second = asyncio.create_task(batcher.submit(rows_of("123456789")))
+    await until(lambda: batcher.queued_tokens)
+    assert 11 < batcher.backlog_seconds() <= 12  # 2 tokens at work and 10 that wait, a second each
+    worker.gate.set()
+    await asyncio.gather(first, second)
+    for number in range(40):
+        await batcher.submit(rows_of(str(number)))
+    worker.gate.clear()
+    third = asyncio.create_task(batcher.submit(rows_of("b")))
+    await until(lambda: len(worker.batches) == 43)
+    assert batcher.backlog_seconds() < 1  # it was far quicker than the model said
+    worker.gate.set()
+    await third
+    task.cancel()
+    await asyncio.wait({task})

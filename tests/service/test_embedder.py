@@ -10,21 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_store.tokenizer import TokenizedText
 from service.batcher import MicroBatcher
-from service.embedder import Embedder, EmbedRequest, Vector
+from service.embedder import Embedder, EmbedRequest
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings
-from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest, fake_vector
+from tests.service.fakes import WIDTH, FakeTokenizer, FakeWorker, fake_manifest, fake_vector
 
 
 @asynccontextmanager
 async def embedder(worker: FakeWorker, **given: Any) -> AsyncIterator[Embedder]:
     settings, manifest, metrics = Settings(**given), fake_manifest(), Metrics()
-    batcher: MicroBatcher[TokenizedText, Vector] = MicroBatcher(worker.run_batch, 100, metrics)
-    running = asyncio.create_task(batcher.run())
-    one = Embedder(manifest, FakeTokenizer(), batcher, settings, Limits(settings, manifest, "cpu"), metrics)
+    limits = Limits(settings, manifest, "cpu")
+    batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(worker.run_batch, metrics)
+    running = asyncio.create_task(batcher.run(await worker.start(limits)))
+    await asyncio.sleep(0)
+    one = Embedder(manifest, FakeTokenizer(), batcher, settings, limits, metrics)
     try:
         yield one
     finally:
@@ -51,17 +53,17 @@ async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:
     async with embedder(FakeWorker(), tokenizer_threads=4) as one:
         result = await one.embed(request(*texts))
     rows = FakeTokenizer().encode_batch(texts, [""] * 300)
-    expected = np.stack([fake_vector(row) for row in rows])
-    np.testing.assert_allclose(result.vectors, expected / np.linalg.norm(expected, axis=1, keepdims=True), rtol=1e-6)
+    assert (np.stack(result.vectors) == np.stack([fake_vector(EmbedRow(row, WIDTH)) for row in rows])).all()
 
 
-async def test_a_zero_vector_stays_zero_and_finite() -> None:
-    class Zeros(FakeWorker):
-        async def run_batch(self, rows: list[TokenizedText]) -> Any:
-            return [np.zeros(8, dtype=np.float32) for _ in rows]
-
-    async with embedder(Zeros()) as one:
-        assert (await one.embed(request("a"))).vectors.tolist() == [[0.0] * 8]
+async def test_requests_of_many_inputs_or_tokens_are_bulk() -> None:
+    worker = FakeWorker()
+    async with embedder(worker, batch_tokens=40) as one:
+        for asked in (request(*"abcd"), request(*"efghi"), request("j" * 25)):
+            await one.embed(asked)
+        page = one.metrics.page().decode()
+    assert 'queue_wait_seconds_count{class="interactive"} 4.0' in page
+    assert 'queue_wait_seconds_count{class="bulk"} 6.0' in page
 
 
 async def test_bad_requests_compute_nothing() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from service.cost_model import CostModel
 from service.errors import StartupError
+from service.scheduling import BatchLimits
 from service.settings import Limits, Settings, load_settings, settings_table
 from tests.service.fakes import fake_manifest
 
@@ -42,8 +44,8 @@ def test_a_wrong_variable_refuses_to_start(
 
 def test_limits_by_default() -> None:
     cpu, cuda, short = limits(), limits(device="cuda"), limits(positions=512)
-    assert (cpu.max_input_tokens, cpu.token_budget, cpu.batch_tokens) == (8192, 8192, 2048)
-    assert (cuda.max_input_tokens, cuda.token_budget, cuda.batch_tokens) == (8192, 16384, 16384)
+    assert (cpu.max_input_tokens, cpu.token_budget) == (8192, 8192)
+    assert (cuda.max_input_tokens, cuda.token_budget) == (8192, 16384)
     assert short.max_input_tokens == 512
     assert limits(max_input_tokens=20000).token_budget == 20000
 
@@ -64,6 +66,20 @@ def test_limits_that_contradict_each_other_name_the_way_out(given: dict[str, Any
     with pytest.raises(StartupError) as caught:
         limits(**given)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("cost", "given", "batch_tokens"),
+    [
+        (CostModel(floor=5e-3, base=1e-3, per_token=25e-6), {}, 1293),  # efficient long before 0.1 s
+        (CostModel(floor=5e-3, base=1e-3, per_token=1e-6), {}, 16384),  # the token budget bounds it
+        (CostModel(floor=0.2, base=0.1, per_token=1e-3), {}, 512),  # slower than a batch should be: used well
+        (CostModel(floor=0.02, base=5e-3, per_token=1e-4), {"batch_seconds": 0.0801}, 751),
+        (CostModel(floor=5e-3, base=1e-3, per_token=25e-6), {"batch_tokens": 700}, 700),
+    ],
+)
+def test_batches_follow_the_device(cost: CostModel, given: dict[str, Any], batch_tokens: int) -> None:
+    assert limits(device="cuda", **given).for_batches(cost) == BatchLimits(batch_tokens, 16384)
 
 
 def test_the_readme_lists_every_setting() -> None:

@@ -1,0 +1,263 @@
+"""What 8-bit layers cost in fidelity and give in speed, on a real encoder.
+
+    python -m bench.quantization [--model DIR|RECIPE] [--texts N] [--rounds N] [--sts FILE] [--pairs N] [--save]
+
+Fidelity: cosine of each text's vector to the bfloat16 one; with --sts also Spearman's correlation over the same pairs.
+Everybody encodes the same batches in turn, round by round; what counts are the ratios.
+
+    bfloat16          what the others are compared with
+    fp8_emulated      model_store.quantization's slow twin: its vectors count, its speed is not measured
+    fp8_emulated_mlp  the same in the MLPs only
+    fp8               the kernel, on a GPU that has it; there also compiled, beside bfloat16 compiled
+    float32           on a CPU, a ruler: how far bfloat16 itself is from it
+    int8_dynamic      on a CPU, torch.ao's: one scale for the whole input, one for each output of the weight
+    int8_rowwise      on a CPU, made as fp8 is: one scale for each token and each output, torch._int_mm
+    int8_rowwise_mlp  the same in the MLPs only
+
+On a CPU everybody computes on one core, and what counts is that core's time: other work on the machine then takes
+nothing from a kind that is made of many small steps. A quantisation is worth having if it is faster than bfloat16 and
+no text's cosine is below 0.995. `product_us` is one product alone, with the largest layer's weight and 16 or 512
+tokens; it adds int8 weights with a bfloat16 input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bench.report import finish
+from bench.texts import mixed_texts
+from bench.throughput import pack, ratio
+from model_store.encoder import Encoder
+from model_store.evaluation.sts import evaluate_sts, read_pairs
+from model_store.manifest import Manifest
+from model_store.packing import PackedBatch
+from model_store.quantization import EmulatedFp8Linear, QuantizationError, emulate_fp8, quantize, replace_linears
+from model_store.tokenizer import TextTokenizer
+from service.server import prepare_store
+from service.settings import Settings
+
+# T packed tokens, K inputs and N outputs of a layer
+
+WORTH_COSINE = 0.995
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+LONE_QUERY = "how much protein should a female eat a day"
+PRODUCT_TOKENS = (16, 512)
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--texts", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sts", type=Path, help="a file of scored pairs: tab-separated score, sentence1, sentence2")
+    parser.add_argument("--pairs", type=int, default=200, help="so many of them, drawn at random")
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    options = parser.parse_args()
+
+    folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
+    encoders = load_all(folder)
+    device = encoders["bfloat16"].device
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    batches = batches_of(folder, manifest, mixed_texts(options.texts), device)
+    lone = batches_of(folder, manifest, [LONE_QUERY], device)[0]
+
+    bfloat16 = encode(encoders["bfloat16"], batches)
+    cosines = {name: torch.cosine_similarity(encode(encoder, batches), bfloat16) for name, encoder in encoders.items()}
+    spearman = sts(folder, manifest, encoders, options.sts, options.pairs)
+    for name in [name for name in encoders if "emulated" in name]:
+        del encoders[name]
+    products = product_times(encoders["bfloat16"])
+    rates, lone_ms = speeds(encoders, batches, lone, options.rounds)
+    if device.type == "cuda":
+        compiled_rates, compiled_ms = speeds(compiled(encoders), batches, lone, options.rounds)
+        rates, lone_ms = rates | compiled_rates, lone_ms | compiled_ms
+    ratios = {name: ratio(found, rates["bfloat16"]) for name, found in rates.items()}
+    finish(
+        "quantization",
+        {
+            "model": manifest.name,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one core",
+            "texts": options.texts,
+            "tokens": sum(len(batch.token_ids) for batch in batches),
+            "cosine_to_bfloat16": {
+                name: {"mean": round(float(found.mean()), 5), "min": round(float(found.min()), 5)}
+                for name, found in cosines.items()
+            },
+            "sts_spearman": spearman,
+            "tokens_per_second": {name: round(statistics.median(found)) for name, found in rates.items()},
+            "ratio_to_bfloat16": ratios,
+            "lone_query_ms": lone_ms,
+            "product_us": products,
+            "worth_having": [
+                name
+                for name, found in cosines.items()
+                if name.startswith(("int8", "fp8")) and ratios.get(name, 0) > 1 and found.min() >= WORTH_COSINE
+            ],
+        },
+        options.save,
+    )
+
+
+def load_all(folder: Path) -> dict[str, Encoder]:
+    """Every kind that this machine can run, under the names above."""
+
+    def load(dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Encoder:
+        return Encoder.load(folder, dtype=dtype)
+
+    encoders = {"bfloat16": load(), "fp8_emulated": load(), "fp8_emulated_mlp": load()}
+    device = encoders["bfloat16"].device
+    emulate_fp8(encoders["fp8_emulated"].model)
+    replace_linears(encoders["fp8_emulated_mlp"].model, lambda linear: EmulatedFp8Linear(linear, device), ".mlp.")
+    if device.type == "cpu":
+        encoders |= {name: load() for name in ("int8_rowwise", "int8_rowwise_mlp")}
+        replace_linears(encoders["int8_rowwise"].model, Int8Linear)
+        replace_linears(encoders["int8_rowwise_mlp"].model, Int8Linear, ".mlp.")
+        encoders |= {name: load("float32") for name in ("float32", "int8_dynamic")}
+        replace_linears(encoders["int8_dynamic"].model, torch_dynamic_int8)
+        return encoders
+    fp8 = load()
+    try:
+        quantize(fp8.model, "fp8", device)
+    except QuantizationError as refusal:
+        print(refusal, flush=True)
+        return encoders
+    return encoders | {"fp8": fp8}
+
+
+def encode(encoder: Encoder, batches: Sequence[PackedBatch]) -> Tensor:
+    """(B, D) vectors of all batches."""
+    return torch.cat([encoder.encode(batch) for batch in batches])
+
+
+def speeds(
+    encoders: dict[str, Encoder], batches: Sequence[PackedBatch], lone: PackedBatch, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """By kind: tokens a second in each round, and milliseconds of a lone query, of everybody in turn."""
+    rates: dict[str, list[float]] = {name: [] for name in encoders}
+    lone_seconds: dict[str, list[float]] = {name: [] for name in encoders}
+    tokens = sum(len(batch.token_ids) for batch in batches)
+    for number in range(rounds + 1):
+        for name, encoder in encoders.items():
+            bulk = seconds(encoder.device, encode, encoder, batches)
+            queries = [seconds(encoder.device, encoder.encode, lone) for _ in range(10)]
+            if number:  # the first round warms up
+                rates[name].append(tokens / bulk)
+                lone_seconds[name] += queries
+                print(f"round {number}: {name:18} {tokens / bulk:8.0f} tokens/s", flush=True)
+    return rates, {name: round(1000 * statistics.median(found), 2) for name, found in lone_seconds.items()}
+
+
+def compiled(encoders: dict[str, Encoder]) -> dict[str, Encoder]:
+    """The same encoders, each layer compiled in place."""
+    for encoder in encoders.values():
+        for layer in encoder.model.layers:
+            layer.compile(dynamic=True)
+    return {f"{name}_compiled": encoder for name, encoder in encoders.items()}
+
+
+def seconds(device: torch.device, run: Callable[..., object], *arguments: object) -> float:
+    """How long it takes: this process's time on a CPU, by the clock on the wall where a GPU works."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    began = clock()
+    run(*arguments)
+    return clock() - began
+
+
+class Int8Linear(nn.Module):
+    """The CPU's counterpart of Fp8Linear: int8 × int8 → int32, scales as there."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, scale = int8_rows(linear.weight.detach())
+        self.weight_scale = scale.t().contiguous()
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        x8, scale = int8_rows(x.flatten(0, -2))
+        out = (torch._int_mm(x8, self.weight.t()) * scale * self.weight_scale).to(x.dtype)
+        return (out if self.bias is None else out + self.bias).view(*x.shape[:-1], -1)
+
+
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) → int8 (R, K) and float32 scales (R, 1)."""
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / 127).clamp(min=1e-12)
+    return (x / scale).round().to(torch.int8), scale
+
+
+def torch_dynamic_int8(linear: nn.Linear) -> nn.Module:
+    """torch.ao's dynamically quantised layer, float32 in and out."""
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated in favour of torchao, which is a package more
+        made: nn.Module = quantize_dynamic(nn.Sequential(linear), {nn.Linear: per_channel_dynamic_qconfig})[0]
+    return made
+
+
+def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str], device: torch.device) -> list[PackedBatch]:
+    """The texts, without an instruction, in their order."""
+    rows = TextTokenizer.load(folder, manifest).encode_batch(list(texts), [""] * len(texts))
+    return list(pack(rows, BATCH_TOKENS[device.type], manifest))
+
+
+@torch.inference_mode()
+def product_times(encoder: Encoder) -> dict[str, dict[str, float]]:
+    """Microseconds of the fastest of some products with the largest layer's weight, by number of tokens."""
+    if encoder.device.type != "cpu":
+        return {}
+    linears = [module for module in encoder.model.layers.modules() if isinstance(module, nn.Linear)]
+    largest = max(linears, key=lambda linear: linear.weight.numel())
+    rowwise = Int8Linear(largest)
+    scales = rowwise.weight_scale[0].bfloat16()
+    dynamic = torch_dynamic_int8(nn.Linear(largest.in_features, largest.out_features))
+    times: dict[str, dict[str, float]] = {}
+    for count in PRODUCT_TOKENS:
+        x = torch.randn(count, largest.in_features).bfloat16()
+        times[str(count)] = {
+            "bfloat16": fastest(largest, x),
+            "int8_dynamic": fastest(dynamic, x.float()),
+            "int8_rowwise": fastest(rowwise, x),
+            "int8_rowwise, of an input in int8": fastest(torch._int_mm, int8_rows(x)[0], rowwise.weight.t()),
+            "int8_weights": fastest(torch._weight_int8pack_mm, x, rowwise.weight, scales),
+        }
+    return times
+
+
+def fastest(run: Callable[..., object], *arguments: Tensor) -> float:
+    """Microseconds of the core; the least of 30, because others' work on the machine only adds."""
+    return round(1e6 * min(seconds(torch.device("cpu"), run, *arguments) for _ in range(30)))
+
+
+def sts(
+    folder: Path, manifest: Manifest, encoders: dict[str, Encoder], file: Path | None, count: int
+) -> dict[str, float]:
+    """Spearman's correlation by kind, over the same pairs."""
+    if file is None:
+        print("no --sts FILE: no Spearman's correlation", flush=True)
+        return {}
+    pairs = read_pairs(file)
+    pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
+    texts = [text for pair in pairs for text in (pair.first, pair.second)]
+    found = {}
+    for name, encoder in encoders.items():
+        batches = batches_of(folder, manifest, texts, encoder.device)
+        vectors = nn.functional.normalize(encode(encoder, batches), dim=1)
+        found[name] = round(evaluate_sts(pairs, vectors.numpy()), 4)
+    return found
+
+
+if __name__ == "__main__":
+    main()

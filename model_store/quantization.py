@@ -1,0 +1,166 @@
+"""The decoder's linear layers in 8-bit floats, for GPUs that multiply them: half the memory, more tokens a second.
+
+Opt-in, because the vectors move: they are near the bfloat16 ones, not equal to them, and have an embedding space of
+their own. Knows decoders and their linear layers; nothing of attention, files or requests. Its speed counts on
+torch.compile, which makes one kernel of a quantised input and shares it among the layers that read it (q, k and v).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# T packed tokens, K inputs and N outputs of a layer
+
+Quantization = Literal["none", "fp8"]
+
+_FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(_FP8).max  # 448
+
+# The kernel takes no other numbers of inputs and outputs.
+_MULTIPLE = 16
+
+_WAY_OUT = "set LLM2VEC_QUANTIZATION=none"
+
+
+class QuantizationError(ValueError):
+    """The model, its dtype or the device can't do with this quantisation."""
+
+
+class Fp8Linear(nn.Module):
+    """nn.Linear with weight and input in float8 e4m3 (Micikevicius et al. 2022), bfloat16 out; inference only.
+
+    The weight has one float32 scale for each output, fixed here; the input one for each token, found anew in each
+    forward and on the device, so that a token's result does not depend on its neighbours.
+    """
+
+    weight: Tensor  # (N, K) float8
+    weight_scale: Tensor  # (1, N) float32
+    bias: Tensor | None  # (N,)
+
+    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
+        """From a layer on any device; takes 7 bytes a weight on `device` while this lasts, 1 afterwards.
+
+        Raises:
+            QuantizationError: if a size of the layer is no multiple of 16.
+        """
+        super().__init__()
+        _require_sizes("the layer", linear)
+        weight, scale = quantize_rows(linear.weight.detach().to(device))
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale.t().contiguous())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        x8, scale = quantize_rows(x.flatten(0, -2))
+        return self.product(x8, scale, x.dtype).view(*x.shape[:-1], -1)
+
+    def product(self, x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """(T, K) float8 and its (T, 1) scales → (T, N) bfloat16."""
+        # Fast accumulation: sums stay in the tensor cores, which costs them a few bits that float8 lacks anyway.
+        out: Tensor = torch._scaled_mm(
+            x8,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.weight_scale,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out
+
+
+class EmulatedFp8Linear(Fp8Linear):
+    """The slow twin, for tests and benchmarks on any device; `quantize` never makes one."""
+
+    def product(self, x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same numbers multiplied in `dtype`: every float8 e4m3 value is exact in bfloat16 and in float32."""
+        out = F.linear(x8.to(dtype), self.weight.to(dtype)) * scale * self.weight_scale
+        return (out if self.bias is None else out + self.bias).to(dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(R, K) → float8 (R, K) and float32 scales (R, 1), with x ≈ float8 · scale; a row's largest number becomes ±448.
+
+    Off by at most 1/16 of a number (3 bits after the leading one) or, near 0, scale / 1024. A row with a NaN or an
+    infinity gets a NaN as its scale or in it, so the product shows it.
+    """
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / _LARGEST).clamp(min=1e-12)
+    # The quotient may be one float32 step above 448, which still rounds to 448.
+    return (x / scale).to(_FP8), scale
+
+
+def quantize(model: Any, kind: Quantization, device: torch.device) -> None:
+    """Replace the linear layers of `model`, a bare decoder, in place and put them on `device`; the rest stays.
+
+    Called before the model itself goes to the device, only the small weights are ever there, and one large one.
+
+    Raises:
+        QuantizationError: if the device, the model's dtype or a layer's size can't do with it.
+    """
+    if kind == "none":
+        return
+    _require_kernel(device)
+    for name, linear in _linears(model).items():
+        _require_sizes(name, linear)
+        if linear.weight.dtype != torch.bfloat16:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            raise QuantizationError(
+                f"fp8 layers give bfloat16, but the encoder is {dtype}: set LLM2VEC_DTYPE=bfloat16, or {_WAY_OUT}"
+            )
+    replace_linears(model, lambda linear: Fp8Linear(linear, device))
+
+
+def emulate_fp8(model: Any) -> None:
+    """As `quantize`, with the slow twin, on the device where the model is: for tests and benchmarks only."""
+    replace_linears(model, lambda linear: EmulatedFp8Linear(linear, linear.weight.device))
+
+
+def replace_linears(model: Any, make: Callable[[nn.Linear], nn.Module], within: str = "") -> None:
+    """Put make(layer) in the place of each linear layer inside the decoder's layers; each old weight is freed in turn.
+
+    `within` is a part of their names, such as ".mlp.", for some of them only.
+    """
+    for name in [name for name in _linears(model) if within in name]:
+        model.set_submodule(name, make(model.get_submodule(name)))
+
+
+def quantized_space(embedding_space: str, kind: Quantization) -> str:
+    """The embedding-space id of vectors made this way, which must not be mixed with the unquantised ones."""
+    return embedding_space if kind == "none" else f"{embedding_space}-{kind}"
+
+
+def _linears(model: Any) -> dict[str, nn.Linear]:
+    """By name; the embedding table and norms of a decoder are outside its layers or not linear."""
+    modules = model.layers.named_modules(prefix="layers")
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _require_sizes(name: str, linear: nn.Linear) -> None:
+    if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
+        raise QuantizationError(
+            f"fp8 needs layer sizes that are multiples of {_MULTIPLE}, but {name} has {linear.in_features} inputs "
+            f"and {linear.out_features} outputs: {_WAY_OUT}"
+        )
+
+
+def _require_kernel(device: torch.device) -> None:
+    """Try the kernel itself: GPUs new enough by their number have been without one in some builds of torch."""
+    needs = "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper and newer)"
+    if device.type != "cuda":
+        raise QuantizationError(f"{needs}, but the device is the {device.type}: {_WAY_OUT}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+        raise QuantizationError(f"{needs}, but {found}: {_WAY_OUT}")
+    try:
+        layer = Fp8Linear(nn.Linear(256, 256, dtype=torch.bfloat16), device)
+        layer(torch.ones(16, 256, dtype=torch.bfloat16, device=device)).cpu()
+    except RuntimeError as error:
+        name = torch.cuda.get_device_name(device)
+        raise QuantizationError(f"this torch can't multiply fp8 on {name} ({error}): {_WAY_OUT}") from error
