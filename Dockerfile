@@ -32,6 +32,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # All of the image but the packages.
 FROM ${BASE_IMAGE} AS runtime
+# Debian packages to have besides: g++ lets the server compile the model's layers, which it does on CUDA.
+ARG SYSTEM_PACKAGES=
+RUN if [ -n "$SYSTEM_PACKAGES" ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends $SYSTEM_PACKAGES \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
 # The number is fixed because the files in the volume belong to it. Whatever writes to its home, writes to the volume.
 RUN groupadd --gid 10001 llm2vec \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /models --shell /usr/sbin/nologin llm2vec \

@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench fidelity-table build container-test clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-simulate bench-gpu peers fidelity-table build container-test clean
 
 install: $(INSTALLED)
 
@@ -36,8 +36,26 @@ format: install
 test: install
 	$(BIN)/pytest
 
-bench: install
-	$(BIN)/python -m bench.throughput
+# Each prints what it measures and ends with one JSON object; --save, by SAVE=--save, keeps it in bench/results/.
+bench-cpu: install
+	$(BIN)/python -m bench.cpu $(SAVE)
+
+bench-http: install
+	$(BIN)/python -m bench.http_path $(SAVE)
+
+bench-mixed: install
+	$(BIN)/python -m bench.mixed $(SAVE)
+
+bench-simulate: install
+	$(BIN)/python -m bench.simulate $(SAVE)
+
+# On a machine with a GPU, in three parts of at most nine minutes each.
+bench-gpu: install
+	for part in kernels forward serve; do $(BIN)/python -m bench.gpu $$part --out build/bench-gpu || exit; done
+
+# The environments of the servers that bench-cpu compares with, where they are installed: some minutes, some gigabytes.
+peers:
+	bench/make_peers.sh
 
 fidelity-table: install
 	$(BIN)/python -m bench.fidelity --save

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from bench.report import finish
 from bench.texts import mixed_texts
-from bench.throughput import pack, ratio
+from bench.cpu import pack, ratio
 from model_store.encoder import Encoder
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest
@@ -210,7 +210,7 @@ def torch_dynamic_int8(linear: nn.Linear) -> nn.Module:
 def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str], device: torch.device) -> list[PackedBatch]:
     """The texts, without an instruction, in their order."""
     rows = TextTokenizer.load(folder, manifest).encode_batch(list(texts), [""] * len(texts))
-    return list(pack(rows, BATCH_TOKENS[device.type], manifest))
+    return list(pack(rows, manifest.pooling))
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from transformers import AutoModel
 from transformers.utils.logging import disable_progress_bar
 
 from model_store.attention import Kernel, choose_kernel, implementation_name
+from model_store.cpu_linear import can_pack, pack_linears
 from model_store.manifest import Manifest, read_manifest
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
@@ -90,6 +91,11 @@ class Encoder:
         """Text vectors, shape (B, D) float32 on the host, not normalised."""
         on_device = batch.filled_up_to(LEAST_TOKENS).to(self.device)
         return pool(self.hidden(on_device), on_device)[: len(batch.cu_seqlens) - 1].cpu()
+
+    def pack_weights(self) -> None:
+        """On a CPU with 16-bit products, have the linear layers' weights as its products want them; else do nothing."""
+        if can_pack(self.device, self.dtype):
+            pack_linears(self.model)
 
     def compile_layers(self) -> None:
         """Have each layer compiled at the next use: one graph for all of a kind, for any number of tokens and texts.

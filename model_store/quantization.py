@@ -50,6 +50,7 @@ class Fp8Linear(nn.Module):
         """
         super().__init__()
         _require_sizes("the layer", linear)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scale = quantize_rows(linear.weight.detach().to(device))
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale.t().contiguous())

@@ -89,6 +89,17 @@ def check_attention(encoder: Encoder) -> None:
     )
 
 
+def pack_checked(encoder: Encoder) -> None:
+    """Pack the weights where that helps, and see that the vectors stay what they are.
+
+    Raises:
+        SelfTestError: if they do not.
+    """
+    before = _packed_vectors(encoder, _CHECKED)
+    encoder.pack_weights()
+    _refuse_other(_packed_vectors(encoder, _CHECKED), before, "products of packed weights", encoder)
+
+
 def compile_checked(encoder: Encoder) -> None:
     """Compile the layers, and see that the vectors stay what they are; else the layers stay as they are.
 

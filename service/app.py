@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from model_store.manifest import Manifest
 from service.api import openai, operations
+from service.api.answers import AnswerWriter
 from service.api.error_responses import install_error_handlers
 from service.api.requests import RequestContext
 from service.batcher import DevicePlan, MicroBatcher
@@ -58,10 +59,12 @@ def create_app(
     worker: Worker,
     metrics: Metrics,
     on_fatal: Callable[[BaseException], None],
+    on_ready: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application for one encoder. It answers `/livez` at once and requests when the worker has started.
 
-    `on_fatal` is called when the worker can't start or the batcher ends: the process should then end too.
+    `on_fatal` is called when the worker can't start or the batcher ends: the process should then end too. `on_ready`
+    is called once everything that stays is in memory.
     """
     served_name = settings.served_name or manifest.name
 
@@ -78,6 +81,7 @@ def create_app(
             metrics.build_info.labels(
                 app.state.version, served_name, worker.device, worker.dtype, manifest.pooling
             ).set(1)
+            on_ready()
             if app.state.phase == "loading":  # and not told to stop meanwhile
                 app.state.phase = "ready"
                 metrics.ready.set(1)
@@ -112,11 +116,12 @@ def create_app(
     state.version = app.version
     state.phase = "loading"
     state.manifest, state.limits, state.metrics, state.served_name = manifest, limits, metrics, served_name
+    state.writer = AnswerWriter(metrics)
     state.started_at = int(time.time())
     metrics.token_budget.set(limits.token_budget)
     metrics.ready.set(0)
     install_error_handlers(app)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=metrics, direct=openai.DIRECT)
     app.include_router(openai.router)
     app.include_router(operations.router)
     return app

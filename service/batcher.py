@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cost_model import CostModel
@@ -89,12 +89,9 @@ class _Input(Generic[Row, Vector]):
     row: Row
     lane: Lane
     waiting: list[tuple[_Request[Vector], int]]
-    since: float = field(default_factory=time.perf_counter)
+    tokens: int
+    since: float
     queued: bool = True
-
-    @property
-    def tokens(self) -> int:
-        return len(self.row)
 
     @property
     def wanted(self) -> bool:
@@ -137,6 +134,7 @@ class MicroBatcher(Generic[Row, Vector]):
         self._free_at = 0.0  # when the device will have done what was given to it, by the cost model
         self._last_ended = 0.0
         self._queued = {lane: [0, 0] for lane in LANES}  # inputs and tokens that wait
+        self._queue_waits = {lane: metrics.queue_wait_seconds.labels(lane) for lane in LANES}
         self.last_batch_failed = False
         for lane in LANES:
             self._expose(lane)
@@ -154,6 +152,7 @@ class MicroBatcher(Generic[Row, Vector]):
         if self._ended:
             raise Unavailable("the server can't compute any more")
         request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
+        now = time.perf_counter()
         awaited: list[_Input[Row, Vector]] = []
         new: list[_Input[Row, Vector]] = []
         for index, row in enumerate(rows):
@@ -166,7 +165,7 @@ class MicroBatcher(Generic[Row, Vector]):
                 self._metrics.dedup_hits.inc()
                 item.waiting.append((request, index))
             else:
-                item = self._known[lane, row.key] = _Input(row, lane, [(request, index)])
+                item = self._known[lane, row.key] = _Input(row, lane, [(request, index)], len(row), now)
                 self._count(item, 1)
                 new.append(item)
             awaited.append(item)
@@ -305,7 +304,7 @@ class MicroBatcher(Generic[Row, Vector]):
         metrics.batch_tokens.observe(tokens)
         metrics.batch_fill_ratio.observe(tokens / limits.batch_tokens)
         for item in batch:
-            metrics.queue_wait_seconds.labels(item.lane).observe(given - item.since)
+            self._queue_waits[item.lane].observe(given - item.since)
 
     def _count(self, item: _Input[Row, Vector], sign: int) -> None:
         inputs_tokens = self._queued[item.lane]

@@ -194,9 +194,10 @@ class Embedder:
         metrics = self.metrics
         pooled = sum(len(row) - row.text.span_start for row in rows)
         metrics.inputs.inc(len(rows))
-        metrics.truncated_inputs.inc(result.truncated_inputs)
-        metrics.tokens.labels("text").inc(pooled)
-        metrics.tokens.labels("instruction").inc(result.prompt_tokens - pooled)
+        if result.truncated_inputs:
+            metrics.truncated_inputs.inc(result.truncated_inputs)
+        metrics.text_tokens.inc(pooled)
+        metrics.instruction_tokens.inc(result.prompt_tokens - pooled)
         metrics.instruction_inputs.labels(request.instruction_source).inc(len(rows))
         metrics.request_inputs.observe(len(rows))
         metrics.tokenize_seconds.observe(result.tokenize_seconds)

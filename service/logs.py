@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import Any
 
 import orjson
 
@@ -19,16 +21,27 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
-        line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-            **({"request_id": current} if (current := request_id.get()) else {}),
-            **getattr(record, "fields", {}),
-        }
+        fields = getattr(record, "fields", {})
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+            fields = {**fields, "exception": self.formatException(record.exc_info)}
+        return _line(record.created, record.levelname.lower(), record.getMessage(), fields)
+
+
+def log_request(level: int, fields: dict[str, Any]) -> None:
+    """A request's line, if its level is written: without a log record, which would cost as much as routing it."""
+    if log.isEnabledFor(level):
+        sys.stderr.write(_line(time.time(), logging.getLevelName(level).lower(), "request", fields) + "\n")
+
+
+def _line(created: float, level: str, message: str, fields: dict[str, Any]) -> str:
+    line = {
+        "time": datetime.fromtimestamp(created, UTC).isoformat(timespec="milliseconds"),
+        "level": level,
+        "message": message,
+        **({"request_id": current} if (current := request_id.get()) else {}),
+        **fields,
+    }
+    return orjson.dumps(line, default=str).decode()
 
 
 def configure_logs(level: str) -> None:
@@ -38,5 +51,8 @@ def configure_logs(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    # Not written, so not looked up either: the line of code, thread and process behind each record.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for noisy in ("httpx", "httpcore", "asyncio", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from prometheus_client import (
     CollectorRegistry,
@@ -103,8 +104,7 @@ class Metrics:
         self.build_info = gauge("build_info", "Constant 1", ("version", "model", "device", "dtype", "pooling"))
 
         self.requests.labels("/v1/embeddings", "200", "")
-        for kind in ("text", "instruction"):
-            self.tokens.labels(kind)
+        self.text_tokens, self.instruction_tokens = map(self.tokens.labels, ("text", "instruction"))
         for reason in REJECTION_REASONS:
             self.rejected.labels(reason)
         for stage in CANCEL_STAGES:
@@ -123,6 +123,11 @@ class Metrics:
         self.queue_inputs.labels(lane).set_function(inputs)
         self.queue_tokens.labels(lane).set_function(tokens)
         self.queue_oldest_seconds.labels(lane).set_function(oldest)
+
+    @lru_cache(maxsize=1024)  # noqa: B019  one server, one object
+    def of_request(self, route: str, status: str, code: str) -> tuple[Counter, Histogram]:
+        """The count and the duration of requests that ended so."""
+        return self.requests.labels(route, status, code), self.request_seconds.labels(route)
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from model_store.encoder import Encoder
 from model_store.pipeline import Pending, Pipeline
 from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
-from model_store.self_test import check_attention, check_same_vectors, compile_checked
+from model_store.self_test import check_attention, check_same_vectors, compile_checked, pack_checked
 from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan
 from service.cost_model import CostModel, fit
@@ -89,10 +89,13 @@ class EncoderWorker:
         began = time.perf_counter()
         encoder = Encoder.load(self._folder, settings.device, settings.dtype, settings.attention, settings.quantization)
         check_attention(encoder)
+        pack_checked(encoder)
         self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
         metrics.model_load_seconds.set(loaded - began)
-        self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
+        on_cpu = encoder.device.type == "cpu"
+        compile_or_not = "off" if settings.compile == "auto" and on_cpu else settings.compile
+        self._switch_on("compile", compile_or_not, self._lacks_compiler(), self._compile)
         self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), self._capture)
         if encoder.device.type == "cuda":
             self._time(limits.token_budget, limits.max_input_tokens)

@@ -43,15 +43,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def service_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, errors.ServiceError)
-        status = status_of(error)
-        request.state.code = error.code
-        _count_rejection(request, error)
-        message = str(error)
-        if isinstance(error, errors.EncodingError) and error.index is not None:
-            message += f" (input index {error.index})"
-        if isinstance(error, errors.EncodingError):
-            log.error("answered %d: %s", status, message)
-        return _answer(message, status, error.code, error.param, _retry_headers(error))
+        return service_error_response(request, error)
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -62,6 +54,19 @@ def install_error_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(errors.ServiceError, service_error)
     app.add_exception_handler(HTTPException, http_error)
+
+
+def service_error_response(request: Request, error: errors.ServiceError) -> Response:
+    """The answer to one of our own errors, counted and, if the device is to blame, logged."""
+    status = status_of(error)
+    request.state.code = error.code
+    _count_rejection(request, error)
+    message = str(error)
+    if isinstance(error, errors.EncodingError) and error.index is not None:
+        message += f" (input index {error.index})"
+    if isinstance(error, errors.EncodingError):
+        log.error("answered %d: %s", status, message)
+    return _answer(message, status, error.code, error.param, _retry_headers(error))
 
 
 def unexpected_error_response() -> Response:

@@ -10,12 +10,12 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from service.api.answers import EncodingFormat, answer, encode_vectors
-from service.api.requests import DirectRoute, read_body, require_ready, while_connected
+from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors
+from service.api.requests import read_body, require_ready, while_connected
 from service.embedder import Embedder, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest, ModelNotFound
 
-router = APIRouter(tags=["OpenAI"], route_class=DirectRoute)
+router = APIRouter(tags=["OpenAI"])
 
 # What clients call the two roles. Queries get the server's query instruction, documents none.
 INPUT_TYPES: dict[str, Literal["query", "document"]] = {
@@ -98,7 +98,8 @@ async def create_embeddings(request: Request) -> Response:
     ignored = sorted(body.model_extra or {})
     if ignored and settings.reject_unknown_fields:
         raise InvalidRequest(f"unknown fields: {', '.join(ignored)}", "unknown_field", ignored[0])
-    embedder.metrics.ignored_fields.inc(len(ignored))
+    if ignored:
+        embedder.metrics.ignored_fields.inc(len(ignored))
 
     result = await while_connected(request, embedder.embed(to_embed_request(body, embedder)))
 
@@ -114,7 +115,12 @@ async def create_embeddings(request: Request) -> Response:
         # The names are the client's: nothing in them may end the header or begin another.
         headers["x-ignored-fields"] = ", ".join(re.sub(r"[^\x21-\x7e]", "?", name) for name in ignored)[:1024]
     slices = write_answer(result, served, body.encoding_format or "float")
-    return answer(slices, result.vectors, headers, embedder.metrics)
+    writer: AnswerWriter = request.app.state.writer
+    return writer.answer(slices, result.vectors, headers)
+
+
+# Called for these without FastAPI in between.
+DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/embeddings")}
 
 
 @router.get("/v1/models")

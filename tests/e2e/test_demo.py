@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(demo: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(demo, {"LLM2VEC_COMPILE": "on"}) as running:
+    with ServerProcess(demo) as running:
         yield running
 
 
@@ -63,10 +63,12 @@ def test_alike_texts_have_alike_vectors(server: ServerProcess) -> None:
     assert cosines[0, 1] > 0.9 > cosines[0, 2]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_text_has_the_same_bits_in_any_company(demo: Path, dtype: Any) -> None:
+@pytest.mark.parametrize(("dtype", "packed"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
+def test_a_text_has_the_same_bits_in_any_company(demo: Path, dtype: Any, packed: bool) -> None:
     """Alone, among 64 others, and beside one of 4096 tokens. On the CPU; see docs/fidelity.md for other devices."""
     encoder = Encoder.load(demo, device="cpu", dtype=dtype)
+    if packed:
+        encoder.pack_weights()
     tokenizer = TextTokenizer.load(demo, encoder.manifest)
     others = tokenizer.encode_batch([f"sentence {i} " * (i % 9 + 1) for i in range(64)], [""] * 64)
     long = TokenizedText((others[8].token_ids * 200)[:4096], 1)

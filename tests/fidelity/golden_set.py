@@ -90,6 +90,7 @@ def tokenize(folder: Path, one: Golden, reference: bool) -> list[TokenizedText]:
 def encode(folder: Path, rows: list[TokenizedText], dtype: Any = "float32") -> Tensor:
     """(B, D) normalised float32 vectors of rows, in one packed batch."""
     encoder = Encoder.load(folder, device="cpu", dtype=dtype)
+    encoder.pack_weights()  # as the server does
     return normalized(encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling)))
 
 

@@ -1,0 +1,251 @@
+"""This server beside others on one CPU: the same texts, the same stored weights, in turn, round by round.
+
+    python -m bench.cpu [--model DIR|RECIPE] [--texts 96] [--rounds 3] [--only NAME …] [--save]
+
+A machine whose speed drifts is the same for all in a round; what counts are the ratios. Measured are
+
+    encoder        packed batches one after another, in this process, and its share of the machine's rate at large
+                   bfloat16 matrix products (for the linear layers alone, and with attention's products counted)
+    lone           short texts one at a time: the bare forward pass, and a request to the server for the same texts
+    server         `llm2vec-service serve` asked by 1, 16 and 64 clients, for short, mixed and long texts, and in bulk
+    vllm, infinity the same requests to the servers that bench/make_peers.sh has installed, where it has
+    padded_sorted  sentence-transformers, batch 32, which sorts by length
+    padded         sentence-transformers, batch 32, in the order the texts come
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.load import ask
+from bench.peers import available_peers, start_peer
+from bench.report import finish
+from bench.texts import mixed_texts
+from model_store.encoder import Encoder
+from model_store.packing import PackedBatch
+from model_store.pooling_modes import PoolingMode
+from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
+from model_store.tokenizer import TextTokenizer, TokenizedText
+from service.server import prepare_store
+from service.settings import Settings
+from tests.e2e.process import ServerProcess
+
+# About what the server's calibration comes to here.
+_BATCH_TOKENS = 2048
+
+# (texts, clients, texts a request) of each case over HTTP
+_CASES = {
+    "mixed, 16 clients": ("mixed", 16, 1),
+    "mixed, 1 client": ("mixed", 1, 1),
+    "mixed, 64 clients": ("mixed", 64, 1),
+    "short, 16 clients": ("short", 16, 1),
+    "long, 16 clients": ("long", 16, 1),
+    "mixed, 4 clients of 64": ("mixed", 4, 64),
+}
+_FIRST_CASE = "mixed, 16 clients"
+
+# A client's last request leaves the others alone on the device: several times the texts make that end short.
+_REPEATS = 3
+
+
+def main() -> None:
+    """Measure and report."""
+    peers = available_peers()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--texts", type=int, default=96)
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="of the first case over HTTP and all that is not; the rest once"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=("padded", "padded_sorted", *peers), help="compare with these only"
+    )
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    options = parser.parse_args()
+    others = options.only or [*peers, "padded_sorted", "padded"]
+
+    folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
+    encoder = Encoder.load(folder)
+    encoder.pack_weights()
+    texts = text_sets(options.texts)
+    tokenizer = TextTokenizer.load(folder, manifest)
+    rows = {name: tokenizer.encode_batch(some, [""] * len(some)) for name, some in texts.items()}
+    tokens = {name: sum(map(len, some)) for name, some in rows.items()}
+    padded = load_peer(folder, encoder) if {"padded", "padded_sorted"} & set(others) else None
+    rates: dict[str, list[float]] = {}
+    result: dict[str, Any] = {
+        "model": manifest.name,
+        "dtype": "bfloat16",
+        "texts": len(texts["mixed"]),
+        "tokens": tokens,
+    }
+
+    with ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(folder))
+        urls = {"server": (f"{server.base_url}/v1", manifest.name)}
+        for name in others:
+            if name in peers:
+                peer = stack.enter_context(start_peer(name, folder))
+                urls[name] = (peer.url, peer.model)
+        over_http: dict[str, dict[str, Any]] = {name: {} for name in urls}
+        vectors: dict[str, Any] = {}
+
+        def run_http(name: str, case: str) -> float:
+            kind, clients, at_once = _CASES[case]
+            some = texts[kind] * _REPEATS
+            # No text twice, or a server that computes equal ones once would be measured by that.
+            some = [f"{number}: {text}" for number, text in enumerate(some)]
+            requests = [some[start : start + at_once] for start in range(0, len(some), at_once)]
+            answers = ask(*urls[name], requests, clients)
+            count = sum(map(len, tokenizer.encode_batch(some, [""] * len(some))))
+            vectors[name] = np.concatenate(answers.vectors[: len(texts["mixed"]) // at_once])
+            rate = count / answers.seconds
+            over_http[name][case] = {"tokens_per_second": round(rate), **answers.percentiles()}
+            return rate
+
+        parts: dict[str, Callable[[], float]] = {
+            "encoder": lambda: timed_encoder(encoder, rows["mixed"], tokens["mixed"]),
+            **{name: lambda name=name: run_http(name, _FIRST_CASE) for name in urls},  # type: ignore[misc]
+        }
+        if padded is not None:
+            parts["padded_sorted"] = lambda: timed(
+                tokens["mixed"], lambda: padded.encode(texts["mixed"], batch_size=32)
+            )
+            parts["padded"] = lambda: timed(
+                tokens["mixed"],
+                lambda: [padded.encode(texts["mixed"][i : i + 32]) for i in range(0, len(texts["mixed"]), 32)],
+            )
+        for name in urls:
+            ask(*urls[name], [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
+        timed_encoder(encoder, rows["mixed"][:16], 1)
+        gemm: list[float] = []
+        for number in range(options.rounds):
+            gemm.append(gemm_flops_per_second(encoder.device, encoder.dtype))
+            for name in [part for part in parts if part in ("encoder", "server") or part in others]:
+                rates.setdefault(name, []).append(parts[name]())
+                print(f"round {number + 1}: {name:14} {rates[name][-1]:8.0f} tokens/s", flush=True)
+        result["lone"] = lone(encoder, rows["short"], urls["server"], texts["short"])
+        print("lone", result["lone"], flush=True)
+        for case in _CASES:
+            for name in urls:
+                if case not in over_http[name]:
+                    run_http(name, case)
+                print(f"{case}: {name:10} {over_http[name][case]}", flush=True)
+        for kind in ("short", "long"):
+            result[f"encoder, {kind}"] = round(timed_encoder(encoder, rows[kind], tokens[kind]))
+        result["peak_memory_gb"] = {"server": peak_memory_gb(server.process.pid)}
+    linear = linear_flops_per_token(encoder.model)
+    attention = attention_flops(encoder.model.config, map(len, rows["mixed"])) / tokens["mixed"]
+    finish(
+        "cpu",
+        {
+            **result,
+            "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
+            "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
+            "gemm_gflops": [round(rate / 1e9) for rate in gemm],
+            "encoder's share of the gemm rate": {
+                "linear layers": ratio([linear * rate for rate in rates["encoder"]], gemm),
+                "with attention": ratio([(linear + attention) * rate for rate in rates["encoder"]], gemm),
+            },
+            "ratios": {
+                **{f"server / {name}": ratio(rates["server"], rates[name]) for name in rates if name != "server"},
+                **{f"encoder / {name}": ratio(rates["encoder"], rates[name]) for name in rates if name in others},
+            },
+            "over_http": over_http,
+            "lowest cosine to the server": {
+                name: round(float((vectors["server"] * found).sum(1).min()), 4)
+                for name, found in vectors.items()
+                if name != "server"
+            },
+        },
+        options.save,
+    )
+
+
+def text_sets(count: int) -> dict[str, list[str]]:
+    """Sentences, passages, and a day's mix of both."""
+    mixed = mixed_texts(count)
+    many = mixed_texts(20 * count, seed=1)
+    return {
+        "mixed": mixed,
+        "short": [text for text in many if len(text) < 120][:count],
+        "long": [text for text in many if len(text) > 1500][: count // 4],
+    }
+
+
+def timed(tokens: int, run: Callable[[], object]) -> float:
+    """Tokens a second."""
+    began = time.perf_counter()
+    run()
+    return tokens / (time.perf_counter() - began)
+
+
+def timed_encoder(encoder: Encoder, rows: Sequence[TokenizedText], tokens: int) -> float:
+    """Tokens a second of the encoder alone."""
+    return timed(tokens, lambda: [encoder.encode(batch) for batch in pack(rows, encoder.manifest.pooling)])
+
+
+def lone(
+    encoder: Encoder, rows: Sequence[TokenizedText], url: tuple[str, str], texts: Sequence[str]
+) -> dict[str, float]:
+    """Milliseconds (p50) of short texts one at a time: the bare forward pass and the server, by turns."""
+    bare, asked = [], []
+    for row, text in zip(rows, texts, strict=True):
+        batch = PackedBatch.pack([row], encoder.manifest.pooling)
+        for _ in range(2):  # the second counts: the first pays for what the other process left in the caches
+            began = time.perf_counter()
+            encoder.encode(batch)
+            seconds = time.perf_counter() - began
+        bare.append(seconds)
+        ask(*url, [["again: " + text]], 1)
+        asked += ask(*url, [[text]], 1).latencies
+    forward, request = (1000 * statistics.median(values) for values in (bare, asked))
+    return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
+
+
+def peak_memory_gb(pid: int) -> float:
+    """The most memory that a process had (Linux)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6, 2)
+
+
+def load_peer(folder: Path, encoder: Encoder) -> Any:
+    """sentence-transformers on the stored weights: padded batches, transformers' attention, mean pooling."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    transformer = Transformer(str(folder), max_seq_length=8192, model_kwargs={"dtype": encoder.dtype})
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    peer = SentenceTransformer(modules=[transformer, pooling], device=str(encoder.device))
+    peer.encode(mixed_texts(8, seed=2))
+    return peer
+
+
+def pack(rows: Sequence[TokenizedText], pooling: PoolingMode) -> Iterator[PackedBatch]:
+    """Batches in the order of the rows, as full as the server would make them."""
+    batch: list[TokenizedText] = []
+    for row in rows:
+        if batch and sum(map(len, batch)) + len(row) > _BATCH_TOKENS:
+            yield PackedBatch.pack(batch, pooling)
+            batch = []
+        batch.append(row)
+    yield PackedBatch.pack(batch, pooling)
+
+
+def ratio(left: list[float], right: list[float]) -> float:
+    """The median of the rounds' own ratios."""
+    return round(statistics.median(a / b for a, b in zip(left, right, strict=True)), 3)
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,32 @@
+"""The server with its queue served first come, first served, for comparison: python -m bench.fifo_server serve …"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from service import batcher, cli
+from service.scheduling import BatchLimits, Queue
+
+
+def take_oldest(queue: Queue[Any], limits: BatchLimits) -> list[Any]:
+    """Whole requests in the order they came, in batches of as many tokens as usual."""
+    batch: list[Any] = []
+    tokens = 0
+    while queue.bulk:
+        items = queue.bulk[0].items
+        while items and (not batch or tokens + items[0].tokens <= limits.batch_tokens):
+            if items[0].wanted:
+                tokens += items[0].tokens
+                batch.append(items[0])
+            items.popleft()
+        if items:
+            break
+        queue.bulk.popleft()
+    return batch
+
+
+if __name__ == "__main__":
+    batcher.take_batch = take_oldest  # type: ignore[attr-defined]
+    # Nothing is interactive, so everything is queued as bulk, in order.
+    sys.exit(cli.main([*sys.argv[1:], "--interactive-inputs", "0"]))

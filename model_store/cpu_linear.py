@@ -1,0 +1,121 @@
+"""Linear layers for CPUs with 16-bit products: weights packed once, an MLP's activation done within the product.
+
+oneDNN packs a weight anew for each product unless it is given packed; and an activation on its own reads and writes
+again what the product just had at hand. Knows decoders' linear layers and gated MLPs; nothing of attention or files.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+# T packed tokens, K inputs and N outputs of a layer
+
+# Rows that oneDNN packs for; it takes any other number as well.
+_TYPICAL_ROWS = 512
+
+# transformers' names of activations → oneDNN's name and algorithm.
+_ACTIVATIONS = {
+    "silu": ("swish", ""),
+    "swish": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+}
+
+# A packed weight has a layout of its own, which torch.compile can't look at: it sees the weight's number in here.
+_weights: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+_numbers = count()
+
+
+class PackedLinear(nn.Module):
+    """nn.Linear on a CPU, with its weight packed; inference only."""
+
+    number: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        number = next(_numbers)
+        self._weight = _weights[number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+        # A tensor, not an int: torch.compile would make a graph for each int.
+        self.register_buffer("number", torch.tensor(number), persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        product: Tensor = _linear(x, self.number, self.bias, self.out_features)
+        return product
+
+
+class PackedGatedMlp(nn.Module):
+    """down(activation(gate(x)) · up(x)) (Shazeer 2020), with the activation and the factor done within the products."""
+
+    def __init__(self, mlp: Any, activation: str) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (PackedLinear(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.activation, self.algorithm = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) → (…, D)."""
+        gate, up = self.gate, self.up
+        inner: Tensor = _gated(
+            x, gate.number, gate.bias, up.number, up.bias, up.out_features, self.activation, self.algorithm
+        )
+        return self.down(inner)  # type: ignore[no-any-return]
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of packed weights are to be had, and gain something."""
+    bf16 = dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return bool(bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack_linears(model: Any) -> None:
+    """Replace linear layers and gated MLPs of `model`, a bare decoder, in place; each old weight is freed in turn."""
+    activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
+    for layer in model.layers:
+        if activation in _ACTIVATIONS and all(hasattr(layer.mlp, name) for name in ("gate_proj", "up_proj")):
+            layer.mlp = PackedGatedMlp(layer.mlp, activation)
+        linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        for name in linears:
+            layer.set_submodule(name, PackedLinear(layer.get_submodule(name)))
+
+
+@torch.library.custom_op("llm2vec::packed_linear", mutates_args=())
+def _linear(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, _weights[int(number)], bias, "none", [], "")
+    return product
+
+
+@torch.library.custom_op("llm2vec::packed_gated", mutates_args=())
+def _gated(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    outputs: int,
+    activation: str,
+    algorithm: str,
+) -> Tensor:
+    """activation(x·gate) · (x·up), rounded to 16 bits once for each factor."""
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    gated = pointwise(x, _weights[int(gate)], gate_bias, activation, [], algorithm)
+    product: Tensor = pointwise.binary(x, gated, _weights[int(up)], up_bias, "mul")
+    return product
+
+
+@_linear.register_fake
+def _(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@_gated.register_fake
+def _(x: Tensor, gate: Tensor, gate_bias: Any, up: Tensor, up_bias: Any, outputs: int, *others: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
