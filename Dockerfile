@@ -32,7 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 
 # All of the image but the packages.
 FROM ${BASE_IMAGE} AS runtime
-# Debian packages to have besides: g++ lets the server compile the model's layers, which it does on CUDA.
+# Debian packages to have besides: with g++ the server compiles the model's layers.
 ARG SYSTEM_PACKAGES=
 RUN if [ -n "$SYSTEM_PACKAGES" ]; then \
         apt-get update \

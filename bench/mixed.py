@@ -45,7 +45,7 @@ def main() -> None:
         ("lanes", options.queries, "service"),
         ("fifo", options.queries, "bench.fifo_server"),
     ):
-        with ServerProcess(folder, module=module) as server:
+        with ServerProcess(folder, {"LLM2VEC_COMPILE": "auto"}, module=module) as server:
             calibrated = server.wait_for("calibrated")
             result[name] = measure(server, manifest.name, tokenizer, queries, options.bulk_clients, options.seconds)
             result[name]["batch_ms"] = round(1000 * calibrated["batch_tokens"] / result[name]["tokens_per_second"])

@@ -34,9 +34,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bench.cpu import pack, ratio
 from bench.report import finish
 from bench.texts import mixed_texts
-from bench.cpu import pack, ratio
 from model_store.encoder import Encoder
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest

@@ -50,5 +50,8 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str:
-    ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except FileNotFoundError:
+        return ""
     return ran.stdout.strip()

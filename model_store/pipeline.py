@@ -107,13 +107,14 @@ class Pipeline:
             vectors = graph.replay(batch, cut_to)
         else:
             on_device = batch.filled_up_to(LEAST_TOKENS).to(encoder.device)
-            vectors = forward(encoder, on_device, cut_to.to(encoder.device))
-        if encoder.device.type == "cpu":
-            return Pending(vectors, None)
+            if encoder.device.type == "cpu":
+                return Pending(forward(encoder, on_device, cut_to), None)
+            # From pinned memory, or the host would wait here for the batch before.
+            vectors = forward(encoder, on_device, cut_to.pin_memory().to(encoder.device, non_blocking=True))
         host = torch.empty(vectors.shape, dtype=vectors.dtype, pin_memory=True)
         host.copy_(vectors, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(encoder.device))
         return Pending(host, copied)
 
 

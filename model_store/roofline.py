@@ -42,7 +42,8 @@ def attention_flops(config: Any, lengths: Iterable[int]) -> int:
 def gemm_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """The best of a few large square matrix products, in operations a second."""
     size = _GEMM_SIZE[device.type]
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    # Random numbers, as the multiplication of equal ones takes less power, and a GPU then runs faster than it will.
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     best = min(_seconds(left, right) for _ in range(_GEMM_ROUNDS))
     return float(2 * size**3 / best)
 

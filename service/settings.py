@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     compile: Switch = Field(
         "auto",
         description="torch.compile the model's layers at the start: half a minute the first time, seconds later; auto "
-        "does on CUDA where there is a C++ compiler, and not on the CPU, where it gains 3 %",
+        "does where there is a C++ compiler",
     )
     cuda_graphs: Switch = Field(
         "auto", description="capture the forward pass of small batches as CUDA graphs; auto where they can be and help"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.encoder import Encoder
+from model_store.encoder import Encoder, choose_device
 from model_store.pipeline import Pending, Pipeline
 from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
 from model_store.self_test import check_attention, check_same_vectors, compile_checked, pack_checked
@@ -87,15 +88,16 @@ class EncoderWorker:
     def _start(self, limits: Limits) -> DevicePlan:
         settings, metrics = self._settings, self._metrics
         began = time.perf_counter()
+        on = choose_device(settings.device)
+        if on.type == "cuda":
+            torch.cuda.set_device(on)  # streams, events and graphs are of the thread's current device
         encoder = Encoder.load(self._folder, settings.device, settings.dtype, settings.attention, settings.quantization)
         check_attention(encoder)
         pack_checked(encoder)
         self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
         metrics.model_load_seconds.set(loaded - began)
-        on_cpu = encoder.device.type == "cpu"
-        compile_or_not = "off" if settings.compile == "auto" and on_cpu else settings.compile
-        self._switch_on("compile", compile_or_not, self._lacks_compiler(), self._compile)
+        self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
         self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), self._capture)
         if encoder.device.type == "cuda":
             self._time(limits.token_budget, limits.max_input_tokens)
@@ -129,7 +131,8 @@ class EncoderWorker:
             log.info("%s is on", name, extra={"fields": {"seconds": round(time.perf_counter() - began, 2)}})
 
     def _lacks_compiler(self) -> str:
-        return "" if any(map(shutil.which, ("g++", "clang++", "c++"))) else "a C++ compiler (g++)"
+        found = any(map(shutil.which, ("g++", "clang++", "c++"))) and any(map(shutil.which, ("gcc", "clang", "cc")))
+        return "" if found else "a C and C++ compiler (g++)"
 
     def _lacks_graphs(self) -> str:
         encoder = self._pipeline.encoder
@@ -179,12 +182,11 @@ class EncoderWorker:
                 }
             },
         )
-        return DevicePlan(cost, batch_limits, self._lead_seconds(limits))
+        return DevicePlan(cost, batch_limits, self._lead_seconds(batch_limits.batch_tokens, limits.max_input_tokens))
 
     def _time(self, tokens: int, longest: int) -> float:
         """Seconds for a batch of about so many tokens, the better of two after one that does not count."""
-        each = min(tokens, longest)
-        rows = [EmbedRow(TokenizedText([0] * each, 0), self._pipeline.encoder.manifest.width)] * (tokens // each)
+        rows = self._example(tokens, longest)
 
         def once() -> float:
             began = time.perf_counter()
@@ -194,16 +196,27 @@ class EncoderWorker:
         once()
         return min(once(), once())
 
-    def _lead_seconds(self, limits: Limits) -> float:
-        """How long the host is at giving a batch to the device; 0 where it computes it itself."""
+    def _lead_seconds(self, tokens: int, longest: int) -> float:
+        """How long the host is at giving a full batch to the device; 0 where it computes it itself."""
         if self._pipeline.encoder.device.type == "cpu":
             return 0.0
-        rows = [EmbedRow(TokenizedText([0] * min(64, limits.max_input_tokens), 0), 1)] * 16
-        began = time.perf_counter()
-        pending = self._launch(rows)
-        seconds = time.perf_counter() - began
-        pending.wait()
-        return seconds + _SLACK_SECONDS
+        rows = self._example(tokens, min(_TIMED_TEXT_TOKENS, longest))
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            pending = self._launch(rows)
+            seconds.append(time.perf_counter() - began)
+            pending.wait()
+        return statistics.median(seconds) + _SLACK_SECONDS
+
+    def _example(self, tokens: int, longest: int) -> list[EmbedRow]:
+        """A batch of about so many tokens, of texts of at most so many, all different."""
+        manifest = self._pipeline.encoder.manifest
+        each = min(tokens, longest)
+        return [
+            EmbedRow(TokenizedText([(31 * number + i) % manifest.vocabulary for i in range(each)], 0), manifest.width)
+            for number in range(tokens // each)
+        ]
 
     def _launch(self, rows: list[EmbedRow]) -> Pending:
         try:

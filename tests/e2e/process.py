@@ -17,7 +17,7 @@ import httpx
 
 
 class ServerProcess:
-    """`llm2vec-service serve` on a free port, from start to exit status."""
+    """`llm2vec-service serve` on a free port, from start to exit status; its layers not compiled unless asked for."""
 
     def __init__(
         self, model: Path | str, environment: dict[str, str] | None = None, *options: str, module: str = "service"
@@ -25,7 +25,7 @@ class ServerProcess:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LLM2VEC_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, "serve", "--model", str(model), "--port", "0", *options],
-            env={**clean, **(environment or {})},
+            env={**clean, "LLM2VEC_COMPILE": "off", **(environment or {})},
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -32,7 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(demo: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(demo) as running:
+    with ServerProcess(demo, {"LLM2VEC_COMPILE": "on"}) as running:
         yield running
 
 
