@@ -211,10 +211,11 @@ class EncoderWorker:
 
     def _example(self, tokens: int, longest: int) -> list[EmbedRow]:
         """A batch of about so many tokens, of texts of at most so many, all different."""
-        manifest = self._pipeline.encoder.manifest
+        encoder = self._pipeline.encoder
+        width, vocabulary = encoder.manifest.width, encoder.model.get_input_embeddings().num_embeddings
         each = min(tokens, longest)
         return [
-            EmbedRow(TokenizedText([(31 * number + i) % manifest.vocabulary for i in range(each)], 0), manifest.width)
+            EmbedRow(TokenizedText([(31 * number + i) % vocabulary for i in range(each)], 0), width)
             for number in range(tokens // each)
         ]
 
