@@ -1,0 +1,51 @@
+"""Prompts by name: the instructions LLM2Vec's published vectors were made with, from prompts.toml.
+
+Another instruction gives other vectors. A name says nothing of which models were trained with its instruction.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+
+
+class UnknownPrompt(ValueError):
+    """A name that no prompt has; `close` are names like it, the likest first."""
+
+    def __init__(self, name: str, close: Sequence[str]) -> None:
+        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        super().__init__(f"there is no prompt named {name!r}{hint}")
+        self.close = tuple(close)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The instructions for the two sides, "" for none. Without the space before the text: the tokenizer puts it."""
+
+    query: str
+    document: str
+
+
+def load_prompts() -> dict[str, Prompt]:
+    """The packaged prompts: by MTEB's task names, and by kind (`query`, `sts`, …)."""
+    entries = tomllib.loads(files("model_store").joinpath("prompts.toml").read_text(encoding="utf-8"))
+    return {
+        name: Prompt(entry, entry) if isinstance(entry, str) else Prompt(entry["query"], entry.get("document", ""))
+        for name, entry in entries.items()
+    }
+
+
+def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:
+    """The prompt named `name`, in capitals or not.
+
+    Raises:
+        UnknownPrompt: if there is none.
+    """
+    names = {known.casefold(): known for known in prompts}
+    known = names.get(name.casefold())
+    if known is None:
+        raise UnknownPrompt(name, [names[close] for close in get_close_matches(name.casefold(), names)])
+    return prompts[known]
