@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,15 @@ from model_store.tokenizer import TokenizedText
 
 
 @dataclass(frozen=True)
+class PooledSpans:
+    """What is pooled where not every text gets one vector: tokens of V spans, which may overlap, end to end."""
+
+    tokens: Tensor  # (P,) int64, places in the row of T
+    weights: Tensor  # (P,) float32
+    lengths: Tensor  # (V,) int64
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """B texts end to end. `cu_seqlens` are the T-offsets where texts begin, and T itself at the end."""
 
@@ -24,6 +33,7 @@ class PackedBatch:
     cu_seqlens: Tensor  # (B + 1,) int32
     pooling_weights: Tensor  # (T,) float32
     longest: int  # tokens of the longest text
+    spans: PooledSpans | None = None  # unless each text's `pooling_weights` say it all
 
     @classmethod
     def pack(cls, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
@@ -43,6 +53,7 @@ class PackedBatch:
                 np.concatenate([token_weights(pooling, len(row), row.span_start) for row in rows])
             ),
             longest=max(lengths),
+            spans=_spans(rows, pooling) if any(row.spans for row in rows) else None,
         )
 
     def filled_up_to(self, tokens: int, texts: int = 0) -> PackedBatch:
@@ -55,7 +66,8 @@ class PackedBatch:
         ends += [max(tokens, len(self.token_ids))] * (texts + 1 - len(self.cu_seqlens) - len(ends))
         if not ends:
             return self
-        return PackedBatch(
+        return replace(
+            self,
             token_ids=torch.cat([self.token_ids, torch.zeros(missing, dtype=torch.int64)]),
             position_ids=torch.cat([self.position_ids, torch.arange(missing)]),
             cu_seqlens=torch.cat([self.cu_seqlens, torch.tensor(ends, dtype=torch.int32)]),
@@ -71,10 +83,30 @@ class PackedBatch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(device, non_blocking=True)
 
+        spans = self.spans
         return PackedBatch(
             move(self.token_ids),
             move(self.position_ids),
             move(self.cu_seqlens),
             move(self.pooling_weights),
             self.longest,
+            PooledSpans(move(spans.tokens), move(spans.weights), move(spans.lengths)) if spans else None,
         )
+
+
+def _spans(rows: Sequence[TokenizedText], pooling: PoolingMode) -> PooledSpans:
+    """Every span of every row, a row without any being one; each is weighed as if it were a text's pooled part."""
+    tokens, weights, lengths = [], [], []
+    begin = 0
+    for row in rows:
+        for start, end in row.spans or ((0, len(row)),):
+            span_start = 0 if row.spans else row.span_start
+            tokens.append(np.arange(begin + start, begin + end, dtype=np.int64))
+            weights.append(token_weights(pooling, end - start, span_start))
+            lengths.append(end - start)
+        begin += len(row)
+    return PooledSpans(
+        torch.from_numpy(np.concatenate(tokens)),
+        torch.from_numpy(np.concatenate(weights)),
+        torch.tensor(lengths),
+    )

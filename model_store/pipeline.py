@@ -65,7 +65,7 @@ class CapturedForward:
     def holds(self, batch: PackedBatch) -> bool:
         """Whether the batch fits, with a text of filler if it has fewer tokens."""
         missing = self.tokens - len(batch.token_ids)
-        return missing >= 0 and len(batch.cu_seqlens) - 1 + (missing > 0) <= self.texts
+        return batch.spans is None and missing >= 0 and len(batch.cu_seqlens) - 1 + (missing > 0) <= self.texts
 
     def replay(self, batch: PackedBatch, widths: Tensor) -> Tensor:
         """(B, D) for a batch and widths on the host. The next replay overwrites it, so queue its copy before."""
@@ -98,10 +98,14 @@ class Pipeline:
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
-        """Queue a batch; each vector is cut to its row's width and has length 1 then, with zeros behind."""
+        """Queue a batch; each vector is cut to its row's width and has length 1 then, with zeros behind.
+
+        A row with spans has as many vectors. Where a width is below 0 that many dimensions stay as they are.
+        """
         encoder = self.encoder
         batch = PackedBatch.pack(rows, encoder.manifest.pooling)
-        cut_to = torch.tensor(widths)
+        counts = torch.tensor([row.vectors for row in rows])
+        cut_to = torch.tensor(widths).repeat_interleave(counts)
         graph = next((graph for graph in self.graphs if graph.holds(batch)), None)
         if graph is not None:
             vectors = graph.replay(batch, cut_to)
@@ -119,5 +123,5 @@ class Pipeline:
 
 
 def forward(encoder: Encoder, batch: PackedBatch, widths: Tensor) -> Tensor:
-    """(B, D) finished vectors of the first B texts of a batch, B being the number of widths; all on the device."""
+    """(B, D) finished vectors, the first of a batch, B being the number of widths; all on the device."""
     return shorten_and_normalize(pool(encoder.hidden(batch), batch)[: len(widths)], widths)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
+from pathlib import Path
 
 
 class UnknownPrompt(ValueError):
@@ -31,11 +32,32 @@ class Prompt:
 
 def load_prompts() -> dict[str, Prompt]:
     """The packaged prompts: by MTEB's task names, and by kind (`query`, `sts`, …)."""
-    entries = tomllib.loads(files("model_store").joinpath("prompts.toml").read_text(encoding="utf-8"))
-    return {
-        name: Prompt(entry, entry) if isinstance(entry, str) else Prompt(entry["query"], entry.get("document", ""))
-        for name, entry in entries.items()
-    }
+    return _prompts(files("model_store").joinpath("prompts.toml").read_text(encoding="utf-8"))
+
+
+def read_prompts(file: Path) -> dict[str, Prompt]:
+    """Prompts of one's own, written like the packaged ones.
+
+    Raises:
+        ValueError: if it is no such file, saying where.
+        OSError: if it can't be read.
+    """
+    try:
+        return _prompts(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _prompts(text: str) -> dict[str, Prompt]:
+    prompts = {}
+    for name, entry in tomllib.loads(text).items():
+        sides = {"query": entry, "document": entry} if isinstance(entry, str) else entry
+        if not (isinstance(sides, dict) and sides.keys() <= {"query", "document"} and "query" in sides) or not all(
+            isinstance(side, str) for side in sides.values()
+        ):
+            raise ValueError(f"{name} must be an instruction, or {{ query = …, document = … }}")
+        prompts[name] = Prompt(sides["query"], sides.get("document", ""))
+    return prompts
 
 
 def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:

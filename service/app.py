@@ -12,13 +12,15 @@ from typing import Protocol
 from fastapi import FastAPI
 
 from model_store.manifest import Manifest
-from service.api import openai, operations
+from model_store.prompts import load_prompts, read_prompts
+from service.api import chunks, openai, operations, prompts
 from service.api.answers import AnswerWriter
-from service.api.error_responses import install_error_handlers
+from service.api.error_responses import Dialect, ErrorResponses
 from service.api.requests import RequestContext
 from service.batcher import DevicePlan, MicroBatcher
 from service.embedder import Embedder, Tokenizes
-from service.errors import EncodingError
+from service.errors import EncodingError, InvalidRequest, StartupError
+from service.instructions import Instructions
 from service.logs import log
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
@@ -49,6 +51,11 @@ class Worker(Protocol):
 
     def stop(self) -> None:
         """End the device thread."""
+
+
+# Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
+_DIALECTS: dict[str, Dialect] = {}
+_DIRECT = {**openai.DIRECT}
 
 
 def create_app(
@@ -120,11 +127,35 @@ def create_app(
     state.started_at = int(time.time())
     metrics.token_budget.set(limits.token_budget)
     metrics.ready.set(0)
-    install_error_handlers(app)
-    app.add_middleware(RequestContext, metrics=metrics, direct=openai.DIRECT)
-    app.include_router(openai.router)
-    app.include_router(operations.router)
+    state.instructions = _instructions(settings, manifest)
+    errors = ErrorResponses(_DIALECTS, metrics)
+    errors.install(app)
+    app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT)
+    for routes in (openai, chunks, prompts, operations):
+        app.include_router(routes.router)
     return app
+
+
+def _instructions(settings: Settings, manifest: Manifest) -> Instructions:
+    """What this server knows of instructions.
+
+    Raises:
+        StartupError: for a setting that names a prompt which there is not.
+    """
+    own = settings.query_instruction
+    known = Instructions(
+        query=manifest.query_instruction if own is None else own,
+        prompts={**load_prompts(), **(read_prompts(settings.prompts_file) if settings.prompts_file else {})},
+        default_name=settings.default_input_type,
+        aliases=settings.model_aliases,
+        any_model=settings.any_model,
+    )
+    for name in (settings.default_input_type, *settings.model_aliases.values()):
+        try:
+            known.named({"name": name} if name else {})
+        except InvalidRequest as error:
+            raise StartupError(f"settings name a prompt: {error}") from error
+    return known
 
 
 def drain(app: FastAPI) -> None:

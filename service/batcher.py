@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cost_model import CostModel
-from service.errors import EncodingError, Unavailable
+from service.errors import DeadlineExceeded, EncodingError, Unavailable
 from service.logs import log
 from service.metrics import Metrics
 from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
@@ -139,13 +139,16 @@ class MicroBatcher(Generic[Row, Vector]):
         for lane in LANES:
             self._expose(lane)
 
-    async def submit(self, rows: Sequence[Row], lane: Lane = "interactive") -> list[Computed[Vector]]:
+    async def submit(
+        self, rows: Sequence[Row], lane: Lane = "interactive", timeout_seconds: float | None = None
+    ) -> list[Computed[Vector]]:
         """The rows' vectors, in order, each from whatever batch it fitted into.
 
         A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
-        still queued and that nobody else waits for.
+        still queued and that nobody else waits for; so does its time running out while any of them is.
 
         Raises:
+            DeadlineExceeded: if it did.
             EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
             Unavailable: if the batcher has ended.
         """
@@ -171,10 +174,18 @@ class MicroBatcher(Generic[Row, Vector]):
             awaited.append(item)
         self._queue.add(new, lane)
         self._arrival.set()
+
+        def give_up() -> None:
+            if any(item.queued for item in awaited) and not request.done.done():
+                request.done.set_exception(DeadlineExceeded())
+
+        deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
             await request.done
             return [answer for answer in request.answers if answer is not None]
         finally:
+            if deadline:
+                deadline.cancel()
             request.done.cancel()
             for item in awaited:
                 if item.queued and not item.wanted:

@@ -1,21 +1,25 @@
-"""The one use case: texts and their instructions in, vectors with their own measurements out.
+"""The one use case: admit → tokenize → submit → a result that carries its own measurements.
 
-Knows nothing of HTTP and nothing of tensors; every dialect of the API is a translation to and from this.
+Knows nothing of HTTP, and nothing of devices: a dialect translates to and from it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
 
 from model_store.manifest import Manifest
+from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.tokenizer import TokenizationError, TokenizedText
-from service.batcher import MicroBatcher
-from service.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from service.batcher import Computed, MicroBatcher
+from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
+from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.scheduling import Lane
@@ -24,27 +28,68 @@ from service.settings import Limits, Settings
 # Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
 _TOKENIZE_AT_ONCE = 64
 
+# Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
+_MOST_NUMBERS = 1 << 26
+
+# The ids that texts are given in: this model's own, or OpenAI's.
+TokenIds = Literal["model"] | OpenAIEncoding
+
+# What happens to an input that is longer than the server reads: refused, cut, or read in chunks whose mean it gets.
+Overflow = Literal["error", "truncate", "mean"]
+
 
 class Tokenizes(Protocol):
     """What `model_store.tokenizer.TextTokenizer` does."""
 
-    def encode_batch(self, texts: Sequence[str], instructions: Sequence[str]) -> list[TokenizedText]:
-        """Rows for texts and their instructions, in order."""
+    def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
+        """Rows for texts, or their token ids, and their instructions, in order."""
+
+    def encode_nothing(self) -> TokenizedText:
+        """The row of an empty text."""
+
+    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
+        """A row, and the characters of the text that each token stands for."""
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+
+    def special_tokens(self) -> frozenset[int]:
+        """The ids of the tokens that stand for no text."""
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+
+
+class EmbedInput(NamedTuple):
+    """A text, or the ids of its tokens, and its instruction."""
+
+    text: str | Sequence[int]
+    instruction: Chosen = NONE
 
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """Texts to embed, an instruction for each ("" for none) and where it came from, for the metrics."""
+    """What to embed, and how. `param` is what the caller's dialect calls the inputs, for messages."""
 
-    texts: Sequence[str]
-    instructions: Sequence[str]
-    instruction_source: Literal["request", "input_type", "none"] = "none"
+    inputs: Sequence[EmbedInput]
     dimensions: int | None = None
+    overflow: Overflow = "error"
+    keep: Literal["start", "end"] = "start"  # of a text that is cut
+    normalize: bool = True
+    each_token: bool = False  # a vector for each token of the row, instead of one
+    token_ids: TokenIds = "model"
+    lane: Lane | None = None  # by default by the request's size
+    timeout_seconds: float | None = None
+    wait_seconds: float = 0.0  # how long to wait for room in the queue before it is an overload
+    param: str = "input"
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """L2-normalised float32 vectors in the order of the texts, each of the width asked for, and what they cost."""
+    """Float32 vectors in the order of the inputs, each of the width asked for, and what they cost.
+
+    One (width,) vector for each input, or (tokens, width) where each token was asked for.
+    """
 
     vectors: Sequence[Vector]
     prompt_tokens: int
@@ -52,6 +97,49 @@ class EmbedResult:
     tokenize_seconds: float
     queue_seconds: float  # of the input that waited longest
     inference_seconds: float  # of the slowest batch an input was in
+
+
+@dataclass(frozen=True)
+class ChunkRequest:
+    """One text, embedded once with all of its context; a vector for each chunk of it.
+
+    The chunks are character ranges [start, end) that are given, or consecutive runs of so many tokens.
+    """
+
+    text: str
+    instruction: Chosen = NONE
+    chunk_tokens: int = 0
+    spans: Sequence[tuple[int, int]] = ()
+    dimensions: int | None = None
+    normalize: bool = True
+    lane: Lane | None = None
+    timeout_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """A vector, the characters and the number of tokens for each chunk, and what all of them cost together."""
+
+    spans: Sequence[tuple[int, int]]
+    tokens: Sequence[int]
+    embedded: EmbedResult
+
+
+class PreviewToken(NamedTuple):
+    """A token of a row, where it came from, and whether it is pooled."""
+
+    token_id: int
+    token: str
+    part: Literal["before", "text", "after"]
+    pooled: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The row that an input becomes, before anything is cut; `limit` is what the server reads of it."""
+
+    tokens: Sequence[PreviewToken]
+    limit: int
 
 
 @dataclass
@@ -71,12 +159,13 @@ class Embedder:
         self._threads = ThreadPoolExecutor(self.settings.tokenizer_threads, "tokenizer")
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Vectors for a request's texts.
+        """Vectors for a request's inputs.
 
         Raises:
-            InvalidRequest: for a text, a count or a dimension that can't be served, naming it.
+            InvalidRequest: for an input, a count or a dimension that can't be served, naming it.
             Overloaded: if too much is queued already; nothing was computed.
-            EncodingError: if the device failed on one of the texts.
+            DeadlineExceeded: if it still waited when its time was over; nothing was computed.
+            EncodingError: if the device failed on one of the inputs.
         """
         self.running += 1
         try:
@@ -84,25 +173,29 @@ class Embedder:
         finally:
             self.running -= 1
 
-    async def _embed(self, request: EmbedRequest) -> EmbedResult:
+    async def embed_chunks(self, request: ChunkRequest) -> ChunkResult:
+        """Late chunking (Günther et al. 2024): each chunk's vector is pooled from token vectors that saw all the text.
+
+        Raises:
+            InvalidRequest: for a text that is too long or empty, or a chunk that holds no token of it.
+            Overloaded, DeadlineExceeded, EncodingError: as `embed`.
+        """
+        self.running += 1
+        try:
+            return await self._embed_chunks(request)
+        finally:
+            self.running -= 1
+
+    async def preview(self, request: EmbedRequest) -> list[Preview]:
+        """What each input becomes, token by token; nothing is computed.
+
+        Raises:
+            InvalidRequest: for inputs that can't be tokenized.
+        """
         self._check(request)
-        began = time.perf_counter()
-        rows = await self._tokenize(request)
-        tokenized = time.perf_counter()
-        tokens = self._count(rows)
-        lane = self._lane(rows, tokens)
-        self._admit(tokens, lane)
-        computed = await self.batcher.submit(rows, lane)
-        result = EmbedResult(
-            vectors=[item.vector for item in computed],
-            prompt_tokens=tokens,
-            truncated_inputs=sum(row.text.cut for row in rows),
-            tokenize_seconds=tokenized - began,
-            queue_seconds=max(item.queue_seconds for item in computed),
-            inference_seconds=max(item.inference_seconds for item in computed),
-        )
-        self._measure(request, rows, result)
-        return result
+        texts = await self._tokenize(request)
+        limit = self.limits.max_input_tokens
+        return [Preview(list(self._explain(text)), limit) for text in texts]
 
     async def probe(self) -> None:
         """Encode one token, to see that the device still does.
@@ -116,22 +209,79 @@ class Embedder:
         """End the tokenizer threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _check(self, request: EmbedRequest) -> None:
-        if not request.texts:
-            raise InvalidRequest("input is empty: send at least one text", "empty_input", "input")
-        if len(request.texts) > self.settings.max_inputs_per_request:
-            raise InvalidRequest(
-                f"{len(request.texts)} inputs in one request: at most {self.settings.max_inputs_per_request} are taken",
-                "too_many_inputs",
-                "input",
+    async def _embed(self, request: EmbedRequest) -> EmbedResult:
+        began = time.perf_counter()
+        self._check(request)
+        texts = await self._tokenize(request)
+        fitted, cut = self._fit(texts, request)
+        # The mean of chunks is taken of whole vectors: cutting one afterwards is the same as asking for it shorter.
+        whole = self.manifest.width
+        width = request.dimensions or whole
+        rows = [
+            EmbedRow(part, whole if len(parts) > 1 else width, request.normalize) for parts in fitted for part in parts
+        ]
+        if request.each_token:
+            self._check_numbers(sum(map(len, rows)) * width)
+            rows = [replace(row, text=replace(row.text, spans=_each_token(row))) for row in rows]
+        tokenized = time.perf_counter()
+        lane, timeout = request.lane, request.timeout_seconds
+        computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
+        result = _result(rows, computed, cut, tokenized - began)
+        if len(rows) > len(fitted):
+            result = replace(result, vectors=_means(fitted, result.vectors, width, request.normalize))
+        self._measure([item.instruction.source for item in request.inputs], rows, result)
+        return result
+
+    async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
+        began = time.perf_counter()
+        self._check(EmbedRequest([EmbedInput(request.text)], request.dimensions))
+        loop = asyncio.get_running_loop()
+        try:
+            text, characters = await loop.run_in_executor(
+                self._threads, self.tokenizer.locate, request.text, request.instruction.text
             )
-        for index, text in enumerate(request.texts):
-            if not text or text.isspace():
-                raise InvalidRequest(
-                    f"the input at index {index} is empty: leave it out, an empty text has no vector",
-                    "empty_input",
-                    "input",
-                )
+        except TokenizationError as error:
+            raise InvalidRequest(str(error), "invalid_input", "input") from error
+        if len(text) > self.limits.max_input_tokens:
+            raise ContextLengthExceeded(self.limits.max_input_tokens, len(text), 0)
+        own = range(text.head, len(text) - text.tail)
+        if request.spans:
+            spans = [_tokens_of(span, number, own, characters) for number, span in enumerate(request.spans)]
+        else:
+            at_once = request.chunk_tokens
+            spans = [(start, min(start + at_once, own.stop)) for start in range(own.start, own.stop, at_once)]
+        width = request.dimensions or self.manifest.width
+        self._check_numbers(len(spans) * width)
+        rows = [EmbedRow(replace(text, spans=tuple(spans)), width, request.normalize)]
+        tokenized = time.perf_counter()
+        computed = await self._compute(rows, request.lane, request.timeout_seconds, began)
+        result = _result(rows, computed, 0, tokenized - began)
+        self._measure([request.instruction.source], rows, result)
+        return ChunkResult(
+            request.spans or [_characters_of(span, characters) for span in spans],
+            [end - start for start, end in spans],
+            replace(result, vectors=list(result.vectors[0])),
+        )
+
+    def _check(self, request: EmbedRequest) -> None:
+        inputs, param = request.inputs, request.param
+        if not inputs:
+            raise InvalidRequest(f"{param} is empty: send at least one text", "empty_input", param)
+        if len(inputs) > self.settings.max_inputs_per_request:
+            raise InvalidRequest(
+                f"{len(inputs)} inputs in one request: at most {self.settings.max_inputs_per_request} are taken",
+                "too_many_inputs",
+                param,
+            )
+        if self.settings.empty_text == "error":
+            for index, item in enumerate(inputs):
+                if _is_empty(item.text):
+                    raise InvalidRequest(
+                        f"the input at index {index} is empty: leave it out, an empty text has no vector "
+                        "(the setting LLM2VEC_EMPTY_TEXT=bos embeds it as the special tokens alone)",
+                        "empty_input",
+                        param,
+                    )
         width = self.manifest.width
         if request.dimensions is not None and not 1 <= request.dimensions <= width:
             raise InvalidRequest(
@@ -140,41 +290,95 @@ class Embedder:
                 "dimensions",
             )
 
-    async def _tokenize(self, request: EmbedRequest) -> list[EmbedRow]:
-        width = request.dimensions or self.manifest.width
+    def _check_numbers(self, numbers: int) -> None:
+        if numbers > _MOST_NUMBERS:
+            raise InvalidRequest(
+                f"the answer would have {numbers} numbers, of at most {_MOST_NUMBERS}: send less text at once, or ask "
+                "for fewer dimensions",
+                "request_too_large",
+                "input",
+            )
 
-        def encode(part: slice) -> list[EmbedRow]:
-            texts = self.tokenizer.encode_batch(request.texts[part], request.instructions[part])
-            return [EmbedRow(text, width) for text in texts]
+    async def _tokenize(self, request: EmbedRequest) -> list[TokenizedText]:
+        """A row for each input.
+
+        Raises:
+            InvalidRequest: naming the first that can't be.
+        """
+        inputs = request.inputs
+
+        def encode(part: slice) -> list[TokenizedText]:
+            some = inputs[part]
+            texts = [self._text(item.text, request.token_ids, index) for index, item in enumerate(some)]
+            if self.settings.empty_text == "error" or not any(map(_is_empty, texts)):
+                return self.tokenizer.encode_batch(texts, [item.instruction.text for item in some])
+            one = self.tokenizer.encode_batch
+            return [
+                self.tokenizer.encode_nothing() if _is_empty(text) else one([text], [item.instruction.text])[0]
+                for text, item in zip(texts, some, strict=True)
+            ]
 
         loop = asyncio.get_running_loop()
-        starts = range(0, len(request.texts), _TOKENIZE_AT_ONCE)
+        starts = range(0, len(inputs), _TOKENIZE_AT_ONCE)
         slices = [slice(start, start + _TOKENIZE_AT_ONCE) for start in starts]
         parts = await asyncio.gather(
             *(loop.run_in_executor(self._threads, encode, part) for part in slices), return_exceptions=True
         )
-        rows: list[EmbedRow] = []
+        rows: list[TokenizedText] = []
         for part, outcome in zip(slices, parts, strict=True):
             if isinstance(outcome, TokenizationError):
+                given_ids = not isinstance(inputs[part.start + outcome.index].text, str)
                 raise InvalidRequest(
-                    f"input index {part.start + outcome.index}: {outcome}", "invalid_input", "input"
+                    f"input index {part.start + outcome.index}: {outcome}",
+                    "invalid_token_ids" if given_ids else "invalid_input",
+                    request.param,
                 ) from outcome
             if isinstance(outcome, BaseException):
                 raise outcome
             rows += outcome
         return rows
 
-    def _lane(self, rows: list[EmbedRow], tokens: int) -> Lane:
-        small = len(rows) <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
-        return "interactive" if small else "bulk"
+    @staticmethod
+    def _text(text: str | Sequence[int], token_ids: TokenIds, index: int) -> str | Sequence[int]:
+        """What the tokenizer is to be given: another encoding's ids become text again."""
+        if isinstance(text, str) or token_ids == "model":
+            return text
+        try:
+            return decode(token_ids, text)
+        except UnknownTokenId as error:
+            raise TokenizationError(str(error), index) from error
 
-    def _count(self, rows: list[EmbedRow]) -> int:
-        """The request's tokens, if each text and all together are short enough."""
-        tokens = 0
-        for index, row in enumerate(rows):
-            tokens += len(row)
-            if len(row) > self.limits.max_input_tokens:
-                raise ContextLengthExceeded(self.limits.max_input_tokens, len(row), index)
+    def _fit(self, texts: list[TokenizedText], request: EmbedRequest) -> tuple[list[list[TokenizedText]], int]:
+        """The rows of each input, none longer than the server reads, and how many inputs were cut."""
+        most = self.limits.max_input_tokens
+        fitted = []
+        for index, text in enumerate(texts):
+            if len(text) <= most:
+                fitted.append([text])
+                continue
+            if request.overflow == "error":
+                raise ContextLengthExceeded(most, len(text), index, request.param)
+            if text.room(most) < 1:
+                raise InvalidRequest(
+                    f"the instruction of input index {index} leaves no room for a text: its {text.head} tokens and "
+                    f"the model's own are more than the {most} that it reads",
+                    "context_length_exceeded",
+                    "instruction",
+                )
+            mean = request.overflow == "mean"
+            fitted.append(text.chunks(most) if mean else [text.shortened(most, request.keep)])
+        return fitted, sum(parts[0].cut for parts in fitted)
+
+    async def _compute(
+        self,
+        rows: list[EmbedRow],
+        lane: Lane | None,
+        timeout_seconds: float | None,
+        began: float,
+        wait_seconds: float = 0.0,
+    ) -> list[Computed[Vector]]:
+        """The rows' vectors, once they are admitted."""
+        tokens = sum(map(len, rows))
         if tokens > self.settings.max_tokens_per_request:
             raise InvalidRequest(
                 f"{tokens} tokens in one request: at most {self.settings.max_tokens_per_request} are taken, "
@@ -182,24 +386,109 @@ class Embedder:
                 "request_too_large",
                 "input",
             )
-        return tokens
+        lane = lane or self._lane(len(rows), tokens)
+        await self._admit(tokens, lane, began + wait_seconds)
+        left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
+        if left is not None and left <= 0:
+            raise DeadlineExceeded
+        return await self.batcher.submit(rows, lane, left)
 
-    def _admit(self, tokens: int, lane: Lane) -> None:
+    def _lane(self, inputs: int, tokens: int) -> Lane:
+        small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
+        return "interactive" if small else "bulk"
+
+    async def _admit(self, tokens: int, lane: Lane, until: float) -> None:
         """Each lane has a queue of its own, so that bulk can't keep queries out."""
-        queued = self.batcher.queued_in(lane)
-        if queued and queued + tokens > self.settings.max_queued_tokens:
-            raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
+        while (queued := self.batcher.queued_in(lane)) and queued + tokens > self.settings.max_queued_tokens:
+            if time.perf_counter() >= until:
+                raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
+            await asyncio.sleep(0.01)
 
-    def _measure(self, request: EmbedRequest, rows: list[EmbedRow], result: EmbedResult) -> None:
+    def _explain(self, text: TokenizedText) -> Iterator[PreviewToken]:
+        own = range(text.head, len(text) - text.tail)
+        for place, (token_id, token) in enumerate(
+            zip(text.token_ids, self.tokenizer.tokens(text.token_ids), strict=True)
+        ):
+            part: Literal["before", "text", "after"]
+            part = "text" if place in own else "before" if place < own.start else "after"
+            yield PreviewToken(token_id, token, part, self._pools(text, place))
+
+    def _pools(self, text: TokenizedText, place: int) -> bool:
+        match self.manifest.pooling:
+            case "bos_token":
+                return place == 0
+            case "last_token" | "eos_token":
+                return place == len(text) - 1
+        return place >= text.span_start
+
+    def _measure(self, sources: Sequence[Source], rows: list[EmbedRow], result: EmbedResult) -> None:
         metrics = self.metrics
         pooled = sum(len(row) - row.text.span_start for row in rows)
-        metrics.inputs.inc(len(rows))
+        metrics.inputs.inc(len(sources))
         if result.truncated_inputs:
             metrics.truncated_inputs.inc(result.truncated_inputs)
         metrics.text_tokens.inc(pooled)
         metrics.instruction_tokens.inc(result.prompt_tokens - pooled)
-        metrics.instruction_inputs.labels(request.instruction_source).inc(len(rows))
-        metrics.request_inputs.observe(len(rows))
+        for source in set(sources):
+            metrics.instruction_inputs.labels(source).inc(sources.count(source))
+        metrics.request_inputs.observe(len(sources))
         metrics.tokenize_seconds.observe(result.tokenize_seconds)
         for row in rows:
             metrics.input_tokens.observe(len(row))
+
+
+def _is_empty(text: str | Sequence[int]) -> bool:
+    return not text or (isinstance(text, str) and text.isspace())
+
+
+def _each_token(row: EmbedRow) -> tuple[tuple[int, int], ...]:
+    return tuple((place, place + 1) for place in range(len(row)))
+
+
+def _result(rows: list[EmbedRow], computed: list[Computed[Vector]], cut: int, tokenize_seconds: float) -> EmbedResult:
+    return EmbedResult(
+        vectors=[item.vector for item in computed],
+        prompt_tokens=sum(map(len, rows)),
+        truncated_inputs=cut,
+        tokenize_seconds=tokenize_seconds,
+        queue_seconds=max(item.queue_seconds for item in computed),
+        inference_seconds=max(item.inference_seconds for item in computed),
+    )
+
+
+def _means(
+    fitted: Sequence[Sequence[TokenizedText]], vectors: Sequence[Vector], width: int, normalize: bool
+) -> list[Vector]:
+    """One vector an input: the mean of its chunks' vectors, each weighed by the tokens it pooled."""
+    remaining = iter(vectors)
+    means: list[Vector] = []
+    for parts in fitted:
+        own = [next(remaining) for _ in parts]
+        if len(parts) == 1:
+            means += own
+            continue
+        pooled = np.array([len(part) - part.span_start for part in parts], dtype=np.float32)
+        mean: Vector = ((pooled / pooled.sum()) @ np.stack(own))[:width]
+        means.append(mean / np.linalg.norm(mean) if normalize else mean)
+    return means
+
+
+def _tokens_of(
+    span: tuple[int, int], number: int, own: range, characters: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """The text's tokens that stand for any of the characters [start, end): a range, as tokens are in order."""
+    start, end = span
+    inside = [place for place in own if characters[place][0] < end and characters[place][1] > start]
+    if not inside:
+        raise InvalidRequest(
+            f"the span at index {number}, characters {start} to {end}, holds no token of the text",
+            "invalid_span",
+            "spans",
+        )
+    return inside[0], inside[-1] + 1
+
+
+def _characters_of(span: tuple[int, int], characters: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The characters that a range of tokens stands for."""
+    some = [bounds for bounds in characters[slice(*span)] if bounds[0] < bounds[1]]
+    return (some[0][0], some[-1][1]) if some else (0, 0)

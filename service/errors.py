@@ -8,6 +8,7 @@ ServiceError
 │   └── ModelNotFound
 ├── Overloaded                 too much is queued; come again in retry_after_seconds
 ├── Unavailable                loading, draining, or the device thread is gone
+├── DeadlineExceeded           the caller's time was over before its turn came
 ├── ClientGone                 nobody waits for the answer any more
 └── EncodingError              the device could not give this input a vector
     ├── NonFiniteEmbedding
@@ -42,12 +43,12 @@ class InvalidRequest(ServiceError):
 class ContextLengthExceeded(InvalidRequest):
     """An input has more tokens than the server reads."""
 
-    def __init__(self, limit: int, tokens: int, index: int) -> None:
+    def __init__(self, limit: int, tokens: int, index: int, param: str = "input") -> None:
         super().__init__(
             f"This model's maximum context length is {limit} tokens, however you requested {tokens} tokens "
             f"(input index {index}).",
             "context_length_exceeded",
-            "input",
+            param,
         )
 
 
@@ -87,6 +88,15 @@ class Unavailable(ServiceError):
 
     code = "server_unavailable"
     retry_after_seconds = 5.0
+
+
+class DeadlineExceeded(ServiceError):
+    """The caller's deadline passed while the request still waited; nothing was computed."""
+
+    code = "timeout"
+
+    def __init__(self) -> None:
+        super().__init__("the deadline passed before the request's turn came: nothing was computed")
 
 
 class ClientGone(ServiceError):

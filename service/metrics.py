@@ -32,9 +32,11 @@ REJECTION_REASONS = (
     "context_length_exceeded",
     "request_too_large",
     "invalid",
+    "timeout",
 )
 CANCEL_STAGES = ("queued", "request")
-INSTRUCTION_SOURCES = ("request", "input_type", "none")
+TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
+INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
 
 
 class Metrics:
@@ -82,6 +84,7 @@ class Metrics:
             "instruction_inputs", "Inputs by where their instruction came from", ("source",)
         )
         self.truncated_inputs = counter("truncated_inputs", "Inputs that lost tokens to a length limit")
+        self.token_id_inputs = counter("token_id_inputs", "Inputs of token ids by whose they were", ("decoder",))
         self.ignored_fields = counter("ignored_fields", "Request fields that were not known")
         self.batch_failures = counter("batch_failures", "Batches that failed on the device, halves included")
         self.nonfinite = counter("nonfinite", "Vectors withheld because they held NaN or infinity")
@@ -111,6 +114,8 @@ class Metrics:
             self.cancelled.labels(stage)
         for source in INSTRUCTION_SOURCES:
             self.instruction_inputs.labels(source)
+        for decoder in TOKEN_ID_DECODERS:
+            self.token_id_inputs.labels(decoder)
         for lane in LANES:
             self.queue_wait_seconds.labels(lane)
         for kind in ("allocated", "reserved", "total"):

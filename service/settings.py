@@ -6,11 +6,12 @@ python -m service.settings     prints that table
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store.manifest import Manifest
@@ -110,6 +111,39 @@ class Settings(BaseSettings):
     query_instruction: str | None = Field(
         None, description="instruction put before inputs of type query; by default the model's own"
     )
+    prompts_file: Path | None = Field(
+        None,
+        description='TOML file of further named prompts: `name = "instruction"` for every text, '
+        '`name = { query = "…" }` for queries alone',
+    )
+    default_input_type: str = Field(
+        "", description="input type or prompt of requests that name none; by default they get no instruction"
+    )
+    instruction_separator: str = Field(
+        "",
+        description="where a text holds this, what stands before it is the text's instruction; for clients that can "
+        "only put text in front",
+    )
+    model_aliases: dict[str, str] = Field(
+        {},
+        description="further names of the model, each with the input type or prompt that it stands for, or nothing: "
+        '`{"text-embedding-3-small": "", "queries": "query"}`',
+    )
+    any_model: bool = Field(False, description="take requests for any model's name, and serve this one")
+    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = Field(
+        "auto",
+        description="what inputs of token ids are: this model's own, OpenAI's (decoded and tokenized again), or not "
+        "taken; auto takes those of OpenAI's SDKs for cl100k_base, as LangChain sends them, others for the model's",
+    )
+    empty_text: Literal["error", "bos"] = Field(
+        "error", description="an empty text is an error, or is embedded as the special tokens alone"
+    )
+    tei_wait_seconds: float = Field(
+        10.0,
+        ge=0,
+        description="how long a request to text-embeddings-inference's routes waits for room in the queue before it "
+        "gets 429, as one of its clients takes an error for a vector",
+    )
     reject_unknown_fields: bool = Field(
         False,
         description="answer 400 to request fields that are not known, instead of naming them in a header",
@@ -118,6 +152,11 @@ class Settings(BaseSettings):
         30, ge=1, description="how long requests in flight may take to finish after SIGTERM"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _read_json(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 def load_settings(given: dict[str, Any]) -> Settings:

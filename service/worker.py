@@ -6,6 +6,7 @@ If `run_batch` raises, the whole batch failed. Knows nothing of HTTP, text or qu
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import statistics
 import time
@@ -221,7 +222,8 @@ class EncoderWorker:
 
     def _launch(self, rows: list[EmbedRow]) -> Pending:
         try:
-            return self._pipeline.launch([row.text for row in rows], [row.width for row in rows])
+            widths = [row.width if row.normalize else -row.width for row in rows]
+            return self._pipeline.launch([row.text for row in rows], widths)
         except torch.OutOfMemoryError as error:
             self._metrics.oom.inc()
             torch.cuda.empty_cache()
@@ -232,11 +234,16 @@ class EncoderWorker:
         self._measure(rows, given)
         # One number that is not finite makes all of its normalised vector so, or itself: the sum shows either.
         finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))
-        self._metrics.nonfinite.inc(len(rows) - int(finite.sum()))
-        return [
-            vector[: row.width] if good else NonFiniteEmbedding("the model gave no finite vector for this input")
-            for row, vector, good in zip(rows, vectors, finite, strict=True)
-        ]
+        ends = itertools.accumulate(row.text.vectors for row in rows)
+        results: list[Vector | EncodingError] = []
+        for row, end in zip(rows, ends, strict=True):
+            start = end - row.text.vectors
+            if not finite[start:end].all():
+                self._metrics.nonfinite.inc()
+                results.append(NonFiniteEmbedding("the model gave no finite vector for this input"))
+            else:
+                results.append(vectors[start:end, : row.width] if row.text.spans else vectors[start, : row.width])
+        return results
 
     def _measure(self, rows: list[EmbedRow], given: float) -> None:
         ended = time.perf_counter()

@@ -5,32 +5,57 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import orjson
 import pybase64
 from fastapi import Response
 from fastapi.responses import StreamingResponse
+from numpy.typing import NDArray
 
 from service.metrics import Metrics
 from service.rows import Vector
 
 EncodingFormat = Literal["float", "base64"]
+EmbedDtype = Literal["float32", "float16", "int8", "ubinary", "binary"]
 
 # Numbers in a slice: 3 ms of work as decimal fractions, much less as base64; and in an answer written in one go.
 _NUMBERS_AT_ONCE = 1 << 16
 _SMALL_NUMBERS = 1 << 14
 
 
-def encode_vectors(vectors: Sequence[Vector], encoding_format: EncodingFormat) -> Iterator[list[bytes]]:
-    """Each vector as a JSON value, in slices: a list of numbers, or a string of base64 of little-endian float32."""
-    at_once = max(_NUMBERS_AT_ONCE // len(vectors[0]), 1)
+def encode_vectors(
+    vectors: Sequence[Vector], encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
+) -> Iterator[list[bytes]]:
+    """Each vector as a JSON value, in slices: a list of numbers, or a string of base64 of its little-endian bytes."""
+    at_once = max(_NUMBERS_AT_ONCE // len(vectors[0]), 1) if vectors else 1
     for start in range(0, len(vectors), at_once):
-        part = vectors[start : start + at_once]
+        part = [quantize_vector(vector, dtype) for vector in vectors[start : start + at_once]]
         if encoding_format == "base64":
-            yield [b'"%b"' % pybase64.b64encode(vector.astype("<f4", copy=False).data) for vector in part]
+            yield [b'"%b"' % pybase64.b64encode(vector.data) for vector in part]
         else:
             yield [orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY) for vector in part]
+
+
+def quantize_vector(vector: Vector, dtype: EmbedDtype) -> NDArray[Any]:
+    """A vector that has been cut and normalised, (D,), in fewer bits.
+
+    int8 is scaled so that the largest number is ±127: for each vector by itself, which its cosines don't see. ubinary
+    is a bit for each number, set where it is above 0, packed from the highest bit down; binary is that less 128.
+    """
+    match dtype:
+        case "float32":
+            return vector.astype("<f4", copy=False)
+        case "float16":
+            return vector.astype("<f2")
+        case "int8":
+            largest = np.abs(vector).max(initial=0.0)
+            return np.rint(vector * (127 / largest if largest else 0)).astype(np.int8)
+        case "ubinary":
+            return np.packbits(vector > 0)
+        case "binary":
+            return (np.packbits(vector > 0) ^ 128).view(np.int8)
 
 
 class AnswerWriter:
@@ -45,7 +70,7 @@ class AnswerWriter:
 
     def answer(self, slices: Iterator[bytes], vectors: Sequence[Vector], headers: dict[str, str]) -> Response:
         """An answer of JSON slices: written at once if it is small, else as it is sent."""
-        if len(vectors) * len(vectors[0]) > _SMALL_NUMBERS:
+        if len(vectors) * vectors[0].size > _SMALL_NUMBERS:
             return StreamingResponse(self._stream(slices), 200, headers, "application/json")
         began = time.perf_counter()
         content = b"".join(slices)

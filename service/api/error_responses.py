@@ -1,8 +1,10 @@
-"""Errors → HTTP answers: one table of status codes, and one shape for the body."""
+"""Errors → HTTP answers: one table of status codes, and a shape of the body for each dialect."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -11,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from service import errors
 from service.logs import log
+from service.metrics import Metrics
 
 # The most specific class that fits decides.
 STATUS: dict[type[errors.ServiceError], int] = {
@@ -19,6 +22,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.InvalidRequest: 400,
     errors.Overloaded: 429,
     errors.Unavailable: 503,
+    errors.DeadlineExceeded: 504,
     errors.ClientGone: 499,
     errors.OutOfMemory: 503,
     errors.EncodingError: 500,
@@ -26,57 +30,90 @@ STATUS: dict[type[errors.ServiceError], int] = {
 }
 
 
-def status_of(error: errors.ServiceError) -> int:
-    """The HTTP status of an error."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+@dataclass(frozen=True)
+class Dialect:
+    """How one API words an error: the status of the cases in which it differs, and the body."""
+
+    body: Callable[[str, int, str, str | None], dict[str, Any]]
+    status: Mapping[type[errors.ServiceError], int] = field(default_factory=dict)
+    status_of_code: Mapping[str, int] = field(default_factory=dict)
+
+    def status_for(self, error: errors.ServiceError) -> int:
+        """The HTTP status of an error."""
+        table = {**STATUS, **self.status}
+        by_class = next(table[kind] for kind in type(error).__mro__ if kind in table)
+        return self.status_of_code.get(error.code, by_class)
 
 
-def openai_error_body(message: str, status: int, code: str | None, param: str | None = None) -> dict[str, Any]:
+def openai_error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
     """The body that OpenAI's clients read: `{"error": {message, type, param, code}}`."""
     kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
     kind = kind or ("invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every failure of a route in the API's own shape; FastAPI's `{"detail": …}` never leaves the server."""
-
-    async def service_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, errors.ServiceError)
-        return service_error_response(request, error)
-
-    async def http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-        request.state.code = code
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _answer(message, error.status_code, code, None, dict(error.headers or {}))
-
-    app.add_exception_handler(errors.ServiceError, service_error)
-    app.add_exception_handler(HTTPException, http_error)
+OPENAI = Dialect(openai_error_body)
 
 
-def service_error_response(request: Request, error: errors.ServiceError) -> Response:
-    """The answer to one of our own errors, counted and, if the device is to blame, logged."""
-    status = status_of(error)
-    request.state.code = error.code
-    _count_rejection(request, error)
-    message = str(error)
-    if isinstance(error, errors.EncodingError) and error.index is not None:
-        message += f" (input index {error.index})"
-    if isinstance(error, errors.EncodingError):
-        log.error("answered %d: %s", status, message)
-    return _answer(message, status, error.code, error.param, _retry_headers(error))
+class ErrorResponses:
+    """Errors → answers, each in the words of the API that was asked: by path, OpenAI's where there is no other."""
 
+    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics) -> None:
+        self._dialects = dialects
+        self._metrics = metrics
 
-def unexpected_error_response() -> Response:
-    """The answer to a bug: says nothing of its inside."""
-    return _answer("the server failed on this request", 500, "internal_error", None, {})
+    def install(self, app: FastAPI) -> None:
+        """Answer every failure of a route so; FastAPI's `{"detail": …}` never leaves the server."""
 
+        async def service_error(request: Request, error: Exception) -> Response:
+            assert isinstance(error, errors.ServiceError)
+            return self.of(request, error)
 
-def _answer(message: str, status: int, code: str, param: str | None, headers: dict[str, str]) -> Response:
-    body = orjson.dumps(openai_error_body(message, status, code, param))
-    return Response(body, status, headers, "application/json")
+        async def http_error(request: Request, error: Exception) -> Response:
+            assert isinstance(error, HTTPException)
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+            request.state.code = code
+            message = f"{request.method} {request.url.path}: {error.detail}"
+            return self._answer(request.url.path, message, error.status_code, code, None, dict(error.headers or {}))
+
+        app.add_exception_handler(errors.ServiceError, service_error)
+        app.add_exception_handler(HTTPException, http_error)
+
+    def of(self, request: Request, error: errors.ServiceError) -> Response:
+        """The answer to one of our own errors, counted and, if the device is to blame, logged."""
+        path = request.url.path
+        status = self._dialect(path).status_for(error)
+        request.state.code = error.code
+        self._count_rejection(error)
+        message = str(error)
+        if isinstance(error, errors.EncodingError) and error.index is not None:
+            message += f" (input index {error.index})"
+        if isinstance(error, errors.EncodingError):
+            log.error("answered %d: %s", status, message)
+        return self._answer(path, message, status, error.code, error.param, _retry_headers(error))
+
+    def unexpected(self, path: str) -> Response:
+        """The answer to a bug: says nothing of its inside."""
+        return self._answer(path, "the server failed on this request", 500, "internal_error", None, {})
+
+    def _dialect(self, path: str) -> Dialect:
+        return self._dialects.get(path, OPENAI)
+
+    def _answer(
+        self, path: str, message: str, status: int, code: str, param: str | None, headers: dict[str, str]
+    ) -> Response:
+        body = orjson.dumps(self._dialect(path).body(message, status, code, param))
+        return Response(body, status, headers, "application/json")
+
+    def _count_rejection(self, error: errors.ServiceError) -> None:
+        rejected = self._metrics.rejected
+        if isinstance(error, errors.ClientGone):
+            self._metrics.cancelled.labels("request").inc()
+        elif isinstance(error, (errors.Overloaded, errors.DeadlineExceeded)):
+            rejected.labels(error.code).inc()
+        elif isinstance(error, errors.InvalidRequest):
+            known = error.code if error.code in ("context_length_exceeded", "request_too_large") else "invalid"
+            rejected.labels(known).inc()
 
 
 def _retry_headers(error: errors.ServiceError) -> dict[str, str]:
@@ -88,14 +125,3 @@ def _retry_headers(error: errors.ServiceError) -> dict[str, str]:
         seconds = error.retry_after_seconds
         return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(round(seconds * 1000))}
     return {}
-
-
-def _count_rejection(request: Request, error: errors.ServiceError) -> None:
-    rejected = request.app.state.metrics.rejected
-    if isinstance(error, errors.ClientGone):
-        request.app.state.metrics.cancelled.labels("request").inc()
-    elif isinstance(error, errors.Overloaded):
-        rejected.labels("overloaded").inc()
-    elif isinstance(error, errors.InvalidRequest):
-        known = error.code if error.code in ("context_length_exceeded", "request_too_large") else "invalid"
-        rejected.labels(known).inc()

@@ -1,50 +1,117 @@
-"""OpenAI's dialect: `/v1/embeddings` and `/v1/models`. Translation only."""
+"""OpenAI's dialect: `/v1/embeddings` and `/v1/models`, with our own further fields. Translation only."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors
-from service.api.requests import read_body, require_ready, while_connected
-from service.embedder import Embedder, EmbedRequest, EmbedResult
-from service.errors import InvalidRequest, ModelNotFound
+from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors
+from service.api.common import (
+    Name,
+    Text,
+    answer_headers,
+    are_ids,
+    choose_instruction,
+    ignored_fields,
+    instructions_of,
+    split_text,
+    truncation,
+)
+from service.api.requests import parse, read_document, require_ready, while_connected
+from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, Overflow, TokenIds
+from service.errors import InvalidRequest
+from service.instructions import ROLES, Chosen
+from service.scheduling import Lane
 
 router = APIRouter(tags=["OpenAI"])
 
-# What clients call the two roles. Queries get the server's query instruction, documents none.
-INPUT_TYPES: dict[str, Literal["query", "document"]] = {
-    "query": "query",
-    "search_query": "query",
-    "retrieval.query": "query",
-    "document": "document",
-    "passage": "document",
-    "search_document": "document",
-    "retrieval.passage": "document",
+_INPUT_SCHEMA = {
+    "description": "a text or a list of texts; or token ids, one text's or a list of such; or pairs "
+    "[instruction, text]; or objects of a text and how it is meant",
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "anyOf": [
+                    {"type": "string"},
+                    {
+                        "type": "object",
+                        "required": ["text"],
+                        "properties": {
+                            "text": {"type": "string"},
+                            "instruction": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                            "input_type": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                        },
+                        "additionalProperties": False,
+                    },
+                    {"type": "array", "prefixItems": [{"type": "string"}, {"type": "string"}], "minItems": 2},
+                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                ]
+            },
+        },
+        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+    ],
 }
 
-Text = Annotated[str, StringConstraints(strict=True)]
 
-
-class EmbeddingsBody(BaseModel):
-    """The body of `POST /v1/embeddings`; null means absent."""
+class EmbedFields(BaseModel):
+    """What our endpoints share; null means absent."""
 
     model_config = ConfigDict(extra="allow")
 
-    input: Text | list[Text] = Field(description="a text, or a list of texts")
-    model: str | None = Field(None, description="the served model's name")
-    encoding_format: EncodingFormat | None = Field(
-        None, description="base64 is little-endian float32; float is the default"
+    model: str | None = Field(
+        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
     )
     dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
-    instruction: Text | None = Field(None, description="LLM2Vec instruction, put before each text and not pooled")
-    input_type: str | None = Field(None, description=f"one of {', '.join(INPUT_TYPES)}")
+    encoding_format: EncodingFormat | None = Field(
+        None, description="base64 is of little-endian numbers; float is the default"
+    )
+    embed_dtype: EmbedDtype | None = Field(
+        None,
+        description="float32 by default; int8 is scaled by each vector's largest number; ubinary and binary are signs, "
+        "eight to a number",
+    )
+    normalize: bool | None = Field(None, description="vectors of length 1, the default, or as the model gives them")
+    input_type: Name | None = Field(None, description=f"one of {', '.join(ROLES)}, or a prompt's name")
+    prompt_name: Name | None = Field(None, description="as input_type; beside one, it says which of its sides counts")
+    task: Name | None = Field(None, description="as prompt_name")
+    priority: Lane | None = Field(None, description="by default by the number of inputs")
+    timeout_ms: float | None = Field(None, gt=0, description="a request still queued after this is dropped")
     user: Any = Field(None, description="accepted and not used")
+
+    def names(self) -> Mapping[str, str | None]:
+        """The roles and prompts that the request names."""
+        return {"input_type": self.input_type, "prompt_name": self.prompt_name, "task": self.task}
+
+    def timeout_seconds(self) -> float | None:
+        """The deadline, from now."""
+        return None if self.timeout_ms is None else self.timeout_ms / 1000
+
+
+class EmbeddingsBody(EmbedFields):
+    """The body of `POST /v1/embeddings`; null means absent."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"required": ["input"]})
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
+    instruction: Text | list[Text | None] | None = Field(
+        None, description="LLM2Vec instruction, put before the text and not pooled; or one for each input"
+    )
+    truncate: bool | str | None = Field(None, description="cut what is too long: true or END, START; false or NONE")
+    overflow: Overflow | None = Field(
+        None,
+        description="what is done with an input that is too long: error, truncate, or mean of its chunks' vectors",
+    )
+    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] | None = Field(
+        None, description="what input of token ids is; by default as the server is set"
+    )
 
 
 class _Embedding(BaseModel):
@@ -68,55 +135,70 @@ class EmbeddingsAnswer(BaseModel):
     usage: _Usage
 
 
-_DOCUMENTED: dict[str, Any] = {
-    "responses": {200: {"model": EmbeddingsAnswer}},
-    "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": EmbeddingsBody.model_json_schema(),
-                    "example": {"input": ["A plane is taking off."], "model": "demo"},
-                }
-            },
-        }
-    },
+class ErrorAnswer(BaseModel):
+    """An error's shape."""
+
+    class _Error(BaseModel):
+        message: str
+        type: str
+        param: str | None
+        code: str | None
+
+    error: _Error
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": about}
+    for status, about in {
+        400: "the request can't be served as it is; `code` and `param` say why",
+        404: "there is no such model",
+        413: "the body is too large",
+        429: "overloaded: come again after `Retry-After` seconds",
+        500: "the model gave no finite vector",
+        503: "loading, draining, or out of memory",
+        504: "the deadline passed in the queue",
+    }.items()
 }
 
 
-@router.post("/v1/embeddings", **_DOCUMENTED)
+def documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of an endpoint that reads its body and writes its answer itself."""
+    content: dict[str, Any] = {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}
+    content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
+    return {
+        "responses": {200: {"model": answer}, **ERRORS},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
+    }
+
+
+@router.post(
+    "/v1/embeddings",
+    **documented(
+        EmbeddingsBody,
+        EmbeddingsAnswer,
+        {"input": ["A plane is taking off.", "A man is playing a flute."]},
+        {"input": "how much protein a day", "input_type": "query", "dimensions": 256, "encoding_format": "base64"},
+    ),
+)
 @router.post("/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
     """Embed texts."""
+    began = time.perf_counter()
     require_ready(request)
     embedder: Embedder = request.app.state.embedder
-    settings = embedder.settings
-    body = parse_body(await read_body(request, settings.max_body_bytes))
-    served = request.app.state.served_name
-    if body.model is not None and body.model != served:
-        raise ModelNotFound(body.model, served)
-    ignored = sorted(body.model_extra or {})
-    if ignored and settings.reject_unknown_fields:
-        raise InvalidRequest(f"unknown fields: {', '.join(ignored)}", "unknown_field", ignored[0])
-    if ignored:
-        embedder.metrics.ignored_fields.inc(len(ignored))
+    body = parse(EmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
+    served: str = request.app.state.served_name
+    alias = instructions_of(request).alias_of(body.model, served)
+    more = ignored_fields(embedder, body.model_extra or {})
+    asked = to_embed_request(request, body, alias)
+    if asked.token_ids != "model":
+        more["x-token-ids-decoded"] = asked.token_ids
+    result = await while_connected(request, embedder.embed(asked))
 
-    result = await while_connected(request, embedder.embed(to_embed_request(body, embedder)))
-
-    headers = {
-        "x-embedding-space": embedder.manifest.embedding_space,
-        "x-compute-tokens": str(result.prompt_tokens),
-        "x-truncated-inputs": str(result.truncated_inputs),
-        "x-tokenization-time": _milliseconds(result.tokenize_seconds),
-        "x-queue-time": _milliseconds(result.queue_seconds),
-        "x-inference-time": _milliseconds(result.inference_seconds),
-    }
-    if ignored:
-        # The names are the client's: nothing in them may end the header or begin another.
-        headers["x-ignored-fields"] = ", ".join(re.sub(r"[^\x21-\x7e]", "?", name) for name in ignored)[:1024]
-    slices = write_answer(result, served, body.encoding_format or "float")
+    slices = write_answer(result, served, body.encoding_format or "float", body.embed_dtype or "float32")
+    headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
     writer: AnswerWriter = request.app.state.writer
-    return writer.answer(slices, result.vectors, headers)
+    return writer.answer(slices, result.vectors, {**headers, **more})
 
 
 # Called for these without FastAPI in between.
@@ -125,74 +207,64 @@ DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/emb
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The one model that is served."""
-    return _json({"object": "list", "data": [_model(request)]})
+    """The one model that is served, under each of its names."""
+    return _json({"object": "list", "data": [_model(request, name) for name in _names(request)]})
 
 
-@router.get("/v1/models/{name:path}")
-async def get_model(request: Request) -> Response:
-    """The served model by its name."""
-    name = request.path_params["name"]
-    if name != request.app.state.served_name:
-        raise ModelNotFound(name, request.app.state.served_name)
-    return _json(_model(request))
+@router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
+async def get_model(request: Request, name: str) -> Response:
+    """The served model by one of its names."""
+    instructions_of(request).alias_of(name, request.app.state.served_name)
+    return _json(_model(request, name))
 
 
-def parse_body(content: bytes) -> EmbeddingsBody:
-    """A request's body.
+def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> EmbedRequest:
+    """The request in the service's own terms.
 
     Raises:
-        InvalidRequest: saying which field is wrong and what it takes.
+        InvalidRequest: for inputs, instructions or names that can't be served.
     """
-    try:
-        document = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", "invalid_json") from error
-    if not isinstance(document, dict):
-        raise InvalidRequest("the body must be a JSON object", "invalid_json")
-    try:
-        return EmbeddingsBody.model_validate(document)
-    except ValidationError as error:
-        issue = error.errors()[0]
-        field = str(issue["loc"][0])
-        if field == "input":
-            message = "input must be a text or a list of texts"
-            if _are_token_ids(document.get("input")):
-                message += "; token ids are not taken (in LangChain: check_embedding_ctx_length=False)"
-            raise InvalidRequest(message, "invalid_input", "input") from error
-        raise InvalidRequest(f"{field}: {issue['msg']}", "invalid_value", field) from error
+    embedder: Embedder = request.app.state.embedder
+    given = [body.input] if isinstance(body.input, str) or are_ids(body.input) else body.input
+    if not isinstance(given, list):
+        raise InvalidRequest("input must be a text, a list of texts, or token ids", "invalid_input", "input")
+    one = body.instruction if isinstance(body.instruction, str) else None
+    chosen = choose_instruction(request, one, body.names(), alias)
+    choices = [chosen] * len(given)
+    if isinstance(body.instruction, list):
+        if len(body.instruction) != len(given):
+            raise InvalidRequest(
+                f"{len(body.instruction)} instructions for {len(given)} inputs: send one, or one for each",
+                "invalid_value",
+                "instruction",
+            )
+        choices = [chosen if text is None else Chosen(text, "request") for text in body.instruction]
+    separator = embedder.settings.instruction_separator
+    if all(isinstance(item, str) for item in given):
+        inputs = [split_text(item, choice, separator) for item, choice in zip(given, choices, strict=True)]
+    else:
+        pairs = enumerate(zip(given, choices, strict=True))
+        inputs = [_input(request, index, item, choice, separator) for index, (item, choice) in pairs]
+    keep = truncation(body.truncate)
+    return EmbedRequest(
+        inputs,
+        body.dimensions,
+        overflow=body.overflow or ("truncate" if keep else "error"),
+        keep=keep or "start",
+        normalize=body.normalize is not False,
+        token_ids=_token_ids(request, body, inputs),
+        lane=body.priority,
+        timeout_seconds=body.timeout_seconds(),
+    )
 
 
-def to_embed_request(body: EmbeddingsBody, embedder: Embedder) -> EmbedRequest:
-    """The request in the service's own terms; an explicit instruction wins over an input type.
-
-    Raises:
-        InvalidRequest: for an input type that does not exist.
-    """
-    texts = [body.input] if isinstance(body.input, str) else body.input
-    if body.input_type is not None and body.input_type not in INPUT_TYPES:
-        raise InvalidRequest(
-            f"there is no input_type {body.input_type!r}: use one of {', '.join(INPUT_TYPES)}",
-            "invalid_input_type",
-            "input_type",
-        )
-    source: Literal["request", "input_type", "none"] = "none"
-    instruction = ""
-    if body.instruction is not None:
-        source, instruction = "request", body.instruction
-    elif body.input_type is not None:
-        source = "input_type"
-        if INPUT_TYPES[body.input_type] == "query":
-            own = embedder.settings.query_instruction
-            instruction = embedder.manifest.query_instruction if own is None else own
-    return EmbedRequest(texts, [instruction] * len(texts), source, body.dimensions)
-
-
-def write_answer(result: EmbedResult, model: str, encoding_format: EncodingFormat) -> Iterator[bytes]:
+def write_answer(
+    result: EmbedResult, model: str, encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
+) -> Iterator[bytes]:
     """The answer as JSON bytes, in slices of some milliseconds' work each."""
     before = b'{"object":"list","data":['
     index = 0
-    for part in encode_vectors(result.vectors, encoding_format):
+    for part in encode_vectors(result.vectors, encoding_format, dtype):
         items = [
             b'{"object":"embedding","index":%d,"embedding":%b}' % (place, vector)
             for place, vector in enumerate(part, index)
@@ -200,23 +272,94 @@ def write_answer(result: EmbedResult, model: str, encoding_format: EncodingForma
         yield before + b",".join(items)
         before = b","
         index += len(part)
+    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage(result)))
+
+
+def usage(result: EmbedResult) -> dict[str, int]:
+    """What the request cost, in tokens, and how many of its inputs were cut."""
     tokens = result.prompt_tokens
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
-    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage))
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
 
 
-def _are_token_ids(given: Any) -> bool:
-    first = given[0] if isinstance(given, list) and given else None
-    return isinstance(first[0] if isinstance(first, list) and first else first, int)
+def _input(request: Request, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:
+    """One input in any of its forms.
+
+    Raises:
+        InvalidRequest: if it has none of them.
+    """
+    if isinstance(item, str) or item == [] or are_ids(item):
+        return split_text(item, chosen, separator)
+    if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item):
+        return EmbedInput(item[1], Chosen(item[0], "item"))
+    if isinstance(item, dict) and isinstance(item.get("text"), str):
+        return EmbedInput(item["text"], _item_instruction(request, index, item) or chosen)
+    raise InvalidRequest(
+        f"input index {index} must be a text, token ids, a pair [instruction, text], or an object with a text",
+        "invalid_input",
+        "input",
+    )
 
 
-def _model(request: Request) -> dict[str, Any]:
+def _item_instruction(request: Request, index: int, item: dict[str, Any]) -> Chosen | None:
+    fields = ("input_type", "prompt_name", "task")
+    unknown = item.keys() - {"text", "instruction", *fields}
+    wrong = [name for name in ("instruction", *fields) if not isinstance(item.get(name), (str, type(None)))]
+    if unknown or wrong:
+        raise InvalidRequest(
+            f"input index {index}: {', '.join(map(repr, [*sorted(unknown), *wrong]))} can't be taken; an object has "
+            f"a text and may have an instruction, an input_type, a prompt_name or a task, all of them texts",
+            "invalid_input",
+            "input",
+        )
+    if item.get("instruction") is not None:
+        return Chosen(item["instruction"], "item")
+    names = {name: item[name] for name in fields if item.get(name)}
+    return Chosen(instructions_of(request).named(names), "item") if names else None
+
+
+def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInput]) -> TokenIds:
+    """What the ids among the inputs are.
+
+    Raises:
+        InvalidRequest: if there are some and none are taken.
+    """
+    embedder: Embedder = request.app.state.embedder
+    count = sum(not isinstance(item.text, str) for item in inputs)
+    if not count:
+        return "model"
+    policy = body.token_ids or embedder.settings.token_ids
+    if policy == "reject":
+        raise InvalidRequest(
+            "token ids are not taken: send texts (in LangChain: check_embedding_ctx_length=False)",
+            "invalid_token_ids",
+            "input",
+        )
+    if policy == "auto":
+        policy = "cl100k_base" if _by_openai_sdk(request) else "model"
+    embedder.metrics.token_id_inputs.labels(policy).inc(count)
+    return policy
+
+
+def _by_openai_sdk(request: Request) -> bool:
+    """Whether one of OpenAI's own clients sent this, or what is built on one: they make ids with tiktoken."""
+    headers = request.headers
+    agent = headers.get("user-agent", "")
+    return "x-stainless-lang" in headers or agent.startswith(("OpenAI/", "AsyncOpenAI/"))
+
+
+def _names(request: Request) -> list[str]:
+    served = request.app.state.served_name
+    return [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
+
+
+def _model(request: Request, name: str) -> dict[str, Any]:
     state = request.app.state
     return {
-        "id": state.served_name,
+        "id": name,
         "object": "model",
         "created": state.started_at,
         "owned_by": "llm2vec-service",
+        "root": state.served_name,
         "dimensions": state.manifest.width,
         "max_input_tokens": state.limits.max_input_tokens,
         "embedding_space": state.manifest.embedding_space,
@@ -225,7 +368,3 @@ def _model(request: Request) -> dict[str, Any]:
 
 def _json(content: Any) -> Response:
     return Response(orjson.dumps(content), media_type="application/json")
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.2f}"

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+import orjson
 from fastapi import Request, Response
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.error_responses import service_error_response, unexpected_error_response
-from service.errors import ClientGone, RequestTooLarge, ServiceError, Unavailable
+from service.api.error_responses import ErrorResponses
+from service.errors import ClientGone, InvalidRequest, RequestTooLarge, ServiceError, Unavailable
 from service.logs import log, log_request, request_id
 from service.metrics import Metrics
 
 T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 # Most requests are answered before it is worth while to listen for their client to hang up.
@@ -36,9 +39,16 @@ class RequestContext:
     much as all the rest of a short request.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, direct: Mapping[tuple[str, str], Endpoint]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        errors: ErrorResponses,
+        direct: Mapping[tuple[str, str], Endpoint],
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._errors = errors
         self._direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +82,7 @@ class RequestContext:
             state["code"] = "internal_error"
             if status:
                 raise
-            await unexpected_error_response()(scope, receive, send_with_id)
+            await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
             self._metrics.inflight.dec()
             self._finish(scope, status, state.get("code", ""), time.perf_counter() - began)
@@ -83,7 +93,7 @@ class RequestContext:
         try:
             response = await endpoint(request)
         except ServiceError as error:
-            response = service_error_response(request, error)
+            response = self._errors.of(request, error)
         await response(request.scope, request.receive, send)
 
     def _finish(self, scope: Scope, status: int, code: str, seconds: float) -> None:
@@ -117,6 +127,37 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
             raise RequestTooLarge(limit_bytes)
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+async def read_document(request: Request, limit_bytes: int) -> dict[str, Any]:
+    """The request's body, a JSON object.
+
+    Raises:
+        RequestTooLarge: past `limit_bytes`.
+        InvalidRequest: if it is not JSON, or no object.
+    """
+    try:
+        document = orjson.loads(await read_body(request, limit_bytes))
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", "invalid_json") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest("the body must be a JSON object", "invalid_json")
+    return document
+
+
+def parse(model: type[Body], document: dict[str, Any]) -> Body:
+    """The document as a dialect's body.
+
+    Raises:
+        InvalidRequest: saying which field is wrong and what it takes.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        issue = error.errors()[0]
+        field = str(issue["loc"][0]) if issue["loc"] else None
+        where = ".".join(map(str, issue["loc"]))
+        raise InvalidRequest(f"{where}: {issue['msg']}", "invalid_value", field) from error
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -80,3 +80,19 @@ def test_a_vector_that_is_not_finite_does_not_become_so(bad: float) -> None:
 def test_packing_nothing_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         PackedBatch.pack([], "mean")
+
+
+def test_spans_get_vectors_of_their_own_beside_texts_that_have_one() -> None:
+    spans = ((0, 2), (1, 4), (3, 4))
+    rows = [TokenizedText([3, 4], 1), TokenizedText([5, 6, 7, 8], 1, spans=spans), TokenizedText([9, 10, 11], 2)]
+    hidden = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    batch = PackedBatch.pack(rows, "mean").filled_up_to(16)
+    wanted = [hidden[1:2], hidden[2:4], hidden[3:6], hidden[5:6], hidden[8:9]]
+    torch.testing.assert_close(pool(hidden, batch), torch.stack([part.mean(0) for part in wanted]))
+    assert [row.vectors for row in rows] == [1, 3, 1]
+
+
+def test_a_width_below_zero_leaves_the_length_alone() -> None:
+    vectors = torch.tensor([[3.0, 4.0, 12.0]]).repeat(3, 1)
+    finished = shorten_and_normalize(vectors, torch.tensor([-3, 2, -2]))
+    torch.testing.assert_close(finished, torch.tensor([[3.0, 4.0, 12.0], [0.6, 0.8, 0.0], [3.0, 4.0, 0.0]]))

@@ -118,3 +118,85 @@ def test_templates_by_name_and_pooling() -> None:
     assert template_for("meta-llama/Meta-Llama-3-8B", "eos_token", llama).suffix == "<|end_of_text|>"
     assert template_for("meta-llama/Meta-Llama-3-8B-Instruct", "eos_token", llama).suffix == "<|eot_id|>"
     assert template_for("meta-llama/Llama-2-7b-chat-hf", "eos_token", llama).suffix == " [/INST] </s>"
+
+
+AROUND = Template("[INST] ", " [/INST]", strip=True)
+
+
+def test_a_row_knows_where_the_text_itself_is() -> None:
+    tokenizer = text_tokenizer(AROUND)
+    row = tokenizer.encode_batch([TEXT], [INSTRUCTION])[0]
+    decode = tiny_tokenizer().decode
+    assert decode(row.token_ids[row.head : len(row) - row.tail]).strip() in (TEXT, TEXT[1:])
+    assert decode(row.token_ids[len(row) - row.tail :]) == " [/INST]"
+    whole = text_tokenizer(AROUND, skip=False).encode_batch([TEXT], [INSTRUCTION])[0]
+    assert (whole.head, whole.tail, whole.span_start) == (row.head, row.tail, 0)
+
+
+def test_cutting_takes_from_the_text_alone() -> None:
+    row = text_tokenizer(AROUND).encode_batch([TEXT * 5], [INSTRUCTION])[0]
+    own = row.token_ids[row.head : len(row) - row.tail]
+    for keep, kept in (("start", own[:7]), ("end", own[-7:])):
+        cut = row.shortened(row.head + row.tail + 7, keep)  # type: ignore[arg-type]
+        assert cut.token_ids == [*row.token_ids[: row.head], *kept, *row.token_ids[len(row) - row.tail :]]
+        assert (cut.cut, cut.span_start) == (True, row.span_start)
+    assert row.shortened(len(row)) is row
+    with pytest.raises(ValueError, match="no room"):
+        row.shortened(row.head + row.tail)
+
+
+def test_chunks_are_the_text_again_each_with_all_around_it() -> None:
+    row = text_tokenizer(AROUND).encode_batch([TEXT * 5], [INSTRUCTION])[0]
+    most = row.head + row.tail + 9
+    chunks = row.chunks(most)
+    assert max(map(len, chunks)) == most
+    own = [chunk.token_ids[row.head : len(chunk) - row.tail] for chunk in chunks]
+    assert sum(own, []) == row.token_ids[row.head : len(row) - row.tail]  # noqa: RUF017
+    assert {tuple(chunk.token_ids[: row.head]) for chunk in chunks} == {tuple(row.token_ids[: row.head])}
+    assert not any(chunk.cut for chunk in chunks)
+    assert row.chunks(len(row)) == [row]
+    with pytest.raises(ValueError, match="no room"):
+        row.chunks(row.head + row.tail)
+
+
+def test_ids_are_as_good_as_the_text() -> None:
+    """With the special tokens around them or without; beside texts in one batch."""
+    tokenizer = text_tokenizer()
+    text = tokenizer.encode_batch([TEXT], [""])[0]
+    assert tokenizer.encode_batch([text.token_ids, "a", text.token_ids[1:]], [""] * 3)[::2] == [text, text]
+    with_instruction = tokenizer.encode_batch([text.token_ids], [INSTRUCTION])[0]
+    assert tiny_tokenizer().decode(with_instruction.token_ids) == f"{INSTRUCTION} {TEXT}"
+    assert with_instruction.span_start == len(with_instruction) - len(text) + 1
+    for wrong in (-1, VOCABULARY):
+        with pytest.raises(TokenizationError, match=str(wrong)) as caught:
+            tokenizer.encode_batch(["a", [3, wrong]], ["", ""])
+        assert caught.value.index == 1
+
+
+def test_ids_are_cut_as_the_reference_has_it() -> None:
+    tokenizer = TextTokenizer(tiny_tokenizer(), Template(), True, VOCABULARY, ReferenceLimits(12, 5))
+    row = tokenizer.encode_batch([list(range(20, 30))], [""])[0]
+    assert row.token_ids[-5:] == list(range(20, 25))
+    assert row.cut
+
+
+@pytest.mark.parametrize("template", [Template(), AROUND])
+def test_each_token_stands_for_its_characters(template: Template) -> None:
+    tokenizer = text_tokenizer(template)
+    text = "how much protein\na day – Größe"
+    row, characters = tokenizer.locate(text, INSTRUCTION)
+    assert row == tokenizer.encode_batch([text], [INSTRUCTION])[0]
+    covered = {place for start, end in characters for place in range(start, end)}
+    assert covered == set(range(len(text)))
+    assert characters[0] == (0, 0)  # BOS
+    own = characters[row.head + 1 : len(row) - row.tail]
+    assert own == sorted(own)
+    for token_id, (start, end) in zip(row.token_ids[row.head + 1 : len(row) - row.tail], own, strict=True):
+        if text[start:end].isascii():
+            assert tiny_tokenizer().decode([token_id]) == text[start:end]
+
+
+def test_nothing_has_a_row_too() -> None:
+    assert text_tokenizer().encode_nothing().token_ids == [1]
+    assert len(text_tokenizer(AROUND).encode_nothing()) > 1
+    assert len(text_tokenizer(bos=False).encode_nothing()) > 0

@@ -58,21 +58,45 @@ def fake_manifest(max_positions: int = 512) -> Manifest:
 class FakeTokenizer:
     """A token a character, with one for BOS."""
 
-    def encode_batch(self, texts: Sequence[str], instructions: Sequence[str]) -> list[TokenizedText]:
+    def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         if NO_TOKENS in texts:
             raise TokenizationError("the text has no tokens", texts.index(NO_TOKENS))
         rows = []
         for text, instruction in zip(texts, instructions, strict=True):
             before = f"{instruction.strip()} " if instruction.strip() else ""
-            rows.append(TokenizedText([1, *map(ord, before + text)], 1 + len(before)))
+            own = list(map(ord, text)) if isinstance(text, str) else list(text)
+            head = 1 + len(before)
+            rows.append(TokenizedText([1, *map(ord, before), *own], head, head=head))
         return rows
+
+    def encode_nothing(self) -> TokenizedText:
+        return TokenizedText([1], 0)
+
+    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
+        row = self.encode_batch([text], [instruction])[0]
+        return row, [(0, 0)] * row.head + [(place, place + 1) for place in range(len(text))]
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return ["<bos>" if token_id == 1 else chr(token_id) for token_id in token_ids]
+
+    def special_tokens(self) -> frozenset[int]:
+        return frozenset({1})
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(token_id) for token_id in token_ids if not (skip_special_tokens and token_id == 1))
 
 
 def fake_vector(row: EmbedRow) -> Vector:
     """A vector of length 1 that only this row has."""
-    seed = sum((place + 1) * token for place, token in enumerate(row.text.token_ids))
+    if row.text.spans:
+        return np.stack([_vector(row, row.text.token_ids[slice(*span)]) for span in row.text.spans])
+    return _vector(row, row.text.token_ids)
+
+
+def _vector(row: EmbedRow, token_ids: Sequence[int]) -> Vector:
+    seed = sum((place + 1) * token for place, token in enumerate(token_ids))
     vector = np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)[: row.width]
-    shortened: Vector = vector / np.linalg.norm(vector)
+    shortened: Vector = vector / np.linalg.norm(vector) if row.normalize else 3 * vector
     return shortened
 
 

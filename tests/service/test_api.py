@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +15,9 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from model_store.tokenizer import TokenizedText
 from service.app import create_app, drain
+from service.errors import StartupError
 from service.metrics import Metrics
 from service.rows import EmbedRow
 from service.settings import Limits, Settings
@@ -120,6 +123,291 @@ def test_instructions(server: Server) -> None:
     assert server.metric('llm2vec_instruction_inputs_total{source="input_type"}') == 4
 
 
+def test_the_most_particular_instruction_wins(server: Server) -> None:
+    """item > instruction > input_type, prompt_name, task > the model's alias > headers: each tried with all below."""
+    nq = "Given a question, retrieve Wikipedia passages that answer the question:"
+    levels: list[tuple[dict[str, Any], str, str]] = [
+        ({"input": [{"text": "a", "instruction": "Item:"}]}, "Item:", "item"),
+        ({"instruction": "Field:"}, "Field:", "request"),
+        ({"prompt_name": "NQ"}, nq, "input_type"),
+        ({"model": "fake:query"}, "Find:", "alias"),
+    ]
+    headers: Any = {"x-instruction": "Größe:".encode()}
+    np.testing.assert_allclose(
+        vectors(server.embed(headers, input="a")), [expected("a", "Größe:")], rtol=1e-6, err_msg="header"
+    )
+    body: dict[str, Any] = {"input": "a"}
+    for fields, instruction, source in reversed(levels):
+        body |= fields
+        before = server.metric(f'llm2vec_instruction_inputs_total{{source="{source}"}}')
+        np.testing.assert_allclose(vectors(server.embed(headers, **body)), [expected("a", instruction)], rtol=1e-6)
+        assert server.metric(f'llm2vec_instruction_inputs_total{{source="{source}"}}') == before + 1
+    both: Any = {**headers, "x-input-type": "document"}
+    assert server.embed(both, input="a").json()["error"]["code"] == "conflicting_instructions"
+
+
+def test_a_role_beside_a_prompt_says_which_side(server: Server) -> None:
+    sts = "Retrieve semantically similar text:"
+    nq = "Given a question, retrieve Wikipedia passages that answer the question:"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"prompt_name": "NQ", "input_type": "query"}, nq),
+        ({"prompt_name": "nq", "input_type": "document"}, ""),
+        ({"task": "sts", "input_type": "document"}, sts),
+        ({"task": "retrieval.query"}, "Find:"),
+        ({"model": "fake:STS12"}, sts),
+        ({"input_type": "query", "task": "retrieval.query"}, "Find:"),
+    ]
+    for fields, instruction in cases:
+        found = vectors(server.embed(input="a", **fields))
+        np.testing.assert_allclose(found, [expected("a", instruction)], rtol=1e-6, err_msg=str(fields))
+
+
+def test_inputs_can_bring_instructions_of_their_own(server: Server) -> None:
+    given = [
+        "a",
+        ["One:", "b"],
+        {"text": "c", "instruction": "Two:"},
+        {"text": "d", "input_type": "query"},
+        {"text": "e"},
+    ]
+    found = vectors(server.embed(input=given, instruction="All:"))
+    wanted = [("a", "All:"), ("b", "One:"), ("c", "Two:"), ("d", "Find:"), ("e", "All:")]
+    np.testing.assert_allclose(found, [expected(text, one) for text, one in wanted], rtol=1e-6)
+    found = vectors(server.embed(input=["a", "b"], instruction=["One:", None]))
+    np.testing.assert_allclose(found, [expected("a", "One:"), expected("b")], rtol=1e-6)
+
+
+def test_the_applied_instruction_is_reported(server: Server) -> None:
+    def sha(**fields: Any) -> str:
+        return str(server.embed(**fields).headers["x-instruction-sha"])
+
+    assert sha(input="a") == "none"
+    assert (
+        sha(input=["a", "b"], input_type="query")
+        == sha(input="c", instruction="Find:")
+        != sha(input="a", instruction="F")
+    )
+    assert sha(input=["a", ["Find:", "b"]]) == "mixed"
+
+
+def test_instructions_in_the_text_by_a_separator() -> None:
+    with (server := Server(instruction_separator="|||")).client:
+        found = vectors(server.embed(input=["Find: |||a", "b"], instruction="All:"))
+        np.testing.assert_allclose(found, [expected("a", "Find:"), expected("b", "All:")], rtol=1e-6)
+
+
+def test_aliases_and_defaults() -> None:
+    aliases = {"text-embedding-3-small": "", "queries": "query"}
+    with (server := Server(model_aliases=aliases, default_input_type="sts")).client:
+        assert [model["id"] for model in server.client.get("/v1/models").json()["data"]][-2:] == list(aliases)
+        sts = "Retrieve semantically similar text:"
+        for model, instruction in (("text-embedding-3-small", sts), ("queries", "Find:"), (None, sts), ("fake", sts)):
+            np.testing.assert_allclose(
+                vectors(server.embed(input="a", model=model)), [expected("a", instruction)], rtol=1e-6
+            )
+        assert server.client.get("/v1/models/queries").json()["id"] == "queries"
+        assert server.embed(input="a", model="gpt-9").status_code == 404
+    with (server := Server(any_model=True)).client:
+        assert server.embed(input="a", model="gpt-9").status_code == 200
+
+
+@pytest.mark.parametrize("wrong", [{"default_input_type": "poem"}, {"model_aliases": {"a": "poem"}}])
+def test_settings_that_name_no_prompt_are_refused_at_the_start(wrong: dict[str, Any]) -> None:
+    with pytest.raises(StartupError, match="poem"):
+        Server(**wrong)
+
+
+def test_prompts_of_one_s_own(tmp_path: Path) -> None:
+    (tmp_path / "prompts.toml").write_text('legal = { query = "Find the statute:" }\nboth = "Sort:"\n')
+    with (server := Server(prompts_file=tmp_path / "prompts.toml")).client:
+        listed = server.client.get("/v1/prompts").json()
+        assert listed["prompts"]["legal"] == {"query": "Find the statute:", "document": ""}
+        assert listed["prompts"]["both"]["document"] == "Sort:"
+        assert listed["roles"]["search_query"] == "Find:"
+        found = vectors(server.embed(input="a", prompt_name="legal"))
+        np.testing.assert_allclose(found, [expected("a", "Find the statute:")], rtol=1e-6)
+    (tmp_path / "prompts.toml").write_text('legal = { document = "Find:" }')
+    with pytest.raises(ValueError, match="legal must be"):
+        Server(prompts_file=tmp_path / "prompts.toml")
+
+
+def test_preview_shows_what_is_pooled(server: Server) -> None:
+    answer = server.client.post("/v1/prompts/preview", json={"input": ["ab", "c"], "input_type": "query"}).json()
+    first = answer["data"][0]
+    assert first["instruction"] == "Find:"
+    assert first["source"] == "input_type"
+    assert [token["token"] for token in first["tokens"]] == ["<bos>", *"Find: ab"]
+    assert [token["token"] for token in first["tokens"] if token["pooled"]] == ["a", "b"]
+    assert {token["part"] for token in first["tokens"][:7]} == {"before"}
+    assert first["pooled_count"] == 2
+    assert first["over_limit"] == 0
+    assert server.worker.batches == []
+
+
+def test_token_ids(server: Server) -> None:
+    """The model's own by default; cl100k_base from OpenAI's SDKs; whole texts or lists of them."""
+    own = [ord("a"), ord("b")]
+    np.testing.assert_allclose(vectors(server.embed(input=own)), [expected("ab")], rtol=1e-6)
+    np.testing.assert_allclose(vectors(server.embed(input=[own, own[:1]])), [expected("ab"), expected("a")], rtol=1e-6)
+    by_tiktoken = [15339, 1917]  # "hello world"
+    for headers in (
+        {"user-agent": "OpenAI/Python 2.0"},
+        {"user-agent": "AsyncOpenAI/Python 2"},
+        {"x-stainless-lang": "js"},
+    ):
+        answer = server.embed(headers, input=[by_tiktoken])
+        assert answer.headers["x-token-ids-decoded"] == "cl100k_base"
+        np.testing.assert_allclose(vectors(answer), [expected("hello world")], rtol=1e-6)
+    answer = server.embed(input=by_tiktoken, token_ids="cl100k_base", instruction="Find:")
+    np.testing.assert_allclose(vectors(answer), [expected("hello world", "Find:")], rtol=1e-6)
+    assert server.metric('llm2vec_token_id_inputs_total{decoder="cl100k_base"}') == 4
+    assert server.metric('llm2vec_token_id_inputs_total{decoder="model"}') == 3
+    with (strict := Server(token_ids="reject")).client:
+        assert strict.embed(input=own).json()["error"]["code"] == "invalid_token_ids"
+
+
+def test_empty_texts_by_setting() -> None:
+    with (server := Server(empty_text="bos")).client:
+        found = vectors(server.embed(input=["a", "", "  ", []]))
+        assert (found[1] == found[2]).all()
+        assert (found[1] == found[3]).all()
+        np.testing.assert_allclose(found[0], expected("a"), rtol=1e-6)
+        assert server.embed(input=[15339, 220], token_ids="cl100k_base").status_code == 200
+
+
+def test_long_inputs(server: Server) -> None:
+    """511 characters and BOS are what fits; nothing is cut unless asked for, and then it is said."""
+    long = "".join(chr(97 + place % 26) for place in range(1200))
+    assert server.embed(input=long).json()["error"]["code"] == "context_length_exceeded"
+    for fields, kept in (
+        ({"truncate": True}, long[:511]),
+        ({"truncate": "END"}, long[:511]),
+        ({"truncate": "START"}, long[-511:]),
+        ({"overflow": "truncate"}, long[:511]),
+    ):
+        answer = server.embed(input=["short", long], **fields)
+        np.testing.assert_allclose(vectors(answer)[1], expected(kept), rtol=1e-6, err_msg=str(fields))
+        assert answer.json()["usage"]["truncated_inputs"] == 1
+        assert answer.headers["x-truncated-inputs"] == "1"
+    kept = long[: 511 - len("Find: ")]
+    answer = server.embed(input=long, truncate=True, instruction="Find:")
+    np.testing.assert_allclose(vectors(answer), [expected(kept, "Find:")], rtol=1e-6)
+
+
+def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
+    long = "".join(chr(97 + place % 26) for place in range(1200))
+    room = 511 - len("Find: ")
+    parts = [long[start : start + room] for start in range(0, 1200, room)]
+    mean: Any = sum(len(part) * expected(part, "Find:") for part in parts)
+    for fields, wanted in (
+        ({}, mean / np.linalg.norm(mean)),
+        ({"dimensions": 3}, mean[:3] / np.linalg.norm(mean[:3])),
+        ({"normalize": False}, sum(len(part) * _raw(part, "Find:") for part in parts) / 1200),
+    ):
+        answer = server.embed(input=["short", long], overflow="mean", instruction="Find:", **fields)
+        np.testing.assert_allclose(vectors(answer)[1], wanted, rtol=1e-5, err_msg=str(fields))
+        assert answer.json()["usage"]["truncated_inputs"] == 0
+        assert answer.json()["usage"]["prompt_tokens"] == 1200 + 3 * 7 + len("Find: short") + 1
+
+
+def test_vectors_as_the_model_gives_them(server: Server) -> None:
+    np.testing.assert_allclose(vectors(server.embed(input="a", normalize=False)), [_raw("a")], rtol=1e-6)
+    np.testing.assert_allclose(vectors(server.embed(input="a", normalize=None)), [expected("a")], rtol=1e-6)
+
+
+def _raw(text: str, instruction: str = "") -> Any:
+    row = FakeTokenizer().encode_batch([text], [instruction])[0]
+    return fake_vector(EmbedRow(row, WIDTH, normalize=False))
+
+
+def test_fewer_bits(server: Server) -> None:
+    """Cut, normalised, and then quantised; the same in both encodings."""
+    cut = expected("a", dimensions=7)
+    bits = np.packbits(cut > 0)
+    wanted = {
+        "float32": cut,
+        "float16": cut.astype(np.float16),
+        "int8": np.rint(cut * 127 / np.abs(cut).max()),
+        "ubinary": bits,
+        "binary": bits.astype(int) - 128,
+    }
+    types = {"float32": "<f4", "float16": "<f2", "int8": "i1", "ubinary": "u1", "binary": "i1"}
+    for dtype, numbers in wanted.items():
+        body: dict[str, Any] = {"input": "a", "dimensions": 7, "embed_dtype": dtype}
+        np.testing.assert_allclose(vectors(server.embed(**body))[0], numbers, rtol=1e-6, err_msg=dtype)
+        packed = server.embed(**body, encoding_format="base64").json()["data"][0]["embedding"]
+        np.testing.assert_allclose(np.frombuffer(base64.b64decode(packed), types[dtype]), numbers, rtol=1e-6)
+
+
+def test_chunks_of_one_text(server: Server) -> None:
+    """Each chunk's vector is of its own tokens; the text around is read once."""
+    url, text = "/v1/chunk_embeddings", "abcdefgh"
+
+    def chunk(characters: str) -> Any:
+        spans = ((1, 1 + len(characters)),)
+        return fake_vector(EmbedRow(TokenizedText([1, *map(ord, characters)], 1, spans=spans), WIDTH))[0]
+
+    answer = server.client.post(url, json={"input": text, "chunk_size": 3}).json()
+    assert [(item["start"], item["end"], item["tokens"]) for item in answer["data"]] == [
+        (0, 3, 3),
+        (3, 6, 3),
+        (6, 8, 2),
+    ]
+    wanted = [chunk("abc"), chunk("def"), chunk("gh")]
+    np.testing.assert_allclose([item["embedding"] for item in answer["data"]], wanted, rtol=1e-6)
+    assert answer["usage"]["prompt_tokens"] == 9
+    body: dict[str, Any] = {
+        "input": text,
+        "spans": [[2, 5], [0, 8]],
+        "instruction": "Find:",
+        "encoding_format": "base64",
+    }
+    packed = server.client.post(url, json=body).json()["data"]
+    found = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in packed]
+    np.testing.assert_allclose(found, [chunk("cde"), chunk(text)], rtol=1e-6)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"input": text}, "invalid_value"),
+        ({"input": text, "chunk_size": 3, "spans": [[0, 1]]}, "invalid_value"),
+        ({"input": text, "spans": [[8, 9]]}, "invalid_span"),
+        ({"input": text, "spans": [[3, 3]]}, "invalid_span"),
+        ({"input": "x" * 600, "chunk_size": 100}, "context_length_exceeded"),
+        ({"input": " ", "chunk_size": 100}, "empty_input"),
+        ({"input": [text], "chunk_size": 100}, "invalid_value"),
+    ]
+    for body, code in refused:
+        answer = server.client.post(url, json=body)
+        assert answer.status_code == 400, body
+        assert answer.json()["error"]["code"] == code
+
+
+async def test_a_deadline_passed_in_the_queue_drops_the_request() -> None:
+    worker = FakeWorker()
+    server = Server(worker)
+    async with (
+        server.app.router.lifespan_context(server.app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(server.app), base_url="http://test") as client,
+    ):
+        await client.post("/v1/embeddings", json={"input": "first of all"})
+        worker.gate.clear()
+        worker.batches.clear()
+        first = asyncio.create_task(client.post("/v1/embeddings", json={"input": "a", "timeout_ms": 20}))
+        while not worker.batches:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        late = await client.post("/v1/embeddings", json={"input": "b", "timeout_ms": 20})
+        assert late.status_code == 504
+        assert late.json()["error"]["code"] == "timeout"
+        worker.gate.set()
+        assert (await first).status_code == 200  # it was computed already, and is not thrown away
+    assert worker.batches == [["a"]]
+
+
+def test_bulk_by_name(server: Server) -> None:
+    server.embed(input="a", priority="bulk")
+    server.embed(input="b", priority="interactive")
+    assert server.metric('llm2vec_queue_wait_seconds_count{class="bulk"}') == 1
+    assert server.metric('llm2vec_queue_wait_seconds_count{class="interactive"}') == 1
+
+
 def test_the_server_can_have_its_own_query_instruction() -> None:
     with (server := Server(query_instruction="Look up:")).client:
         np.testing.assert_allclose(
@@ -133,11 +421,50 @@ def test_the_server_can_have_its_own_query_instruction() -> None:
         ({"input": []}, 400, "empty_input", "input", "at least one"),
         ({"input": ["a", "  "]}, 400, "empty_input", "input", "index 1"),
         ({"input": ""}, 400, "empty_input", "input", "index 0"),
-        ({}, 400, "invalid_input", "input", "text or a list of texts"),
-        ({"input": 7}, 400, "invalid_input", "input", "text or a list"),
-        ({"input": [1, 2]}, 400, "invalid_input", "input", "check_embedding_ctx_length=False"),
-        ({"input": [[1, 2], [3]]}, 400, "invalid_input", "input", "token ids are not taken"),
-        ({"input": ["a", None]}, 400, "invalid_input", "input", "text or a list"),
+        ({}, 400, "invalid_input", "input", "a list of texts"),
+        ({"input": 7}, 400, "invalid_input", "input", "a list of texts"),
+        (
+            {"input": [1, 2], "token_ids": "reject"},
+            400,
+            "invalid_token_ids",
+            "input",
+            "check_embedding_ctx_length=False",
+        ),
+        (
+            {"input": [[1, 2], [100257, 999999]], "token_ids": "cl100k_base"},
+            400,
+            "invalid_token_ids",
+            "input",
+            "index 1",
+        ),
+        ({"input": ["a", None]}, 400, "invalid_input", "input", "input index 1"),
+        ({"input": ["a", [1, True]]}, 400, "invalid_input", "input", "input index 1"),
+        ({"input": ["a", {"txt": "b"}]}, 400, "invalid_input", "input", "input index 1"),
+        ({"input": [{"text": "b", "colour": "red"}]}, 400, "invalid_input", "input", "'colour'"),
+        ({"input": [{"text": "b", "instruction": 7}]}, 400, "invalid_input", "input", "'instruction'"),
+        ({"input": ["a", []]}, 400, "empty_input", "input", "index 1"),
+        ({"input": "a", "truncate": "MIDDLE"}, 400, "invalid_value", "truncate", "START"),
+        ({"input": "a", "overflow": "split"}, 400, "invalid_value", "overflow", "mean"),
+        ({"input": ["a", "b"], "instruction": ["c"]}, 400, "invalid_value", "instruction", "1 instructions for 2"),
+        (
+            {"input": "a", "instruction": "x" * 600, "overflow": "mean"},
+            400,
+            "context_length_exceeded",
+            "instruction",
+            "room",
+        ),
+        (
+            {"input": "a", "input_type": "query", "task": "document"},
+            400,
+            "conflicting_instructions",
+            "task",
+            "one of them",
+        ),
+        ({"input": "a", "prompt_name": "NQ", "task": "sts"}, 400, "conflicting_instructions", "task", "one of them"),
+        ({"input": "a", "prompt_name": "NQx"}, 400, "invalid_input_type", "prompt_name", "did you mean NQ"),
+        ({"input": "a", "model": "fake:poem"}, 400, "invalid_input_type", "model", "GET /v1/prompts"),
+        ({"input": "a", "priority": "high"}, 400, "invalid_value", "priority", "interactive"),
+        ({"input": "a", "timeout_ms": 0}, 400, "invalid_value", "timeout_ms", "greater than 0"),
         ({"input": "a", "dimensions": 0}, 400, "invalid_dimensions", "dimensions", "1 to 8"),
         ({"input": "a", "dimensions": 9}, 400, "invalid_dimensions", "dimensions", "1 to 8"),
         ({"input": "a", "dimensions": "3"}, 400, "invalid_value", "dimensions", "integer"),
@@ -225,7 +552,7 @@ def test_headers_say_what_it_took(server: Server) -> None:
 def test_models(server: Server) -> None:
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == ["fake"]
+    assert [model["id"] for model in listed["data"]] == ["fake", "fake:query", "fake:document"]
     assert listed["data"][0]["dimensions"] == WIDTH
     assert server.client.get("/v1/models/fake").json()["id"] == "fake"
     with (renamed := Server(served_name="org/mine")).client:

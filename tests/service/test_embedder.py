@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from service.batcher import MicroBatcher
-from service.embedder import Embedder, EmbedRequest
+from service.embedder import Embedder, EmbedInput, EmbedRequest
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
@@ -36,7 +36,7 @@ async def embedder(worker: FakeWorker, **given: Any) -> AsyncIterator[Embedder]:
 
 
 def request(*texts: str, **fields: Any) -> EmbedRequest:
-    return EmbedRequest(texts, [""] * len(texts), **fields)
+    return EmbedRequest([EmbedInput(text) for text in texts], **fields)
 
 
 async def test_a_result_carries_its_own_measurements() -> None:
