@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from model_store.manifest import Manifest
 from model_store.prompts import load_prompts, read_prompts
-from service.api import chunks, openai, operations, prompts
+from service.api import chunks, cohere, ollama, openai, operations, prompts, tei
 from service.api.answers import AnswerWriter
 from service.api.error_responses import Dialect, ErrorResponses
 from service.api.requests import RequestContext
@@ -54,8 +54,8 @@ class Worker(Protocol):
 
 
 # Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
-_DIALECTS: dict[str, Dialect] = {}
-_DIRECT = {**openai.DIRECT}
+_DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
+_DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
 def create_app(
@@ -123,7 +123,7 @@ def create_app(
     state.version = app.version
     state.phase = "loading"
     state.manifest, state.limits, state.metrics, state.served_name = manifest, limits, metrics, served_name
-    state.writer = AnswerWriter(metrics)
+    state.writer, state.worker = AnswerWriter(metrics), worker
     state.started_at = int(time.time())
     metrics.token_budget.set(limits.token_budget)
     metrics.ready.set(0)
@@ -131,7 +131,7 @@ def create_app(
     errors = ErrorResponses(_DIALECTS, metrics)
     errors.install(app)
     app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT)
-    for routes in (openai, chunks, prompts, operations):
+    for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
         app.include_router(routes.router)
     return app
 

@@ -142,6 +142,20 @@ class Preview:
     limit: int
 
 
+@dataclass(frozen=True)
+class LocatedTokens:
+    """A row before anything is cut, and the characters [start, end) of `text` that each of its tokens stands for.
+
+    `text` has the instruction in front. `own` are its tokens; what else there is stands around every text, and for no
+    characters.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    characters: Sequence[tuple[int, int]]
+    own: range
+
+
 @dataclass
 class Embedder:
     """Admits, tokenizes and submits."""
@@ -196,6 +210,38 @@ class Embedder:
         texts = await self._tokenize(request)
         limit = self.limits.max_input_tokens
         return [Preview(list(self._explain(text)), limit) for text in texts]
+
+    async def locate(self, request: EmbedRequest) -> list[LocatedTokens]:
+        """Where in each input, all of them texts, or in its instruction its tokens are; nothing is computed.
+
+        Raises:
+            InvalidRequest: for inputs that can't be tokenized, or that have too many tokens.
+        """
+        self._check(request)
+        self._check_tokens(sum(map(len, await self._tokenize(request))))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs]
+        )
+
+    async def decode(
+        self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool = True, param: str = "ids"
+    ) -> list[str]:
+        """The texts of this model's own token ids. `param` is what the caller's dialect calls these, for messages.
+
+        Raises:
+            InvalidRequest: for ids that the model does not have, or too many lists of them.
+        """
+        self._check_count(len(token_ids), param)
+
+        def decode_one(index: int) -> str:
+            try:
+                return self.tokenizer.decode(token_ids[index], skip_special_tokens)
+            except TokenizationError as error:
+                raise InvalidRequest(f"{param} index {index}: {error}", "invalid_token_ids", param) from error
+
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: list(map(decode_one, range(len(token_ids))))
+        )
 
     async def probe(self) -> None:
         """Encode one token, to see that the device still does.
@@ -265,14 +311,7 @@ class Embedder:
 
     def _check(self, request: EmbedRequest) -> None:
         inputs, param = request.inputs, request.param
-        if not inputs:
-            raise InvalidRequest(f"{param} is empty: send at least one text", "empty_input", param)
-        if len(inputs) > self.settings.max_inputs_per_request:
-            raise InvalidRequest(
-                f"{len(inputs)} inputs in one request: at most {self.settings.max_inputs_per_request} are taken",
-                "too_many_inputs",
-                param,
-            )
+        self._check_count(len(inputs), param)
         if self.settings.empty_text == "error":
             for index, item in enumerate(inputs):
                 if _is_empty(item.text):
@@ -288,6 +327,25 @@ class Embedder:
                 f"dimensions is {request.dimensions}: this model has 1 to {width}",
                 "invalid_dimensions",
                 "dimensions",
+            )
+
+    def _check_count(self, inputs: int, param: str) -> None:
+        if not inputs:
+            raise InvalidRequest(f"{param} is empty: send at least one", "empty_input", param)
+        if inputs > self.settings.max_inputs_per_request:
+            raise InvalidRequest(
+                f"{inputs} inputs in one request: at most {self.settings.max_inputs_per_request} are taken",
+                "too_many_inputs",
+                param,
+            )
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self.settings.max_tokens_per_request:
+            raise InvalidRequest(
+                f"{tokens} tokens in one request: at most {self.settings.max_tokens_per_request} are taken, "
+                "send fewer inputs at once",
+                "request_too_large",
+                "input",
             )
 
     def _check_numbers(self, numbers: int) -> None:
@@ -379,13 +437,7 @@ class Embedder:
     ) -> list[Computed[Vector]]:
         """The rows' vectors, once they are admitted."""
         tokens = sum(map(len, rows))
-        if tokens > self.settings.max_tokens_per_request:
-            raise InvalidRequest(
-                f"{tokens} tokens in one request: at most {self.settings.max_tokens_per_request} are taken, "
-                "send fewer inputs at once",
-                "request_too_large",
-                "input",
-            )
+        self._check_tokens(tokens)
         lane = lane or self._lane(len(rows), tokens)
         await self._admit(tokens, lane, began + wait_seconds)
         left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
@@ -403,6 +455,17 @@ class Embedder:
             if time.perf_counter() >= until:
                 raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
             await asyncio.sleep(0.01)
+
+    def _locate(self, text: str, instruction: str) -> LocatedTokens:
+        """What `encode_batch` makes of them: it puts an instruction before a text in just this way."""
+        if self.settings.empty_text == "bos" and _is_empty(text):
+            nothing = self.tokenizer.encode_nothing()
+            return LocatedTokens(text, nothing.token_ids, [(0, 0)] * len(nothing), range(0))
+        whole = f"{instruction.strip()} {text}" if instruction.strip() else text
+        row, characters = self.tokenizer.locate(whole, "")
+        first = next((place for place, (start, end) in enumerate(characters) if start < end), row.head)
+        own = range(min(row.head, first), len(row) - row.tail)
+        return LocatedTokens(whole, row.token_ids, characters, own)
 
     def _explain(self, text: TokenizedText) -> Iterator[PreviewToken]:
         own = range(text.head, len(text) - text.tail)

@@ -1,0 +1,386 @@
+"""Cohere's dialect: `/v1/embed` and `/v2/embed`. Translation only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from service.api import openai
+from service.api.answers import AnswerWriter, encode_vectors, quantize_vector
+from service.api.common import (
+    Name,
+    Text,
+    answer_headers,
+    choose_instruction,
+    ignored_fields,
+    instructions_of,
+    truncation,
+    with_instruction,
+)
+from service.api.error_responses import Dialect
+from service.api.requests import parse, read_document, require_ready, while_connected
+from service.embedder import Embedder, EmbedRequest, EmbedResult
+from service.errors import InvalidRequest
+from service.logs import request_id
+from service.rows import Vector
+
+router = APIRouter(tags=["Cohere"])
+
+Version = Literal["1", "2"]
+EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+
+# Of a long answer: what is written between two turns of the event loop.
+_TEXTS_AT_ONCE = 64
+_VECTORS_AT_ONCE = 16
+
+_INPUTS_SCHEMA = {
+    "anyOf": [
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["content"],
+                "properties": {
+                    "content": {
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {
+                            "type": "object",
+                            "required": ["type", "text"],
+                            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                        },
+                    }
+                },
+            },
+        },
+        {"type": "null"},
+    ],
+}
+
+
+class _Part(BaseModel):
+    type: Name
+    text: Text | None = None
+
+
+class _Input(BaseModel):
+    content: list[_Part] = Field(min_length=1)
+
+
+class CohereEmbedBody(BaseModel):
+    """The body of `POST /v1/embed` and `POST /v2/embed`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(
+        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
+    )
+    texts: list[Text] | None = Field(None, description="the texts")
+    inputs: Annotated[list[_Input] | None, WithJsonSchema(_INPUTS_SCHEMA)] = Field(
+        None, description="or texts in parts, which are joined by line breaks"
+    )
+    images: list[Any] | None = Field(None, description="not taken: the model reads text only")
+    input_type: Name | None = Field(
+        None,
+        description="search_query, search_document, classification, clustering, or a prompt's name; v2 requires it, "
+        "unless the instruction is said otherwise",
+    )
+    instruction: Text | None = Field(
+        None, description="not Cohere's: LLM2Vec instruction, put before each text and not pooled"
+    )
+    embedding_types: list[EmbeddingType] | None = Field(
+        None,
+        description="float by default, which v1 then gives as a plain list. int8 is scaled by each vector's largest "
+        "number, uint8 is that and 128; ubinary and binary are signs, eight to a number; base64 is of little-endian "
+        "float32",
+    )
+    output_dimension: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+    max_tokens: int | None = Field(
+        None, ge=1, strict=True, description="no fewer than the server reads: texts are not cut before"
+    )
+    truncate: str | None = Field(
+        None, description="what goes of a text that is too long: END (the default) or START; or NONE"
+    )
+    priority: int | None = Field(
+        None, ge=0, le=999, strict=True, description="above 0, the request yields to small ones whatever its size"
+    )
+
+
+class _Meta(BaseModel):
+    class _ApiVersion(BaseModel):
+        version: str
+
+    class _BilledUnits(BaseModel):
+        input_tokens: int
+
+    api_version: _ApiVersion
+    billed_units: _BilledUnits
+    warnings: list[str] | None = Field(None, description="says so where texts were cut")
+
+
+class CohereByTypeAnswer(BaseModel):
+    """The answer's shape, for the documentation; answers are written straight to bytes."""
+
+    class _Embeddings(BaseModel):
+        float_: list[list[float]] | None = Field(None, alias="float")
+        int8: list[list[int]] | None = None
+        uint8: list[list[int]] | None = None
+        binary: list[list[int]] | None = None
+        ubinary: list[list[int]] | None = None
+        base64: list[str] | None = None
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
+                "response_type": "embeddings_by_type",
+                "texts": ["A plane is taking off."],
+                "embeddings": {"float": [[0.0213, -0.0071, 0.0149]], "int8": [[127, -42, 89]]},
+                "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 7}},
+            }
+        }
+    )
+
+    id: str
+    response_type: Literal["embeddings_by_type"]
+    texts: list[str]
+    embeddings: _Embeddings
+    meta: _Meta
+
+
+class CohereFloatsAnswer(BaseModel):
+    """The answer's shape where v1 is asked for no types."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "id": "0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
+                "response_type": "embeddings_floats",
+                "texts": ["A plane is taking off."],
+                "embeddings": [[0.0213, -0.0071, 0.0149]],
+                "meta": {"api_version": {"version": "1"}, "billed_units": {"input_tokens": 7}},
+            }
+        }
+    )
+
+    id: str
+    response_type: Literal["embeddings_floats"]
+    texts: list[str]
+    embeddings: list[list[float]]
+    meta: _Meta
+
+
+class CohereErrorAnswer(BaseModel):
+    """An error's shape."""
+
+    message: str
+
+
+def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    return {"message": message}
+
+
+_DIALECT = Dialect(_error_body)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**about, "model": CohereErrorAnswer} for status, about in openai.ERRORS.items()
+}
+
+
+def _documented(answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
+    about = openai.documented(CohereEmbedBody, CohereByTypeAnswer, *examples)
+    return {**about, "responses": {200: {"model": answer}, **_ERRORS}}
+
+
+@router.post(
+    "/v1/embed",
+    **_documented(
+        CohereFloatsAnswer | CohereByTypeAnswer,
+        {"texts": ["A plane is taking off.", "A man is playing a flute."], "input_type": "search_document"},
+        {"texts": ["how much protein a day"], "input_type": "search_query", "embedding_types": ["float", "int8"]},
+    ),
+)
+async def embed_v1(request: Request) -> Response:
+    """Embed texts, as Cohere's first API does."""
+    return await _embed(request, "1")
+
+
+@router.post(
+    "/v2/embed",
+    **_documented(
+        CohereByTypeAnswer,
+        {"texts": ["how much protein a day"], "input_type": "search_query", "embedding_types": ["float"]},
+        {
+            "inputs": [{"content": [{"type": "text", "text": "A plane is taking off."}]}],
+            "input_type": "search_document",
+            "embedding_types": ["ubinary", "base64"],
+            "output_dimension": 256,
+        },
+    ),
+)
+async def embed_v2(request: Request) -> Response:
+    """Embed texts, as Cohere's second API does."""
+    return await _embed(request, "2")
+
+
+DIRECT = {("POST", "/v1/embed"): embed_v1, ("POST", "/v2/embed"): embed_v2}
+DIALECTS = {path: _DIALECT for _, path in DIRECT}
+
+
+async def _embed(request: Request, version: Version) -> Response:
+    began = time.perf_counter()
+    require_ready(request)
+    embedder: Embedder = request.app.state.embedder
+    body = parse(CohereEmbedBody, await read_document(request, embedder.settings.max_body_bytes))
+    alias = instructions_of(request).alias_of(body.model, request.app.state.served_name)
+    more = ignored_fields(embedder, body.model_extra or {})
+    texts, param = _texts(body)
+    asked = to_embed_request(request, body, alias, texts, param, version)
+    result = await while_connected(request, embedder.embed(asked))
+
+    types = list(dict.fromkeys(body.embedding_types or ())) or _default_types(version)
+    slices = write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
+    headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
+    writer: AnswerWriter = request.app.state.writer
+    # Each vector is written once for each type: whether the answer is a small one depends on all of them.
+    return writer.answer(slices, [*result.vectors] * max(len(types), 1), {**headers, **more})
+
+
+def to_embed_request(
+    request: Request, body: CohereEmbedBody, alias: str, texts: Sequence[str], param: str, version: Version
+) -> EmbedRequest:
+    """The request in the service's own terms.
+
+    Raises:
+        InvalidRequest: for names or limits that can't be served.
+    """
+    embedder: Embedder = request.app.state.embedder
+    most = embedder.limits.max_input_tokens
+    if body.max_tokens is not None and body.max_tokens < most:
+        raise InvalidRequest(
+            f"max_tokens is {body.max_tokens}: texts are cut at the {most} tokens that the server reads and not "
+            "before, leave it out",
+            "invalid_value",
+            "max_tokens",
+        )
+    chosen = choose_instruction(request, body.instruction, {"input_type": body.input_type}, alias)
+    if version == "2" and chosen.source == "none":
+        raise InvalidRequest(
+            "input_type is missing: send search_query, search_document, classification, clustering, or a prompt's "
+            "name (GET /v1/prompts lists them)",
+            "invalid_input_type",
+            "input_type",
+        )
+    keep = truncation(body.truncate or "END")
+    return EmbedRequest(
+        with_instruction(texts, chosen, embedder.settings.instruction_separator),
+        body.output_dimension,
+        overflow="truncate" if keep else "error",
+        keep=keep or "start",
+        lane="bulk" if body.priority else None,
+        param=param,
+    )
+
+
+def write_answer(
+    identity: str, result: EmbedResult, texts: Sequence[str], types: Sequence[EmbeddingType], meta: dict[str, Any]
+) -> Iterator[bytes]:
+    """The answer as JSON bytes, in slices of some milliseconds' work each; without types, one list of float vectors."""
+    yield b'{"id":%b,"response_type":"embeddings_%b","texts":' % (
+        orjson.dumps(identity),
+        b"by_type" if types else b"floats",
+    )
+    yield from _array(_encode_texts(texts))
+    yield b',"embeddings":'
+    if types:
+        before = b"{"
+        for name in types:
+            yield before + b'"%b":' % name.encode()
+            yield from _array(_encode_as(result.vectors, name))
+            before = b","
+        yield b"}"
+    else:
+        yield from _array(encode_vectors(result.vectors, "float"))
+    yield b',"meta":%b}' % orjson.dumps(meta)
+
+
+def _default_types(version: Version) -> list[EmbeddingType]:
+    return ["float"] if version == "2" else []
+
+
+def _texts(body: CohereEmbedBody) -> tuple[Sequence[str], str]:
+    """The texts, and the field that they came in.
+
+    Raises:
+        InvalidRequest: for images, or texts in both of the fields.
+    """
+    if body.images:
+        raise InvalidRequest("images are not taken: this model reads text only", "invalid_input", "images")
+    if body.inputs is None:
+        return body.texts or [], "texts"
+    if body.texts:
+        raise InvalidRequest("send either texts or inputs", "invalid_input", "inputs")
+    return [_text_of(item, index) for index, item in enumerate(body.inputs)], "inputs"
+
+
+def _text_of(item: _Input, index: int) -> str:
+    for part in item.content:
+        if part.type != "text":
+            raise InvalidRequest(
+                f"input index {index} has a part of type {part.type!r}: only text is taken, this model reads nothing "
+                "else",
+                "invalid_input",
+                "inputs",
+            )
+    return "\n".join(part.text or "" for part in item.content)
+
+
+def _meta(asked: EmbedRequest, result: EmbedResult, version: Version) -> dict[str, Any]:
+    meta: dict[str, Any] = {
+        "api_version": {"version": version},
+        "billed_units": {"input_tokens": result.prompt_tokens},
+    }
+    if result.truncated_inputs:
+        lost = "end" if asked.keep == "start" else "start"
+        meta["warnings"] = [
+            f"{result.truncated_inputs} of {len(asked.inputs)} texts had more tokens than the model reads and lost "
+            f"their {lost}"
+        ]
+    return meta
+
+
+def _array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:
+    """A JSON array, by slices of its items."""
+    before = b"["
+    for part in slices:
+        yield before + b",".join(part)
+        before = b","
+    yield b"]"
+
+
+def _encode_texts(texts: Sequence[str]) -> Iterator[list[bytes]]:
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        yield [orjson.dumps(text) for text in texts[start : start + _TEXTS_AT_ONCE]]
+
+
+def _encode_as(vectors: Sequence[Vector], name: EmbeddingType) -> Iterator[list[bytes]]:
+    match name:
+        case "float" | "base64":
+            return encode_vectors(vectors, name)
+        case "uint8":
+            return _encode_as_uint8(vectors)
+        case _:
+            return encode_vectors(vectors, "float", name)
+
+
+def _encode_as_uint8(vectors: Sequence[Vector]) -> Iterator[list[bytes]]:
+    for start in range(0, len(vectors), _VECTORS_AT_ONCE):
+        part = [
+            quantize_vector(vector, "int8").view(np.uint8) ^ 128 for vector in vectors[start : start + _VECTORS_AT_ONCE]
+        ]
+        yield [orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY) for vector in part]

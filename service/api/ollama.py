@@ -1,0 +1,362 @@
+"""Ollama's dialect: embeddings, and what its clients ask about a model. Translation only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from model_store.manifest import Manifest
+from service.api import openai
+from service.api.answers import AnswerWriter, encode_vectors
+from service.api.common import (
+    Text,
+    answer_headers,
+    choose_instruction,
+    ignored_fields,
+    instructions_of,
+    with_instruction,
+)
+from service.api.error_responses import Dialect
+from service.api.requests import parse, read_document, require_ready, while_connected
+from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
+from service.errors import InvalidRequest
+from service.settings import Settings
+
+router = APIRouter(tags=["Ollama"])
+
+# The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
+_API_VERSION = "0.33.0"
+
+# What a model without a tag is called.
+_LATEST = ":latest"
+
+_NOTHING = EmbedResult((), 0, 0, 0.0, 0.0, 0.0)
+
+_INPUT_SCHEMA = {
+    "description": "a text or a list of texts; none, or an empty one alone, gives no vectors",
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+}
+
+
+class _Body(BaseModel):
+    """What its embedding endpoints share."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(
+        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
+    )
+    options: dict[str, Any] | None = Field(None, description="accepted and not used: those with a value are named")
+    keep_alive: Any = Field(None, description="accepted and not used: the model stays loaded")
+
+    def unused(self) -> list[str]:
+        """The fields and options that change nothing here."""
+        options = [f"options.{name}" for name, value in (self.options or {}).items() if value is not None]
+        return [*(self.model_extra or {}), *options]
+
+
+class OllamaEmbedBody(_Body):
+    """The body of `POST /api/embed`; null means absent."""
+
+    input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
+    truncate: bool | None = Field(
+        None, strict=True, description="cut the end of what is too long, the default; or refuse it"
+    )
+    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+
+
+class OllamaEmbeddingsBody(_Body):
+    """The body of `POST /api/embeddings`; null means absent."""
+
+    prompt: Text | None = Field(None, description="the text; none gives no vector")
+
+
+class OllamaShowBody(BaseModel):
+    """The body of `POST /api/show`; null means absent."""
+
+    model: str | None = Field(None, description="the model's name")
+    name: str | None = Field(None, description="the same, as older clients say it")
+
+
+class OllamaEmbedAnswer(BaseModel):
+    """The answer's shape, for the documentation; answers are written straight to bytes."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "model": "demo",
+                "embeddings": [[0.0213, -0.0071, 0.0149]],
+                "total_duration": 14143917,
+                "load_duration": 0,
+                "prompt_eval_count": 7,
+            }
+        }
+    )
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int = Field(description="nanoseconds")
+    load_duration: int = Field(description="0: the model is loaded before requests are taken")
+    prompt_eval_count: int
+
+
+class OllamaEmbeddingsAnswer(BaseModel):
+    """The answer's shape."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"embedding": [0.0213, -0.0071, 0.0149]}})
+
+    embedding: list[float]
+
+
+class _Details(BaseModel):
+    parent_model: str
+    format: str
+    family: str
+    families: list[str]
+    parameter_size: str
+    quantization_level: str
+    context_length: int
+    embedding_length: int
+
+
+class OllamaTagsAnswer(BaseModel):
+    """The one model that is served, under each of its names."""
+
+    class _Model(BaseModel):
+        name: str
+        model: str
+        modified_at: datetime
+        size: int
+        digest: str
+        details: _Details
+        capabilities: list[str]
+
+    models: list[_Model]
+
+
+class OllamaShowAnswer(BaseModel):
+    """What a model is."""
+
+    details: _Details
+    model_info: dict[str, Any]
+    capabilities: list[str]
+    modified_at: datetime
+
+
+class OllamaVersionAnswer(BaseModel):
+    """The release of Ollama that these endpoints follow."""
+
+    version: str
+
+
+class OllamaErrorAnswer(BaseModel):
+    """An error's shape."""
+
+    error: str
+
+
+def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": message}
+
+
+_DIALECT = Dialect(_error_body)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {**about, "model": OllamaErrorAnswer} for status, about in openai.ERRORS.items()
+}
+
+
+def _documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[str, Any]) -> dict[str, Any]:
+    about = openai.documented(body, answer, *examples)
+    return {**about, "responses": {200: {"model": answer}, **_ERRORS}}
+
+
+@router.post(
+    "/api/embed",
+    **_documented(
+        OllamaEmbedBody,
+        OllamaEmbedAnswer,
+        {"model": "demo", "input": ["A plane is taking off.", "A man is playing a flute."]},
+        {"model": "demo:query", "input": "how much protein a day", "truncate": False, "dimensions": 256},
+    ),
+)
+async def embed(request: Request) -> Response:
+    """Embed texts."""
+    began = time.perf_counter()
+    require_ready(request)
+    embedder: Embedder = request.app.state.embedder
+    body = parse(OllamaEmbedBody, await read_document(request, embedder.settings.max_body_bytes))
+    alias = _alias_of(request, body.model)
+    more = ignored_fields(embedder, body.unused())
+    chosen = choose_instruction(request, alias=alias)
+    texts = _texts(body.input, embedder.settings)
+    asked = EmbedRequest(
+        with_instruction(texts, chosen, embedder.settings.instruction_separator),
+        body.dimensions,
+        overflow="error" if body.truncate is False else "truncate",
+    )
+    result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
+
+    seconds = time.perf_counter() - began
+    slices = write_answer(result, body.model or request.app.state.served_name, seconds)
+    headers = answer_headers(embedder, asked.inputs or [EmbedInput("", chosen)], result, seconds)
+    return _answer(request, slices, result, {**headers, **more})
+
+
+@router.post(
+    "/api/embeddings",
+    **_documented(OllamaEmbeddingsBody, OllamaEmbeddingsAnswer, {"model": "demo", "prompt": "A plane is taking off."}),
+)
+async def embeddings(request: Request) -> Response:
+    """Embed one text. Superseded by `/api/embed`."""
+    began = time.perf_counter()
+    require_ready(request)
+    embedder: Embedder = request.app.state.embedder
+    body = parse(OllamaEmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
+    alias = _alias_of(request, body.model)
+    more = ignored_fields(embedder, body.unused())
+    chosen = choose_instruction(request, alias=alias)
+    # Without a prompt it asks to load the model. An empty prompt is no such request here: it is told so, as a client
+    # that means a text would store the vector of no numbers.
+    texts = [] if body.prompt is None else [body.prompt]
+    # Once this gave what the model gives. Ollama's present releases give vectors of length 1 here too, but for a few
+    # BERT models, and refuse a text that is too long.
+    asked = EmbedRequest(with_instruction(texts, chosen, embedder.settings.instruction_separator), param="prompt")
+    result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
+
+    vectors = [vector for part in encode_vectors(result.vectors, "float") for vector in part]
+    slices = iter([b'{"embedding":%b}' % (vectors[0] if vectors else b"[]")])
+    inputs = asked.inputs or [EmbedInput("", chosen)]
+    headers = answer_headers(embedder, inputs, result, time.perf_counter() - began)
+    return _answer(request, slices, result, {**headers, **more})
+
+
+@router.get("/api/tags", responses={200: {"model": OllamaTagsAnswer}})
+async def list_models(request: Request) -> Response:
+    """The one model that is served, under each of its names."""
+    manifest: Manifest = request.app.state.manifest
+    about = {
+        "modified_at": _modified_at(request),
+        "size": sum(file.size for file in manifest.files.values()),
+        "digest": manifest.embedding_space,
+        **_description(request),
+    }
+    return _json({"models": [{"name": name, "model": name, **about} for name in _names(request)]})
+
+
+@router.post(
+    "/api/show",
+    **_documented(OllamaShowBody, OllamaShowAnswer, {"model": "demo"}),
+)
+async def show_model(request: Request) -> Response:
+    """What the served model is, by one of its names."""
+    embedder: Embedder = request.app.state.embedder
+    body = parse(OllamaShowBody, await read_document(request, embedder.settings.max_body_bytes))
+    _alias_of(request, body.model or body.name)
+    manifest: Manifest = request.app.state.manifest
+    family = manifest.model_type
+    about = {
+        "general.architecture": family,
+        "general.parameter_count": manifest.parameters,
+        f"{family}.context_length": embedder.limits.max_input_tokens,
+        f"{family}.embedding_length": manifest.width,
+        f"{family}.vocab_size": manifest.vocabulary,
+    }
+    return _json({**_description(request), "model_info": about, "modified_at": _modified_at(request)})
+
+
+@router.get("/api/version", responses={200: {"model": OllamaVersionAnswer}})
+async def version() -> Response:
+    """The release of Ollama that these endpoints follow."""
+    return _json({"version": _API_VERSION})
+
+
+DIRECT = {("POST", "/api/embed"): embed, ("POST", "/api/embeddings"): embeddings}
+
+# Beside the paths above, those that its clients may ask for in vain: they read the reason from the same shape.
+DIALECTS = {
+    f"/api/{name}": _DIALECT
+    for name in (
+        *("embed", "embeddings", "tags", "show", "version"),
+        *("chat", "copy", "create", "delete", "generate", "ps", "pull", "push"),
+    )
+}
+
+
+def write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[bytes]:
+    """The answer to `/api/embed` as JSON bytes, in slices of some milliseconds' work each."""
+    yield b'{"model":%b,"embeddings":[' % orjson.dumps(model)
+    before = b""
+    for part in encode_vectors(result.vectors, "float"):
+        yield before + b",".join(part)
+        before = b","
+    yield b'],"total_duration":%d,"load_duration":0,"prompt_eval_count":%d}' % (seconds * 1e9, result.prompt_tokens)
+
+
+def _texts(given: Any, settings: Settings) -> Sequence[str]:
+    """The texts of `input`.
+
+    Raises:
+        InvalidRequest: if it holds anything else.
+    """
+    if given is None or (given == "" and settings.empty_text == "error"):
+        # How its clients ask to load a model: ollama-python sends an empty text where it is given none.
+        return []
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest("input must be a text or a list of texts", "invalid_input", "input")
+    return texts
+
+
+def _alias_of(request: Request, model: str | None) -> str:
+    """The role or prompt that a model's name asks for, `:latest` being no name but the tag of those without one.
+
+    Raises:
+        ModelNotFound: if no model here has that name.
+    """
+    known, served = instructions_of(request), request.app.state.served_name
+    if model is not None and model != served and model not in known.aliases:
+        model = model.removesuffix(_LATEST)
+    return known.alias_of(model, served)
+
+
+def _names(request: Request) -> list[str]:
+    served: str = request.app.state.served_name
+    names = [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
+    return [name if ":" in name else name + _LATEST for name in names]
+
+
+def _description(request: Request) -> dict[str, Any]:
+    manifest: Manifest = request.app.state.manifest
+    millions = manifest.parameters / 1e6
+    details = {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": manifest.model_type,
+        "families": [manifest.model_type],
+        "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.0f}M",
+        "quantization_level": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(manifest.dtype, ""),
+        "context_length": request.app.state.limits.max_input_tokens,
+        "embedding_length": manifest.width,
+    }
+    return {"details": details, "capabilities": ["embedding"]}
+
+
+def _modified_at(request: Request) -> str:
+    return datetime.fromtimestamp(request.app.state.started_at, UTC).isoformat()
+
+
+def _answer(request: Request, slices: Iterator[bytes], result: EmbedResult, headers: dict[str, str]) -> Response:
+    if not result.vectors:
+        return Response(b"".join(slices), 200, headers, "application/json")
+    writer: AnswerWriter = request.app.state.writer
+    return writer.answer(slices, result.vectors, headers)
+
+
+def _json(content: Any) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json")

@@ -1,0 +1,577 @@
+"""The dialect of text-embeddings-inference (TEI), which huggingface_hub speaks too: `/embed` and its like.
+
+Translation only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from service.api.answers import AnswerWriter, encode_vectors
+from service.api.common import (
+    Name,
+    Text,
+    answer_headers,
+    are_ids,
+    as_items,
+    choose_instruction,
+    ignored_fields,
+    instructions_of,
+    with_instruction,
+)
+from service.api.error_responses import Dialect
+from service.api.requests import parse, read_document, require_ready, while_connected
+from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, LocatedTokens
+from service.errors import EncodingError, InvalidRequest, OutOfMemory
+from service.instructions import NONE, Chosen
+from service.rows import Vector
+
+router = APIRouter(tags=["text-embeddings-inference"])
+
+_UNSUPPORTED = "unsupported_by_model"
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_INPUTS_SCHEMA = {
+    "description": "a text or a list of texts; or token ids of this model, one text's or a list of such",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}},
+        _IDS,
+    ],
+}
+_IDS_SCHEMA = {
+    "description": "token ids of this model, one text's or a list of such",
+    "anyOf": [_IDS, {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}],
+}
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Inputs = Annotated[Any, WithJsonSchema(_INPUTS_SCHEMA)]
+Direction = Annotated[Literal["left", "right"] | None, BeforeValidator(_lower)]
+Flag = Annotated[bool | None, Field(strict=True)]
+
+
+class TruncateFields(BaseModel):
+    """What is done with a text that is too long; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    truncate: Flag = Field(None, description="cut what is too long; by default it is an error")
+    truncation_direction: Direction = Field(None, description="the side that goes, right by default; in any case")
+
+
+class EmbedAllBody(TruncateFields):
+    """The body of `POST /embed_all`; null means absent."""
+
+    inputs: Inputs
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+
+
+class EmbedBody(EmbedAllBody):
+    """The body of `POST /embed`; null means absent."""
+
+    normalize: Flag = Field(None, description="vectors of length 1, the default, or as the model gives them")
+    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+
+
+class _Sentences(BaseModel):
+    source_sentence: Text
+    sentences: list[Text]
+
+
+class _SimilarityParameters(TruncateFields):
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document, for all sentences")
+
+
+class SimilarityBody(BaseModel):
+    """The body of `POST /similarity`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: Annotated[_Sentences, WithJsonSchema(_Sentences.model_json_schema())]
+    parameters: Annotated[
+        _SimilarityParameters | None,
+        WithJsonSchema({"anyOf": [_SimilarityParameters.model_json_schema(), {"type": "null"}]}),
+    ] = None
+
+
+class RerankBody(TruncateFields):
+    """The body of `POST /rerank`; null means absent."""
+
+    query: Text
+    texts: list[Text]
+    raw_scores: Flag = Field(
+        None, description="the cosine, -1 to 1; by default it is moved to 0 to 1: (1 + cosine) / 2"
+    )
+    return_text: Flag = Field(None, description="give each text again beside its score")
+
+
+class TokenizeBody(BaseModel):
+    """The body of `POST /tokenize`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: Text | list[Text]
+    add_special_tokens: Flag = Field(
+        None, description="all that the model reads, the default, or without what stands around every text"
+    )
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+
+
+class DecodeBody(BaseModel):
+    """The body of `POST /decode`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ids: Annotated[Any, WithJsonSchema(_IDS_SCHEMA)]
+    skip_special_tokens: Flag = Field(None, description="leave special tokens out, the default")
+
+
+class TEIRank(BaseModel):
+    """One of a list: how close the text at `index` is to the query."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class TEIToken(BaseModel):
+    """One of a text's tokens: the bytes [start, stop) of prompt and text that it stands for."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class TEIInfo(BaseModel):
+    """What is served, and within which limits."""
+
+    class _ModelType(BaseModel):
+        class _Embedding(BaseModel):
+            pooling: str
+
+        embedding: _Embedding
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    served_model_name: str
+    model_type: _ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    docker_label: str | None
+
+
+ErrorType = Literal["Validation", "Tokenizer", "Empty", "Overloaded", "Backend", "Unhealthy"]
+
+
+class TEIErrorAnswer(BaseModel):
+    """An error's shape."""
+
+    error: str
+    error_type: ErrorType
+
+
+def error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    """The body that TEI's clients read."""
+    return {"error": message, "error_type": _error_type(status, code)}
+
+
+def _error_type(status: int, code: str) -> ErrorType:
+    by_code: dict[str, ErrorType] = {
+        "empty_input": "Empty",
+        "invalid_token_ids": "Tokenizer",
+        "invalid_input": "Tokenizer",
+    }
+    by_status: dict[int, ErrorType] = {
+        424: "Backend",
+        429: "Overloaded",
+        500: "Backend",
+        503: "Unhealthy",
+        504: "Overloaded",
+    }
+    return by_code.get(code) or by_status.get(status, "Validation")
+
+
+TEI = Dialect(
+    error_body,
+    {InvalidRequest: 422, EncodingError: 424, OutOfMemory: 424},
+    {"empty_input": 400, _UNSUPPORTED: 424},
+)
+
+_PATHS = (
+    "/",
+    "/embed",
+    "/embed_all",
+    "/embed_sparse",
+    "/similarity",
+    "/rerank",
+    "/predict",
+    "/tokenize",
+    "/decode",
+    "/info",
+)
+DIALECTS = dict.fromkeys(_PATHS, TEI)
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": TEIErrorAnswer, "description": about}
+    for status, about in {
+        400: "there is nothing to work on",
+        413: "the body is too large",
+        422: "the request can't be served as it is",
+        424: "the model gave no finite vector or ran out of memory, or it is not one that can do this",
+        429: "overloaded, and still so after a wait: come again after `Retry-After` seconds",
+        503: "loading or draining",
+        504: "the deadline passed in the queue",
+    }.items()
+}
+
+
+def _documented(body: type[BaseModel], answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {"schema": body.model_json_schema()}
+    content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
+    return {
+        "responses": {200: {"model": answer}, **_ERRORS},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
+    }
+
+
+@router.post(
+    "/embed",
+    **_documented(
+        EmbedBody,
+        list[list[float]],
+        {"inputs": ["A plane is taking off.", "A man is playing a flute."]},
+        {"inputs": "how much protein a day", "prompt_name": "query", "dimensions": 256},
+        {"inputs": ["A long text …"], "truncate": True, "truncation_direction": "Left"},
+    ),
+)
+async def embed(request: Request) -> Response:
+    """A vector for each text. `POST /` does the same."""
+    began = time.perf_counter()
+    return await _embed(request, await _read(request), began)
+
+
+@router.post("/", include_in_schema=False)
+async def embed_at_root(request: Request) -> Response:
+    """What huggingface_hub asks of a bare URL: vectors, or how close sentences are."""
+    began = time.perf_counter()
+    document = await _read(request)
+    of_sentences = isinstance(document.get("inputs"), dict)
+    return await (_compare if of_sentences else _embed)(request, document, began)
+
+
+# Called for these without FastAPI in between.
+DIRECT = {("POST", "/embed"): embed, ("POST", "/"): embed_at_root}
+
+
+@router.post(
+    "/embed_all", **_documented(EmbedAllBody, list[list[list[float]]], {"inputs": ["A man is playing a flute."]})
+)
+async def embed_all(request: Request) -> Response:
+    """A vector for each token of each text, special ones and instruction included, as the model gives it."""
+    began = time.perf_counter()
+    embedder: Embedder = request.app.state.embedder
+    body = parse(EmbedAllBody, await _read(request))
+    more = ignored_fields(embedder, body.model_extra or {})
+    asked = _asked(request, _inputs(request, body), body, normalize=False, each_token=True)
+    result = await while_connected(request, embedder.embed(asked))
+    # Whether they are many is told by the first.
+    by_size = sorted(result.vectors, key=np.size, reverse=True)
+    writer: AnswerWriter = request.app.state.writer
+    headers = _headers(request, asked, result, began)
+    return writer.answer(write_token_vectors(result.vectors), by_size, {**headers, **more})
+
+
+@router.post(
+    "/similarity",
+    **_documented(
+        SimilarityBody,
+        list[float],
+        {
+            "inputs": {
+                "source_sentence": "A plane is taking off.",
+                "sentences": ["An air plane is taking off.", "A man is playing a flute."],
+            }
+        },
+    ),
+)
+async def similarity(request: Request) -> Response:
+    """The cosine of each sentence and the source sentence, which a message calls the input after the last sentence."""
+    began = time.perf_counter()
+    return await _compare(request, await _read(request), began)
+
+
+@router.post(
+    "/rerank",
+    **_documented(
+        RerankBody,
+        list[TEIRank],
+        {
+            "query": "how much protein a day",
+            "texts": ["Women need 46 grams of protein a day.", "A man is playing a flute."],
+            "return_text": True,
+        },
+    ),
+)
+async def rerank(request: Request) -> Response:
+    """The texts by how close they are to the query, the closest first.
+
+    Both are embedded, the query with the server's query instruction or that of the headers, the texts with none. A
+    score is (1 + cosine) / 2, from 0 to 1 as a classifier's would be; with raw_scores it is the cosine itself, and the
+    order the same. A message calls the query the input after the last text.
+    """
+    began = time.perf_counter()
+    embedder: Embedder = request.app.state.embedder
+    body = parse(RerankBody, await _read(request))
+    more = ignored_fields(embedder, body.model_extra or {})
+    if not body.texts:
+        raise InvalidRequest("texts is empty: send at least one", "empty_input", "texts")
+    chosen = choose_instruction(request)
+    if chosen.source != "header":
+        chosen = Chosen(instructions_of(request).query, "default")
+    separator = embedder.settings.instruction_separator
+    inputs = with_instruction(body.texts, NONE, separator) + with_instruction([body.query], chosen, separator)
+    asked = _asked(request, inputs, body, param="texts")
+    result = await while_connected(request, embedder.embed(asked))
+
+    cosines = _cosines(result)
+    scores = cosines if body.raw_scores else (1 + cosines) / 2
+    ranks: list[dict[str, Any]] = []
+    for index in np.argsort(-scores, kind="stable").tolist():
+        text = {"text": body.texts[index]} if body.return_text else {}
+        ranks.append({"index": index, **text, "score": scores[index]})
+    return _json(ranks, {**_headers(request, asked, result, began), **more})
+
+
+@router.post(
+    "/tokenize",
+    **_documented(TokenizeBody, list[list[TEIToken]], {"inputs": "how much protein a day", "prompt_name": "query"}),
+)
+async def tokenize(request: Request) -> Response:
+    """The tokens of each text, before anything is cut, and the bytes of prompt and text that each stands for."""
+    embedder: Embedder = request.app.state.embedder
+    body = parse(TokenizeBody, await _read(request))
+    more = ignored_fields(embedder, body.model_extra or {})
+    chosen = choose_instruction(request, names={"prompt_name": body.prompt_name})
+    inputs = with_instruction(as_items(body.inputs), chosen, embedder.settings.instruction_separator)
+    rows = await while_connected(request, embedder.locate(EmbedRequest(inputs, param="inputs")))
+    around = body.add_special_tokens is not False
+    # In a thread, as there can be hundreds of thousands of tokens.
+    content = await asyncio.to_thread(_write_tokens, embedder, rows, around)
+    return Response(content, 200, more, "application/json")
+
+
+@router.post("/decode", **_documented(DecodeBody, list[str], {"ids": [[1, 2, 3]]}))
+async def decode(request: Request) -> Response:
+    """The texts of token ids."""
+    embedder: Embedder = request.app.state.embedder
+    body = parse(DecodeBody, await _read(request))
+    more = ignored_fields(embedder, body.model_extra or {})
+    ids = [body.ids] if are_ids(body.ids) else body.ids
+    if not isinstance(ids, list) or not all(item == [] or are_ids(item) for item in ids):
+        raise InvalidRequest("ids must be a list of token ids, or a list of such lists", "invalid_value", "ids")
+    texts = await while_connected(request, embedder.decode(ids, body.skip_special_tokens is not False))
+    return _json(texts, more)
+
+
+@router.get("/info", responses={200: {"model": TEIInfo}, 503: _ERRORS[503]})
+async def info(request: Request) -> Response:
+    """What is served, and within which limits."""
+    require_ready(request)
+    state = request.app.state
+    settings = state.embedder.settings
+    return _json(
+        {
+            "model_id": state.served_name,
+            "model_sha": state.manifest.embedding_space,
+            "model_dtype": state.worker.dtype,
+            "served_model_name": state.served_name,
+            "model_type": {"embedding": {"pooling": state.manifest.pooling}},
+            # Tokens are limited, not requests; each has at least one.
+            "max_concurrent_requests": settings.max_queued_tokens,
+            "max_input_length": state.limits.max_input_tokens,
+            "max_batch_tokens": state.limits.token_budget,
+            "max_batch_requests": None,
+            "max_client_batch_size": settings.max_inputs_per_request,
+            "auto_truncate": settings.truncation == "reference",
+            "tokenization_workers": settings.tokenizer_threads,
+            "version": state.version,
+            "sha": None,
+            "docker_label": None,
+        }
+    )
+
+
+@router.post("/embed_sparse", responses={424: _ERRORS[424]})
+async def embed_sparse(request: Request) -> Response:
+    """Not for this model."""
+    raise InvalidRequest("this model gives dense vectors, no sparse ones: use /embed", _UNSUPPORTED)
+
+
+@router.post("/predict", responses={424: _ERRORS[424]})
+async def predict(request: Request) -> Response:
+    """Not for this model."""
+    raise InvalidRequest("this model gives vectors, it is no classifier: use /embed, or /rerank", _UNSUPPORTED)
+
+
+def write_vectors(vectors: Sequence[Vector]) -> Iterator[bytes]:
+    """A JSON array of vectors, in slices."""
+    before = b"["
+    for part in encode_vectors(vectors, "float"):
+        yield before + b",".join(part)
+        before = b","
+    yield b"]"
+
+
+def write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
+    """A JSON array of arrays of vectors, in slices: texts are (tokens, width)."""
+    before = b"["
+    for vectors in texts:
+        for part in write_vectors(list(vectors)):
+            yield before + part
+            before = b""
+        before = b","
+    yield b"]"
+
+
+async def _read(request: Request) -> dict[str, Any]:
+    require_ready(request)
+    return await read_document(request, request.app.state.embedder.settings.max_body_bytes)
+
+
+async def _embed(request: Request, document: dict[str, Any], began: float) -> Response:
+    embedder: Embedder = request.app.state.embedder
+    body = parse(EmbedBody, document)
+    more = ignored_fields(embedder, body.model_extra or {})
+    normalize = body.normalize is not False
+    asked = _asked(request, _inputs(request, body), body, normalize=normalize, dimensions=body.dimensions)
+    result = await while_connected(request, embedder.embed(asked))
+    writer: AnswerWriter = request.app.state.writer
+    headers = _headers(request, asked, result, began)
+    return writer.answer(write_vectors(result.vectors), result.vectors, {**headers, **more})
+
+
+async def _compare(request: Request, document: dict[str, Any], began: float) -> Response:
+    embedder: Embedder = request.app.state.embedder
+    body = parse(SimilarityBody, document)
+    parameters = body.parameters or _SimilarityParameters()
+    more = ignored_fields(embedder, [*(body.model_extra or {}), *(parameters.model_extra or {})])
+    sentences = body.inputs.sentences
+    if not sentences:
+        raise InvalidRequest("inputs.sentences is empty: send at least one", "empty_input", "inputs")
+    chosen = choose_instruction(request, names={"prompt_name": parameters.prompt_name})
+    separator = embedder.settings.instruction_separator
+    # The source comes last, so that messages call each sentence by its own index.
+    inputs = with_instruction([*sentences, body.inputs.source_sentence], chosen, separator)
+    asked = _asked(request, inputs, parameters)
+    result = await while_connected(request, embedder.embed(asked))
+    return _json(_cosines(result), {**_headers(request, asked, result, began), **more})
+
+
+def _inputs(request: Request, body: EmbedAllBody) -> list[EmbedInput]:
+    """The inputs, each with its instruction.
+
+    Raises:
+        InvalidRequest: if they are no texts or token ids, or ids where none are taken.
+    """
+    embedder: Embedder = request.app.state.embedder
+    given = [body.inputs] if isinstance(body.inputs, str) or are_ids(body.inputs) else body.inputs
+    if not isinstance(given, list):
+        raise InvalidRequest("inputs must be a text, a list of texts, or token ids", "invalid_value", "inputs")
+    ids = 0
+    for index, item in enumerate(given):
+        if isinstance(item, str):
+            continue
+        if item != [] and not are_ids(item):
+            raise InvalidRequest(f"input index {index} must be a text or token ids", "invalid_value", "inputs")
+        ids += 1
+    if ids:
+        if embedder.settings.token_ids == "reject":
+            raise InvalidRequest("token ids are not taken: send texts", "invalid_token_ids", "inputs")
+        embedder.metrics.token_id_inputs.labels("model").inc(ids)
+    chosen = choose_instruction(request, names={"prompt_name": body.prompt_name})
+    return with_instruction(given, chosen, embedder.settings.instruction_separator)
+
+
+def _asked(
+    request: Request,
+    inputs: Sequence[EmbedInput],
+    body: TruncateFields,
+    *,
+    normalize: bool = True,
+    dimensions: int | None = None,
+    each_token: bool = False,
+    param: str = "inputs",
+) -> EmbedRequest:
+    embedder: Embedder = request.app.state.embedder
+    return EmbedRequest(
+        inputs,
+        dimensions,
+        overflow="truncate" if body.truncate else "error",
+        keep="end" if body.truncation_direction == "left" else "start",
+        normalize=normalize,
+        each_token=each_token,
+        wait_seconds=embedder.settings.tei_wait_seconds,
+        param=param,
+    )
+
+
+def _cosines(result: EmbedResult) -> Vector:
+    """The cosine of the last input's vector and that of each one before; all have length 1."""
+    *vectors, last = result.vectors
+    cosines: Vector = np.array([vector @ last for vector in vectors], dtype=np.float32).clip(-1, 1)
+    return cosines
+
+
+def _write_tokens(embedder: Embedder, rows: Iterable[LocatedTokens], around: bool) -> bytes:
+    """The tokens of each row as JSON, with those around its text or without."""
+    special = embedder.tokenizer.special_tokens()
+    parts = []
+    for row in rows:
+        bytes_before = list(accumulate((len(character.encode()) for character in row.text), initial=0))
+        spelled = embedder.tokenizer.tokens(row.token_ids)
+        tokens: list[dict[str, Any]] = []
+        for place in range(len(row.token_ids)) if around else row.own:
+            start, stop = row.characters[place]
+            own = place in row.own and start < stop
+            tokens.append(
+                {
+                    "id": row.token_ids[place],
+                    "text": row.text[start:stop] if own else spelled[place],
+                    "special": place not in row.own and row.token_ids[place] in special,
+                    "start": bytes_before[start] if own else None,
+                    "stop": bytes_before[stop] if own else None,
+                }
+            )
+        parts.append(orjson.dumps(tokens))
+    return b"[%b]" % b",".join(parts)
+
+
+def _headers(request: Request, asked: EmbedRequest, result: EmbedResult, began: float) -> dict[str, str]:
+    return answer_headers(request.app.state.embedder, asked.inputs, result, time.perf_counter() - began)
+
+
+def _json(content: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), 200, headers, "application/json")
