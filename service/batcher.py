@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cost_model import CostModel
-from service.errors import DeadlineExceeded, EncodingError, Unavailable
+from service.errors import DeadlineExceeded, EncodingError, Overloaded, Unavailable
 from service.logs import log
 from service.metrics import Metrics
 from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
@@ -39,6 +39,9 @@ RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
 
 # Share of the newest batch in running averages.
 _NEWEST = 0.2
+
+# What a client that finds too much queued is told to wait, at least and at most.
+_RETRY_SECONDS = (1.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,16 @@ class MicroBatcher(Generic[Row, Vector]):
     """The queue and the one task that empties it."""
 
     def __init__(
-        self, run_batch: RunBatch[Row, Vector], metrics: Metrics, recent: Recent[Vector] | None = None
+        self,
+        run_batch: RunBatch[Row, Vector],
+        metrics: Metrics,
+        recent: Recent[Vector] | None = None,
+        max_queued_tokens: int | None = None,
     ) -> None:
         self._run_batch = run_batch
         self._metrics = metrics
         self._recent = recent
+        self._max_queued_tokens = max_queued_tokens
         self._queue: Queue[_Input[Row, Vector]] = Queue()
         self._known: dict[tuple[Lane, bytes], _Input[Row, Vector]] = {}
         self._arrival = asyncio.Event()
@@ -140,20 +148,28 @@ class MicroBatcher(Generic[Row, Vector]):
             self._expose(lane)
 
     async def submit(
-        self, rows: Sequence[Row], lane: Lane = "interactive", timeout_seconds: float | None = None
+        self,
+        rows: Sequence[Row],
+        lane: Lane = "interactive",
+        timeout_seconds: float | None = None,
+        admitted: bool = False,
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order, each from whatever batch it fitted into.
 
         A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
-        still queued and that nobody else waits for; so does its time running out while any of them is.
+        still queued and that nobody else waits for; so does its time running out while any of them is. What is
+        `admitted` is queued whatever waits.
 
         Raises:
-            DeadlineExceeded: if it did.
+            Overloaded: if the lane would hold more than `max_queued_tokens` with them, and holds some; none is queued.
+            DeadlineExceeded: if its time ran out.
             EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
             Unavailable: if the batcher has ended.
         """
         if self._ended:
             raise Unavailable("the server can't compute any more")
+        if not admitted:
+            self._admit(rows, lane)
         request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
         now = time.perf_counter()
         awaited: list[_Input[Row, Vector]] = []
@@ -192,6 +208,21 @@ class MicroBatcher(Generic[Row, Vector]):
                     self._unqueue(item)
                     self._end(item)
                     self._metrics.cancelled.labels("queued").inc()
+
+    async def probe(self, row: Row) -> None:
+        """Compute a row, whatever waits, to see that the device still does.
+
+        Raises:
+            EncodingError, Unavailable: if it does not.
+        """
+        await self.submit([row], admitted=True)
+
+    def _admit(self, rows: Sequence[Row], lane: Lane) -> None:
+        """Each lane has a queue of its own, so that bulk can't keep queries out."""
+        queued = self.queued_in(lane)
+        if self._max_queued_tokens is not None and queued and queued + sum(map(len, rows)) > self._max_queued_tokens:
+            least, most = _RETRY_SECONDS
+            raise Overloaded(queued, min(max(self.backlog_seconds(), least), most))
 
     @property
     def batch_tokens(self) -> int:

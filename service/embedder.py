@@ -17,7 +17,8 @@ import numpy as np
 from model_store.manifest import Manifest
 from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.tokenizer import TokenizationError, TokenizedText
-from service.batcher import Computed, MicroBatcher
+from service.backend import Batcher
+from service.batcher import Computed
 from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics
@@ -27,6 +28,9 @@ from service.settings import Limits, Settings
 
 # Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
 _TOKENIZE_AT_ONCE = 64
+
+# How often one that waits for room in the queue looks for it.
+_ROOM_AGAIN_SECONDS = 0.02
 
 # Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
 _MOST_NUMBERS = 1 << 26
@@ -144,15 +148,15 @@ class Preview:
 
 @dataclass
 class Embedder:
-    """Admits, tokenizes and submits."""
+    """Checks, tokenizes and submits."""
 
     manifest: Manifest
     tokenizer: Tokenizes
-    batcher: MicroBatcher[EmbedRow, Vector]
+    batcher: Batcher
     settings: Settings
     limits: Limits
     metrics: Metrics
-    running: int = field(default=0, init=False)  # requests admitted or about to be, and not answered yet
+    running: int = field(default=0, init=False)  # requests not answered yet
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,7 +207,7 @@ class Embedder:
         Raises:
             EncodingError, Unavailable: if it does not.
         """
-        await self.batcher.submit([EmbedRow(TokenizedText([0], 0), self.manifest.width)])
+        await self.batcher.probe(EmbedRow(TokenizedText([0], 0), self.manifest.width))
 
     def close(self) -> None:
         """End the tokenizer threads."""
@@ -387,22 +391,21 @@ class Embedder:
                 "input",
             )
         lane = lane or self._lane(len(rows), tokens)
-        await self._admit(tokens, lane, began + wait_seconds)
-        left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
-        if left is not None and left <= 0:
-            raise DeadlineExceeded
-        return await self.batcher.submit(rows, lane, left)
+        while True:
+            now = time.perf_counter()
+            left = None if timeout_seconds is None else began + timeout_seconds - now
+            if left is not None and left <= 0:
+                raise DeadlineExceeded
+            try:
+                return await self.batcher.submit(rows, lane, left)
+            except Overloaded:
+                if now > began + wait_seconds:
+                    raise
+            await asyncio.sleep(_ROOM_AGAIN_SECONDS)
 
     def _lane(self, inputs: int, tokens: int) -> Lane:
         small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
         return "interactive" if small else "bulk"
-
-    async def _admit(self, tokens: int, lane: Lane, until: float) -> None:
-        """Each lane has a queue of its own, so that bulk can't keep queries out."""
-        while (queued := self.batcher.queued_in(lane)) and queued + tokens > self.settings.max_queued_tokens:
-            if time.perf_counter() >= until:
-                raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
-            await asyncio.sleep(0.01)
 
     def _explain(self, text: TokenizedText) -> Iterator[PreviewToken]:
         own = range(text.head, len(text) - text.tail)
