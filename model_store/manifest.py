@@ -103,6 +103,11 @@ class Manifest(_Frozen):
         (folder / MANIFEST_FILE).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
+def quantized_space(embedding_space: str, kind: str) -> str:
+    """The embedding-space id of vectors made with such weights, which must not be mixed with the unquantised ones."""
+    return embedding_space if kind == "none" else f"{embedding_space}-{kind}"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a stored encoder.
 

@@ -131,11 +131,6 @@ def replace_linears(model: Any, make: Callable[[nn.Linear], nn.Module], within: 
         model.set_submodule(name, make(model.get_submodule(name)))
 
 
-def quantized_space(embedding_space: str, kind: Quantization) -> str:
-    """The embedding-space id of vectors made this way, which must not be mixed with the unquantised ones."""
-    return embedding_space if kind == "none" else f"{embedding_space}-{kind}"
-
-
 def _linears(model: Any) -> dict[str, nn.Linear]:
     """By name; the embedding table and norms of a decoder are outside its layers or not linear."""
     modules = model.layers.named_modules(prefix="layers")

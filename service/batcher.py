@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cost_model import CostModel
-from service.errors import DeadlineExceeded, EncodingError, Unavailable
+from service.errors import DeadlineExceeded, EncodingError, Overloaded, Unavailable
 from service.logs import log
 from service.metrics import Metrics
 from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
@@ -39,6 +39,12 @@ RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
 
 # Share of the newest batch in running averages.
 _NEWEST = 0.2
+
+# Rows between two turns of the event loop: a millisecond's work.
+_ROWS_AT_ONCE = 128
+
+# What a client that finds too much queued is told to wait, at least and at most.
+_RETRY_SECONDS = (1.0, 60.0)
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,16 @@ class MicroBatcher(Generic[Row, Vector]):
     """The queue and the one task that empties it."""
 
     def __init__(
-        self, run_batch: RunBatch[Row, Vector], metrics: Metrics, recent: Recent[Vector] | None = None
+        self,
+        run_batch: RunBatch[Row, Vector],
+        metrics: Metrics,
+        recent: Recent[Vector] | None = None,
+        max_queued_tokens: int | None = None,
     ) -> None:
         self._run_batch = run_batch
         self._metrics = metrics
         self._recent = recent
+        self._max_queued_tokens = max_queued_tokens
         self._queue: Queue[_Input[Row, Vector]] = Queue()
         self._known: dict[tuple[Lane, bytes], _Input[Row, Vector]] = {}
         self._arrival = asyncio.Event()
@@ -134,46 +145,37 @@ class MicroBatcher(Generic[Row, Vector]):
         self._free_at = 0.0  # when the device will have done what was given to it, by the cost model
         self._last_ended = 0.0
         self._queued = {lane: [0, 0] for lane in LANES}  # inputs and tokens that wait
+        self._arriving = dict.fromkeys(LANES, 0)  # tokens of requests that are just being queued
         self._queue_waits = {lane: metrics.queue_wait_seconds.labels(lane) for lane in LANES}
         self.last_batch_failed = False
         for lane in LANES:
             self._expose(lane)
 
     async def submit(
-        self, rows: Sequence[Row], lane: Lane = "interactive", timeout_seconds: float | None = None
+        self,
+        rows: Sequence[Row],
+        lane: Lane = "interactive",
+        timeout_seconds: float | None = None,
+        admitted: bool = False,
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order, each from whatever batch it fitted into.
 
         A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
-        still queued and that nobody else waits for; so does its time running out while any of them is.
+        still queued and that nobody else waits for; so does its time running out while any of them is. What is
+        `admitted` is queued whatever waits.
 
         Raises:
-            DeadlineExceeded: if it did.
+            Overloaded: if the lane would hold more than `max_queued_tokens` with them, and holds some; none is queued.
+            DeadlineExceeded: if its time ran out.
             EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
             Unavailable: if the batcher has ended.
         """
         if self._ended:
             raise Unavailable("the server can't compute any more")
+        if not admitted:
+            self._admit(rows, lane)
         request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
-        now = time.perf_counter()
         awaited: list[_Input[Row, Vector]] = []
-        new: list[_Input[Row, Vector]] = []
-        for index, row in enumerate(rows):
-            if self._recent is not None and (vector := self._recent.get(row.key)) is not None:
-                self._metrics.cache_hits.inc()
-                request.set(index, Computed(vector))
-                continue
-            item = self._known.get((lane, row.key))
-            if item is not None and item.wanted:
-                self._metrics.dedup_hits.inc()
-                item.waiting.append((request, index))
-            else:
-                item = self._known[lane, row.key] = _Input(row, lane, [(request, index)], len(row), now)
-                self._count(item, 1)
-                new.append(item)
-            awaited.append(item)
-        self._queue.add(new, lane)
-        self._arrival.set()
 
         def give_up() -> None:
             if any(item.queued for item in awaited) and not request.done.done():
@@ -181,6 +183,7 @@ class MicroBatcher(Generic[Row, Vector]):
 
         deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
+            await self._enqueue(request, rows, lane, awaited)
             await request.done
             return [answer for answer in request.answers if answer is not None]
         finally:
@@ -192,6 +195,53 @@ class MicroBatcher(Generic[Row, Vector]):
                     self._unqueue(item)
                     self._end(item)
                     self._metrics.cancelled.labels("queued").inc()
+
+    async def _enqueue(
+        self, request: _Request[Vector], rows: Sequence[Row], lane: Lane, awaited: list[_Input[Row, Vector]]
+    ) -> None:
+        """Queue a request's rows as one, and add to `awaited` what it waits for."""
+        now = time.perf_counter()
+        new: list[_Input[Row, Vector]] = []
+        left = sum(map(len, rows))
+        self._arriving[lane] += left
+        try:
+            for index, row in enumerate(rows):
+                self._arriving[lane] -= len(row)
+                left -= len(row)
+                if index % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+                if self._recent is not None and (vector := self._recent.get(row.key)) is not None:
+                    self._metrics.cache_hits.inc()
+                    request.set(index, Computed(vector))
+                    continue
+                item = self._known.get((lane, row.key))
+                if item is not None and item.wanted:
+                    self._metrics.dedup_hits.inc()
+                    item.waiting.append((request, index))
+                else:
+                    item = self._known[lane, row.key] = _Input(row, lane, [(request, index)], len(row), now)
+                    self._count(item, 1)
+                    new.append(item)
+                awaited.append(item)
+        finally:  # whatever ends this, another request may wait for one of these by now
+            self._arriving[lane] -= left
+            self._queue.add(new, lane)
+            self._arrival.set()
+
+    async def probe(self, row: Row) -> None:
+        """Compute a row, whatever waits, to see that the device still does.
+
+        Raises:
+            EncodingError, Unavailable: if it does not.
+        """
+        await self.submit([row], admitted=True)
+
+    def _admit(self, rows: Sequence[Row], lane: Lane) -> None:
+        """Each lane has a queue of its own, so that bulk can't keep queries out."""
+        queued = self.queued_in(lane)
+        if self._max_queued_tokens is not None and queued and queued + sum(map(len, rows)) > self._max_queued_tokens:
+            least, most = _RETRY_SECONDS
+            raise Overloaded(queued, min(max(self.backlog_seconds(), least), most))
 
     @property
     def batch_tokens(self) -> int:
@@ -205,7 +255,7 @@ class MicroBatcher(Generic[Row, Vector]):
 
     def queued_in(self, lane: Lane) -> int:
         """Tokens that wait in one lane."""
-        return self._queued[lane][1]
+        return self._queued[lane][1] + self._arriving[lane]
 
     def backlog_seconds(self) -> float:
         """How long the device needs for what waits and what it is at, at its present speed."""
@@ -284,7 +334,9 @@ class MicroBatcher(Generic[Row, Vector]):
         self._free_at += ended - due  # what is queued behind this one moves with it
         self._slowness *= 1 + _NEWEST * (min(max(seconds / expected, 0.1), 10.0) - 1)
         self._observe(batch, given, seconds, plan.limits)
-        for item, result in zip(batch, results, strict=True):
+        for index, (item, result) in enumerate(zip(batch, results, strict=True)):
+            if index % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
+                await asyncio.sleep(0)
             self._end(item)
             if isinstance(result, EncodingError):
                 item.fail(result)

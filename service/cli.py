@@ -89,6 +89,11 @@ def _serve(options: argparse.Namespace) -> int:
     given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
     settings = load_settings(given)
 
+    if settings.several_processes:
+        from service.supervisor import supervise
+
+        return supervise(settings, _ProgressBar("building"))
+
     from service.server import serve
 
     return serve(settings, _ProgressBar("building"))

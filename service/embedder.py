@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from model_store.manifest import Manifest
 from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.tokenizer import TokenizationError, TokenizedText
-from service.batcher import Computed, MicroBatcher
+from service.backend import Batcher
+from service.batcher import Computed
 from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics
@@ -25,8 +26,13 @@ from service.rows import EmbedRow, Vector
 from service.scheduling import Lane
 from service.settings import Limits, Settings
 
+T = TypeVar("T")
+
 # Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
 _TOKENIZE_AT_ONCE = 64
+
+# How often one that waits for room in the queue looks for it.
+_ROOM_AGAIN_SECONDS = 0.02
 
 # Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
 _MOST_NUMBERS = 1 << 26
@@ -158,15 +164,15 @@ class LocatedTokens:
 
 @dataclass
 class Embedder:
-    """Admits, tokenizes and submits."""
+    """Checks, tokenizes and submits."""
 
     manifest: Manifest
     tokenizer: Tokenizes
-    batcher: MicroBatcher[EmbedRow, Vector]
+    batcher: Batcher
     settings: Settings
     limits: Limits
     metrics: Metrics
-    running: int = field(default=0, init=False)  # requests admitted or about to be, and not answered yet
+    running: int = field(default=0, init=False)  # requests not answered yet
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -249,7 +255,7 @@ class Embedder:
         Raises:
             EncodingError, Unavailable: if it does not.
         """
-        await self.batcher.submit([EmbedRow(TokenizedText([0], 0), self.manifest.width)])
+        await self.batcher.probe(EmbedRow(TokenizedText([0], 0), self.manifest.width))
 
     def close(self) -> None:
         """End the tokenizer threads."""
@@ -259,24 +265,39 @@ class Embedder:
         began = time.perf_counter()
         self._check(request)
         texts = await self._tokenize(request)
-        fitted, cut = self._fit(texts, request)
-        # The mean of chunks is taken of whole vectors: cutting one afterwards is the same as asking for it shorter.
-        whole = self.manifest.width
-        width = request.dimensions or whole
-        rows = [
-            EmbedRow(part, whole if len(parts) > 1 else width, request.normalize) for parts in fitted for part in parts
-        ]
-        if request.each_token:
-            self._check_numbers(sum(map(len, rows)) * width)
-            rows = [replace(row, text=replace(row.text, spans=_each_token(row))) for row in rows]
+        fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
         tokenized = time.perf_counter()
         lane, timeout = request.lane, request.timeout_seconds
         computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
         result = _result(rows, computed, cut, tokenized - began)
         if len(rows) > len(fitted):
+            width = request.dimensions or self.manifest.width
             result = replace(result, vectors=_means(fitted, result.vectors, width, request.normalize))
-        self._measure([item.instruction.source for item in request.inputs], rows, result)
+        sources = [item.instruction.source for item in request.inputs]
+        await self._aside(len(rows), lambda: self._measure(sources, rows, result))
         return result
+
+    def _rows(
+        self, texts: list[TokenizedText], request: EmbedRequest
+    ) -> tuple[list[list[TokenizedText]], int, list[EmbedRow]]:
+        """What is left of each text, how many were cut, and the rows of all of them."""
+        fitted, cut = self._fit(texts, request)
+        # The mean of chunks is taken of whole vectors: cutting one afterwards is the same as asking for it shorter.
+        whole = self.manifest.width
+        width = request.dimensions or whole
+        if request.each_token:
+            self._check_numbers(sum(len(part) for parts in fitted for part in parts) * width)
+            fitted = [[replace(part, spans=_each_token(part)) for part in parts] for parts in fitted]
+        rows = [
+            EmbedRow(part, whole if len(parts) > 1 else width, request.normalize) for parts in fitted for part in parts
+        ]
+        return fitted, cut, rows
+
+    async def _aside(self, inputs: int, work: Callable[[], T]) -> T:
+        """Done at once for few inputs; for many in a tokenizer's thread, so that the event loop is never long at it."""
+        if inputs <= _TOKENIZE_AT_ONCE:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
@@ -439,22 +460,21 @@ class Embedder:
         tokens = sum(map(len, rows))
         self._check_tokens(tokens)
         lane = lane or self._lane(len(rows), tokens)
-        await self._admit(tokens, lane, began + wait_seconds)
-        left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
-        if left is not None and left <= 0:
-            raise DeadlineExceeded
-        return await self.batcher.submit(rows, lane, left)
+        while True:
+            now = time.perf_counter()
+            left = None if timeout_seconds is None else began + timeout_seconds - now
+            if left is not None and left <= 0:
+                raise DeadlineExceeded
+            try:
+                return await self.batcher.submit(rows, lane, left)
+            except Overloaded:
+                if now > began + wait_seconds:
+                    raise
+            await asyncio.sleep(_ROOM_AGAIN_SECONDS)
 
     def _lane(self, inputs: int, tokens: int) -> Lane:
         small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
         return "interactive" if small else "bulk"
-
-    async def _admit(self, tokens: int, lane: Lane, until: float) -> None:
-        """Each lane has a queue of its own, so that bulk can't keep queries out."""
-        while (queued := self.batcher.queued_in(lane)) and queued + tokens > self.settings.max_queued_tokens:
-            if time.perf_counter() >= until:
-                raise Overloaded(queued, min(max(self.batcher.backlog_seconds(), 1.0), 60.0))
-            await asyncio.sleep(0.01)
 
     def _locate(self, text: str, instruction: str) -> LocatedTokens:
         """What `encode_batch` makes of them: it puts an instruction before a text in just this way."""
@@ -504,7 +524,7 @@ def _is_empty(text: str | Sequence[int]) -> bool:
     return not text or (isinstance(text, str) and text.isspace())
 
 
-def _each_token(row: EmbedRow) -> tuple[tuple[int, int], ...]:
+def _each_token(row: TokenizedText) -> tuple[tuple[int, int], ...]:
     return tuple((place, place + 1) for place in range(len(row)))
 
 

@@ -80,6 +80,7 @@ class Overloaded(ServiceError):
 
     def __init__(self, queued_tokens: int, retry_after_seconds: float) -> None:
         super().__init__(f"the server is overloaded: {queued_tokens} tokens are queued; try again later")
+        self.queued_tokens = queued_tokens
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -95,8 +96,10 @@ class DeadlineExceeded(ServiceError):
 
     code = "timeout"
 
-    def __init__(self) -> None:
-        super().__init__("the deadline passed before the request's turn came: nothing was computed")
+    def __init__(
+        self, message: str = "the deadline passed before the request's turn came: nothing was computed"
+    ) -> None:
+        super().__init__(message)
 
 
 class ClientGone(ServiceError):

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from model_store.prompts import Prompt, UnknownPrompt, find_prompt
-from service.errors import InvalidRequest, ModelNotFound
+from model_store.manifest import Manifest
+from model_store.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts, read_prompts
+from service.errors import InvalidRequest, ModelNotFound, StartupError
+from service.settings import Settings
 
 Role = Literal["query", "document"]
 Source = Literal["item", "text", "request", "input_type", "alias", "header", "default", "none"]
@@ -135,6 +137,28 @@ class Instructions:
             "conflicting_instructions",
             "x-instruction",
         )
+
+
+def load_instructions(settings: Settings, manifest: Manifest) -> Instructions:
+    """What this server knows of instructions.
+
+    Raises:
+        StartupError: for a setting that names a prompt which there is not.
+    """
+    own = settings.query_instruction
+    known = Instructions(
+        query=manifest.query_instruction if own is None else own,
+        prompts={**load_prompts(), **(read_prompts(settings.prompts_file) if settings.prompts_file else {})},
+        default_name=settings.default_input_type,
+        aliases=settings.model_aliases,
+        any_model=settings.any_model,
+    )
+    for name in (settings.default_input_type, *settings.model_aliases.values()):
+        try:
+            known.named({"name": name} if name else {})
+        except InvalidRequest as error:
+            raise StartupError(f"settings name a prompt: {error}") from error
+    return known
 
 
 def _contradiction(names: Mapping[str, str], param: str) -> InvalidRequest:

@@ -1,9 +1,19 @@
-"""Every Prometheus series of the server, in one place. No label ever carries text, a user or a key."""
+"""Every Prometheus series of the server, in one place. No label ever carries text, a user or a key.
+
+Where a server is several processes, each has all series, of which it moves its own, and a page shows them merged: sums,
+so that counters, queues, `throughput_tokens_per_second`, `gemm_flops_per_second` and `gpu_memory_bytes` are of all
+devices together, but
+- the largest of what each engine sets alike, of times at the start, and of the wait of the oldest input;
+- `ready` only if every front end is;
+- the mean over engines of `model_flops_utilization`;
+- and `build_info` once for each kind of device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from statistics import mean
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +23,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
 
 from service.scheduling import LANES
 
@@ -37,6 +48,25 @@ REJECTION_REASONS = (
 CANCEL_STAGES = ("queued", "request")
 TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
 INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
+
+
+# One process's series: the metric's name, the series' own (with _count and such), its labels and its value.
+Samples = list[tuple[str, str, dict[str, str], float]]
+
+# Metrics whose values are not added up.
+_LARGEST = frozenset(
+    f"llm2vec_{name}"
+    for name in (
+        "queue_oldest_seconds",
+        "token_budget",
+        "batch_tokens_full",
+        "model_load_seconds",
+        "warmup_seconds",
+        "build_info",
+    )
+)
+_ALL_FRONT_ENDS = "llm2vec_ready"
+_MEAN_OF_ENGINES = "llm2vec_model_flops_utilization"
 
 
 class Metrics:
@@ -137,3 +167,57 @@ class Metrics:
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+    def samples(self) -> Samples:
+        """Every series' value now."""
+        return [
+            (metric.name, sample.name, dict(sample.labels), float(sample.value))
+            for metric in self.registry.collect()
+            for sample in metric.samples
+        ]
+
+
+def merged_page(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> bytes:
+    """The metrics of a server of several processes in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(merge(front_ends, engines)))
+    return generate_latest(registry)
+
+
+def merge(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> Samples:
+    """What the processes' series are together, in the order in which they first come; of a metric's, side by side."""
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], list[float]]] = {}
+    for samples, is_engine in [(given, False) for given in front_ends] + [(given, True) for given in engines]:
+        for metric, name, labels, value in samples:
+            series = values.setdefault(metric, {}).setdefault((name, tuple(labels.items())), [])
+            if not (metric == _ALL_FRONT_ENDS and is_engine) and not (metric == _MEAN_OF_ENGINES and not is_engine):
+                series.append(value)
+    return [
+        (metric, name, dict(labels), _together(metric, given))
+        for metric, series in values.items()
+        for (name, labels), given in series.items()
+    ]
+
+
+def _together(metric: str, values: Iterable[float]) -> float:
+    if metric in _LARGEST:
+        return max(values)
+    if metric == _ALL_FRONT_ENDS:
+        return min(values)
+    return mean(values) if metric == _MEAN_OF_ENGINES else sum(values)
+
+
+class _Merged:
+    """Merged samples under the names and explanations of every process's metrics."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by prometheus_client."""
+        metrics = {metric.name: metric for metric in Metrics().registry.collect()}
+        for metric in metrics.values():
+            metric.samples = []
+        for family, name, labels, value in self._samples:
+            metrics[family].add_sample(name, labels, value)
+        yield from metrics.values()

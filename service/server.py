@@ -15,10 +15,11 @@ from typing import Any
 
 import uvicorn
 
-from model_store.manifest import Manifest, changed_files, find_built, read_manifest
+from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
-from service.app import create_app, drain
+from service.app import MakeApp, create_app, drain
+from service.backend import LocalBackend
 from service.errors import StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
@@ -44,16 +45,33 @@ def serve(settings: Settings, progress: Progress) -> int:
     # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
     from model_store.encoder import choose_device  # torch, from here on
-    from model_store.quantization import quantized_space
     from service.worker import EncoderWorker
 
     device = choose_device(settings.device)
     folder, manifest = prepare_store(settings, progress)
-    space = quantized_space(manifest.embedding_space, settings.quantization)
-    manifest = manifest.model_copy(update={"embedding_space": space})
+    manifest = as_served(manifest, settings)
     configure_logs(settings.log_level)
     limits = Limits(settings, manifest, device.type)
     metrics = Metrics()
+    tokenizer = load_tokenizer(folder, manifest, settings)
+    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
+
+    def on_ready(facts: dict[str, object]) -> None:
+        settle()
+        log.info("ready", extra={"fields": facts})
+
+    with listen(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
+        return answer(
+            settings,
+            listener,
+            lambda on_fatal: create_app(settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready),
+        )
+
+
+def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> int:
+    """Serve an app on a socket until a signal says to stop, or the app that it can't go on; the exit status."""
     failure: list[BaseException] = []
 
     def on_fatal(error: BaseException) -> None:
@@ -61,16 +79,7 @@ def serve(settings: Settings, progress: Progress) -> int:
         failure.append(error)
         server.should_exit = True
 
-    app = create_app(
-        settings,
-        manifest,
-        TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference"),
-        limits,
-        EncoderWorker(folder, settings, metrics),
-        metrics,
-        on_fatal,
-        on_ready=settle,
-    )
+    app = make_app(on_fatal)
     server = _Server(
         uvicorn.Config(
             app,
@@ -83,11 +92,19 @@ def serve(settings: Settings, progress: Progress) -> int:
         on_stop=lambda: drain(app),
         in_work=lambda: app.state.embedder.running,
     )
-    with listen(settings.host, settings.port) as listener:
-        host, port = listener.getsockname()[:2]
-        log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
-        server.run(sockets=[listener])
+    server.run(sockets=[listener])
     return 1 if failure else 0
+
+
+def as_served(manifest: Manifest, settings: Settings) -> Manifest:
+    """The manifest of the vectors that these settings give."""
+    space = quantized_space(manifest.embedding_space, settings.quantization)
+    return manifest.model_copy(update={"embedding_space": space})
+
+
+def load_tokenizer(folder: Path, manifest: Manifest, settings: Settings) -> TextTokenizer:
+    """The stored encoder's tokenizer, cutting long texts or not as these settings say."""
+    return TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference")
 
 
 def settle() -> None:
@@ -128,14 +145,14 @@ def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifes
     return folder, ensure_built(recipe, folder, progress)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket on the address.
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A socket on the address; with others if it is shared, among which the kernel spreads connections.
 
     Raises:
         StartupError: if it is taken or not this machine's.
     """
     try:
-        return socket.create_server((host, port), backlog=2048, family=_family(host))
+        return socket.create_server((host, port), backlog=2048, family=_family(host), reuse_port=shared)
     except OSError as error:
         raise StartupError(
             f"can't listen on {host}:{port} ({error.strerror or error}): choose another LLM2VEC_HOST or LLM2VEC_PORT"

@@ -43,7 +43,16 @@ class Settings(BaseSettings):
     served_name: str = Field("", description="the model's name in the API; by default the recipe's name")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    device: str = Field("auto", description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N")
+    device: str = Field(
+        "auto",
+        description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N; several separated by commas, or cuda:all "
+        "for every GPU, get an engine process each",
+    )
+    frontends: int = Field(
+        1,
+        ge=1,
+        description="processes that speak HTTP; more than one where a fast device waits for the one that also feeds it",
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="arithmetic: auto is bfloat16 on CUDA and on CPUs with bf16 instructions, else float32",
@@ -100,7 +109,8 @@ class Settings(BaseSettings):
     max_queued_tokens: int = Field(
         1_000_000,
         ge=1,
-        description="tokens that may wait in each lane, interactive and bulk; a request that would exceed it gets 429",
+        description="tokens that may wait for a device in each lane, interactive and bulk; a request that would exceed "
+        "it gets 429",
     )
     tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize")
     truncation: Literal["token", "reference"] = Field(
@@ -157,6 +167,11 @@ class Settings(BaseSettings):
     @classmethod
     def _read_json(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether these may need more than one process."""
+        return self.frontends > 1 or "," in self.device or self.device == "cuda:all"
 
 
 def load_settings(given: dict[str, Any]) -> Settings:

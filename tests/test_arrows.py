@@ -35,6 +35,11 @@ def test_fastapi_is_only_in_app_and_api() -> None:
     assert used <= allowed
 
 
+def test_policies_know_no_event_loop() -> None:
+    for name in ("scheduling", "dispatch", "cost_model", "wire"):
+        assert "asyncio" not in imports(ROOT / "service" / f"{name}.py"), name
+
+
 def test_errors_know_nothing() -> None:
     assert imports(ROOT / "service" / "errors.py") == {"__future__"}
 
@@ -43,7 +48,15 @@ def test_errors_know_nothing() -> None:
     "module",
     [
         "service.app",
+        "service.backend",
         "service.batcher",
+        "service.child",
+        "service.devices",
+        "service.engine",
+        "service.frontend",
+        "service.remote",
+        "service.supervisor",
+        "service.wire",
         "service.embedder",
         "service.settings",
         "service.cli",

@@ -28,7 +28,7 @@ async def readyz(request: Request) -> Response:
     """The server takes requests. Where the last batch failed, one token is encoded to find out."""
     if request.app.state.phase != "ready":
         raise Unavailable(f"the server is {request.app.state.phase}")
-    if request.app.state.last_batch_failed():
+    if request.app.state.backend.batcher.last_batch_failed:
         try:
             await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
         except Exception as error:
@@ -39,7 +39,8 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    return Response(request.app.state.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    page = await request.app.state.backend.metrics_page()
+    return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.get("/version")

@@ -406,7 +406,7 @@ async def info(request: Request) -> Response:
         {
             "model_id": state.served_name,
             "model_sha": state.manifest.embedding_space,
-            "model_dtype": state.worker.dtype,
+            "model_dtype": state.facts.get("dtype", state.manifest.dtype),
             "served_model_name": state.served_name,
             "model_type": {"embedding": {"pooling": state.manifest.pooling}},
             # Tokens are limited, not requests; each has at least one.

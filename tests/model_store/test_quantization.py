@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_store.manifest import quantized_space
 from model_store.quantization import (
     EmulatedFp8Linear,
     Fp8Linear,
@@ -17,7 +18,6 @@ from model_store.quantization import (
     emulate_fp8,
     quantize,
     quantize_rows,
-    quantized_space,
     replace_linears,
 )
 from tests.tiny import FAMILIES, padded_vectors, random_rows, tiny_model

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from model_store.tokenizer import TokenizedText
 from service.app import create_app, drain
+from service.backend import LocalBackend
 from service.errors import StartupError
 from service.metrics import Metrics
 from service.rows import EmbedRow
@@ -44,13 +45,14 @@ class Server:
         self.fatal: list[BaseException] = []
         settings = Settings(**given)
         manifest = fake_manifest()
+        limits = Limits(settings, manifest, "cpu")
         self.metrics = Metrics()
         self.app: FastAPI = create_app(
             settings,
             manifest,
             FakeTokenizer(),
-            Limits(settings, manifest, "cpu"),
-            self.worker,
+            limits,
+            LocalBackend(self.worker, settings, manifest, limits, self.metrics),
             self.metrics,
             self.fatal.append,
         )

@@ -9,7 +9,7 @@ import pytest
 
 from service.batcher import DevicePlan, MicroBatcher
 from service.cost_model import CostModel
-from service.errors import EncodingError, OutOfMemory, Unavailable
+from service.errors import EncodingError, OutOfMemory, Overloaded, Unavailable
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.scheduling import BatchLimits
@@ -143,6 +143,48 @@ async def test_when_it_ends_everything_that_waits_is_told() -> None:
             await task
     with pytest.raises(Unavailable):
         await batcher.submit(rows_of("c"))
+
+
+async def test_a_lane_takes_no_more_than_it_may_hold() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics(), max_queued_tokens=20)
+    run = asyncio.create_task(batcher.run(plan()))
+    tasks = [asyncio.create_task(batcher.submit(rows_of("first")))]
+    await until(lambda: worker.batches)
+    # One that is too large in itself has its turn where nothing waits; nothing goes behind it.
+    tasks.append(asyncio.create_task(batcher.submit(rows_of("x" * 30), "bulk")))
+    await until(lambda: batcher.queued_in("bulk") == 31)
+    with pytest.raises(Overloaded) as caught:
+        await batcher.submit(rows_of("y"), "bulk")
+    assert caught.value.queued_tokens == 31
+    assert 1 <= caught.value.retry_after_seconds <= 60
+    tasks.append(asyncio.create_task(batcher.submit(rows_of("q" * 9, "r" * 9))))
+    await until(lambda: batcher.queued_in("interactive") == 20)
+    with pytest.raises(Overloaded):
+        await batcher.submit(rows_of("s"))
+    probe = asyncio.create_task(batcher.probe(rows_of("s")[0]))
+    await until(lambda: batcher.queued_in("interactive") == 22)
+    worker.gate.set()
+    await asyncio.gather(probe, *tasks)
+    assert not batcher.queued_tokens
+    run.cancel()
+    await asyncio.wait({run})
+
+
+async def test_of_many_at_once_only_those_are_queued_that_have_room() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics(), max_queued_tokens=20)
+    requests = [asyncio.create_task(batcher.submit(rows_of(f"{number:04}"))) for number in range(10)]
+    await asyncio.sleep(0.01)
+    assert batcher.queued_tokens == 20
+    run = asyncio.create_task(batcher.run(plan()))
+    worker.gate.set()
+    outcomes = await asyncio.gather(*requests, return_exceptions=True)
+    assert [isinstance(outcome, Overloaded) for outcome in outcomes] == [False] * 4 + [True] * 6
+    run.cancel()
+    await asyncio.wait({run})
 
 
 async def test_small_requests_pass_bulk_in_the_queue() -> None:

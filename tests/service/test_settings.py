@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from service.cost_model import CostModel
+from service.devices import find_devices
 from service.errors import StartupError
 from service.scheduling import BatchLimits
 from service.settings import Limits, Settings, load_settings, settings_table
@@ -31,6 +32,7 @@ def test_explicit_values_win_over_the_environment(monkeypatch: pytest.MonkeyPatc
         ("LLM2VEC_XYZZY", "1", "known are LLM2VEC_"),
         ("LLM2VEC_PORT", "many", "LLM2VEC_PORT is 'many'"),
         ("LLM2VEC_DTYPE", "int4", "LLM2VEC_DTYPE"),
+        ("LLM2VEC_FRONTENDS", "0", "greater than or equal to 1"),
         ("LLM2VEC_TOKENIZER_THREADS", "0", "greater than or equal to 1"),
     ],
 )
@@ -48,6 +50,26 @@ def test_limits_by_default() -> None:
     assert (cuda.max_input_tokens, cuda.token_budget) == (8192, 16384)
     assert short.max_input_tokens == 512
     assert limits(max_input_tokens=20000).token_budget == 20000
+
+
+@pytest.mark.parametrize(
+    ("given", "several"),
+    [
+        ({}, False),
+        ({"device": "cuda:1"}, False),
+        ({"frontends": 2}, True),
+        ({"device": "cpu,cpu"}, True),
+        ({"device": "cuda:all"}, True),
+    ],
+)
+def test_one_process_unless_more_are_asked_for(given: dict[str, Any], several: bool) -> None:
+    assert Settings(**given).several_processes is several
+
+
+def test_devices_of_a_list() -> None:
+    assert find_devices("cpu, cpu,cpu") == ["cpu"] * 3
+    with pytest.raises(StartupError, match="no device"):
+        find_devices("cpu,gpu")
 
 
 @pytest.mark.parametrize(

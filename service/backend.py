@@ -1,0 +1,138 @@
+"""What stands behind the HTTP side: something that computes rows, with a life of its own.
+
+Two do: `LocalBackend`, a worker and a batcher in this process, and `service.remote.RemoteBackend`, engine processes.
+The HTTP side can't tell them apart. No HTTP, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Protocol
+
+from model_store.manifest import Manifest
+from service.batcher import Computed, DevicePlan, MicroBatcher
+from service.errors import EncodingError
+from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
+from service.scheduling import Lane
+from service.settings import Limits, Settings
+from service.vector_cache import VectorCache
+
+
+class Batcher(Protocol):
+    """Computes rows, from many requests at once."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens at which a batch is full; 0 before the start."""
+
+    @property
+    def last_batch_failed(self) -> bool:
+        """Whether a device's last batch failed."""
+
+    async def submit(
+        self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
+    ) -> list[Computed[Vector]]:
+        """The rows' vectors, in order. Cancelling it drops what is still queued.
+
+        Raises:
+            Overloaded: if too much is queued; nothing is computed.
+            DeadlineExceeded: if some was still queued when the time was over.
+            EncodingError: the first of the rows' own errors, with its index.
+            Unavailable: if nothing computes any more.
+        """
+
+    async def probe(self, row: EmbedRow) -> None:
+        """Compute a row wherever the last batch failed, whatever waits there.
+
+        Raises:
+            EncodingError, Unavailable: if that fails too.
+        """
+
+
+class Backend(Protocol):
+    """A batcher's life. `start` once, then `run` until it fails or is cancelled, then `stop`."""
+
+    @property
+    def batcher(self) -> Batcher:
+        """There from the beginning; computes once started."""
+
+    async def start(self) -> dict[str, object]:
+        """Get ready; facts for the log."""
+
+    async def run(self) -> None:
+        """Compute, for ever. When this ends, whatever the reason, everything that waits is told."""
+
+    def stop(self) -> None:
+        """Give everything back."""
+
+    async def metrics_page(self) -> bytes:
+        """The whole server's metrics in Prometheus' text format."""
+
+
+class Worker(Protocol):
+    """What `service.worker.EncoderWorker` does; another one can stand in where no model is needed."""
+
+    @property
+    def device(self) -> str:
+        """The device in use, once started."""
+
+    @property
+    def dtype(self) -> str:
+        """The arithmetic in use, once started."""
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use, once started."""
+
+    async def start(self, limits: Limits) -> DevicePlan:
+        """Load and warm up; what batches are to be like."""
+
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
+        """A vector or an error for each row."""
+
+    def stop(self) -> None:
+        """End the device thread."""
+
+
+class LocalBackend:
+    """A worker and its batcher in this process."""
+
+    def __init__(
+        self, worker: Worker, settings: Settings, manifest: Manifest, limits: Limits, metrics: Metrics
+    ) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._metrics = metrics
+        self._model = (settings.served_name or manifest.name, manifest.pooling)
+        self._plan: DevicePlan
+        recent = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+        self.batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(
+            worker.run_batch, metrics, recent, settings.max_queued_tokens
+        )
+
+    async def start(self) -> dict[str, object]:
+        """Load and warm up.
+
+        Raises:
+            Exception: whatever the worker's start does.
+        """
+        worker = self._worker
+        self._plan = await worker.start(self._limits)
+        model, pooling = self._model
+        info = self._metrics.build_info
+        info.labels(version("llm2vec-service"), model, worker.device, worker.dtype, pooling).set(1)
+        return {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
+
+    async def run(self) -> None:
+        """Batch and run, for ever."""
+        await self.batcher.run(self._plan)
+
+    def stop(self) -> None:
+        """End the worker's threads."""
+        self._worker.stop()
+
+    async def metrics_page(self) -> bytes:
+        """This process is the whole server."""
+        return self._metrics.page()

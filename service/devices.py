@@ -1,0 +1,56 @@
+"""The devices that a setting means. `python -m service.devices cuda:all` asks torch, and prints one a line.
+
+Run as a process, so that whoever asks does not hold torch in memory.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from service.errors import StartupError
+
+
+def find_devices(asked: str) -> list[str]:
+    """The devices of a comma-separated list, of which each may be `auto`, and `cuda:all` is several.
+
+    Raises:
+        StartupError: if one is not here, or they are not of one type.
+    """
+    names = [name.strip() for name in asked.split(",")]
+    if set(names) != {"cpu"}:  # which is everywhere
+        found = subprocess.run([sys.executable, "-m", "service.devices", *names], capture_output=True, text=True)
+        if found.returncode:
+            raise StartupError(found.stderr.strip().splitlines()[-1])
+        names = found.stdout.split()
+    if len({device_type(name) for name in names}) > 1:
+        raise StartupError(f"LLM2VEC_DEVICE is {asked!r}: vectors of different types of device are not quite the same")
+    return names
+
+
+def device_type(name: str) -> str:
+    """cpu or cuda."""
+    return name.partition(":")[0]
+
+
+def main(names: list[str]) -> int:
+    """Print the devices, or on stderr why not; returns the exit status."""
+    import torch
+
+    from model_store.encoder import choose_device
+
+    everything = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    try:
+        for name in names:
+            # Where there is no GPU, cuda:0 is the one that is missed.
+            for one in (everything or ["cuda:0"]) if name == "cuda:all" else [name]:
+                device = choose_device(one)
+                print(f"cuda:{device.index or 0}" if device.type == "cuda" else device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""An engine process: one device, its worker and its queue, for all front ends. `python -m service.engine FD`
+
+It ends when its supervisor says so or is gone, and of nothing else but a failure: signals are for front ends, which
+need it until their last answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+import uvloop
+
+from service.backend import LocalBackend, Worker
+from service.batcher import MicroBatcher
+from service.child import Assignment, Child, inherited
+from service.errors import ServiceError
+from service.link import Link
+from service.logs import log
+from service.metrics import Metrics
+from service.rows import EmbedRow, Vector
+from service.server import settle
+from service.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
+
+# How old what front ends know of each other's load may be.
+_TELL_SECONDS = 0.02
+
+# Rows made of their keys between two turns of the event loop: a millisecond or two.
+_ROWS_AT_ONCE = 256
+
+MakeWorker = Callable[[Assignment, Metrics], Worker]
+
+
+class Desk:
+    """Where an engine serves one front end: what that submits goes into the queue that all share."""
+
+    def __init__(self, end: socket.socket, batcher: MicroBatcher[EmbedRow, Vector], metrics: Metrics) -> None:
+        self.link = Link("front end", end, metrics, self._take, self._drop_all)
+        self.tokens = 0  # submitted and not answered
+        self._batcher = batcher
+        self._others_tokens = 0
+        self._told: State | None = None
+        self._work: dict[int, asyncio.Task[None]] = {}
+
+    def tell(self, others_tokens: int) -> None:
+        """Tell the front end how the engine is, if that has changed."""
+        self._others_tokens = others_tokens
+        state = State(self._batcher.batch_tokens, others_tokens, self._batcher.last_batch_failed)
+        if state != self._told:
+            self.link.send(state)
+            self._told = state
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Submit):
+            task = self._work[message.number] = asyncio.create_task(self._answer(message))
+            task.add_done_callback(lambda _: self._work.pop(message.number))
+        else:
+            assert isinstance(message, Cancel), message
+            if (work := self._work.get(message.number)) is not None:
+                work.cancel()
+
+    async def _answer(self, asked: Submit) -> None:
+        tokens = 0
+        try:
+            rows = await _rows(asked.keys)
+            tokens = sum(map(len, rows))
+            self.tokens += tokens
+            computed = await self._batcher.submit(rows, asked.lane, asked.timeout_seconds, admitted=asked.probe)
+            for part in vectors_in_parts(asked.number, computed):
+                self.link.send(part)
+                await self.link.drain()
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                log.exception("unexpected error")
+                error = ServiceError("the server failed on this request")
+            # Before the answer, so that whoever has it knows of the failure too.
+            self.tell(self._others_tokens)
+            self.link.send(Failed(asked.number, error))
+        finally:
+            self.tokens -= tokens
+
+    def _drop_all(self) -> None:
+        for work in self._work.values():
+            work.cancel()
+
+
+async def _rows(keys: Sequence[bytes]) -> list[EmbedRow]:
+    rows: list[EmbedRow] = []
+    for start in range(0, len(keys), _ROWS_AT_ONCE):
+        if start:
+            await asyncio.sleep(0)
+        rows += map(EmbedRow.from_key, keys[start : start + _ROWS_AT_ONCE])
+    return rows
+
+
+async def tell_all(desks: Sequence[Desk]) -> None:
+    """Keep front ends informed, for ever."""
+    while True:
+        tokens = sum(desk.tokens for desk in desks)
+        for desk in desks:
+            desk.tell(tokens - desk.tokens)
+        await asyncio.sleep(_TELL_SECONDS)
+
+
+async def serve(child: Child, make_worker: MakeWorker) -> int:
+    """Load and compute until told to end, or until it can't go on; the exit status."""
+    assignment, metrics = child.assignment, Metrics()
+    worker = make_worker(assignment, metrics)
+    backend = LocalBackend(worker, assignment.settings, assignment.manifest, assignment.limits, metrics)
+    desks = [Desk(end, backend.batcher, metrics) for end in inherited(assignment.front_ends)]
+
+    async def live() -> None:
+        for desk in desks:
+            await desk.link.connect()
+        facts = await backend.start()
+        settle()
+        log.info("%s ready", assignment.name, extra={"fields": facts})
+        telling = asyncio.create_task(tell_all(desks))
+        try:
+            await backend.run()
+        finally:
+            telling.cancel()
+
+    loop, told_to_end = asyncio.get_running_loop(), asyncio.Event()
+    child.on_end(lambda: loop.call_soon_threadsafe(told_to_end.set))
+    life, end = asyncio.create_task(live()), asyncio.create_task(told_to_end.wait())
+    await asyncio.wait({life, end}, return_when=asyncio.FIRST_COMPLETED)
+    failure = life.exception() if life.done() else None
+    if failure is not None:
+        log.critical("%s can't go on: %s", assignment.name, failure)
+    life.cancel()
+    end.cancel()
+    await asyncio.wait({life, end})
+    backend.stop()
+    return 1 if failure else 0
+
+
+def encoder_worker(assignment: Assignment, metrics: Metrics) -> Worker:
+    """The worker of a stored encoder."""
+    from service.worker import EncoderWorker  # torch, from here on
+
+    return EncoderWorker(assignment.folder, assignment.settings, metrics)
+
+
+def main(make_worker: MakeWorker = encoder_worker) -> int:
+    """Run the process; returns its exit status."""
+    child = Child()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return uvloop.run(serve(child, make_worker))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

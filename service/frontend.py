@@ -1,0 +1,41 @@
+"""A front end's process: HTTP and tokenizing, before engines in other processes. `python -m service.frontend FD`"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from service.app import create_app
+from service.child import Child, inherited
+from service.logs import log
+from service.metrics import Metrics
+from service.remote import RemoteBackend
+from service.server import answer, load_tokenizer, settle
+
+
+def main() -> int:
+    """Run the process; returns its exit status."""
+    child = Child()
+    assignment, metrics = child.assignment, Metrics()
+    settings, manifest = assignment.settings, assignment.manifest
+    tokenizer = load_tokenizer(assignment.folder, manifest, settings)
+    backend = RemoteBackend(inherited(assignment.engines), inherited(assignment.front_ends), metrics)
+
+    def on_ready(facts: dict[str, object]) -> None:
+        settle()
+        log.info("%s ready", assignment.name, extra={"fields": facts})
+        child.say_ready()
+
+    assert assignment.listener is not None
+    with socket.socket(fileno=assignment.listener) as listener:
+        return answer(
+            settings,
+            listener,
+            lambda on_fatal: create_app(
+                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready
+            ),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""One connection between two processes of a server: messages both ways, and the metrics of either end on demand.
+
+What is sent is in order and arrives, or the connection is lost: then whoever waits for the other end is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Callable
+from typing import cast
+
+from service.errors import Unavailable
+from service.metrics import Metrics, Samples
+from service.wire import AskSamples, GiveSamples, Message, Splitter, decode, encode
+
+# A system call costs as much as all the rest of a short message: short ones share it, and this many bytes don't wait.
+_WRITE_BYTES = 1 << 16
+
+
+class Link(asyncio.Protocol):
+    """This process's `end`, one of a connected pair of Unix sockets. `name` is what the other end is called."""
+
+    def __init__(
+        self,
+        name: str,
+        end: socket.socket,
+        metrics: Metrics,
+        on_message: Callable[[Message], None] = lambda message: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.lost = False
+        self._end = end
+        self._metrics = metrics
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._splitter = Splitter()
+        self._transport: asyncio.Transport | None = None
+        self._unsent: list[bytes] = []
+        self._unsent_bytes = 0
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._numbers = itertools.count()
+        self._asked: dict[int, asyncio.Future[Samples]] = {}
+
+    async def connect(self) -> None:
+        """Begin to send and receive."""
+        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._end)
+
+    def send(self, message: Message) -> None:
+        """Send, with all else that is sent in this turn of the event loop; nothing if the connection is lost."""
+        if self.lost:
+            return
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._write)
+        frame = encode(message)
+        self._unsent.append(frame)
+        self._unsent_bytes += len(frame)
+
+    async def drain(self) -> None:
+        """Until most of what was sent is on its way, or the other end is lost."""
+        if self._unsent_bytes > _WRITE_BYTES:
+            self._write()
+        await self._writable.wait()
+
+    async def samples(self) -> Samples:
+        """The other end's metrics.
+
+        Raises:
+            Unavailable: if the connection is lost.
+        """
+        if self.lost:
+            raise self.gone()
+        number = next(self._numbers)
+        asked: asyncio.Future[Samples] = asyncio.get_running_loop().create_future()
+        self._asked[number] = asked
+        try:
+            self.send(AskSamples(number))
+            return await asked
+        finally:
+            del self._asked[number]
+
+    def close(self) -> None:
+        """Hang up, once what was sent is on its way."""
+        if self._transport is not None:
+            self._write()
+            self._transport.close()
+        else:
+            self._end.close()
+
+    def _write(self) -> None:
+        if self._transport is not None and not self.lost and self._unsent:
+            self._transport.write(b"".join(self._unsent))
+        self._unsent.clear()
+        self._unsent_bytes = 0
+
+    def gone(self) -> Unavailable:
+        """The error of those who wait for the other end when it is lost."""
+        return Unavailable(f"the server has lost its {self.name}")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio: answer what is asked of every process, hand on the rest."""
+        for frame in self._splitter.feed(data):
+            message = decode(frame)
+            if isinstance(message, AskSamples):
+                self.send(GiveSamples(message.number, self._metrics.samples()))
+            elif isinstance(message, GiveSamples):
+                asked = self._asked.get(message.number)  # none if whoever asked could not wait
+                if asked is not None and not asked.done():
+                    asked.set_result(message.samples)
+            else:
+                self._on_message(message)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio when much is on its way."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """Called by asyncio when little is."""
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by asyncio when either end has hung up or ended."""
+        self.lost = True
+        self._writable.set()
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(self.gone())
+        self._on_lost()

@@ -1,0 +1,221 @@
+"""The batcher that a front end has: engines in other processes do the work.
+
+An engine admits what it queues, so the answer to an overload is its own. Equal rows are computed once where they meet
+in one engine; those that went to two engines are computed twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.batcher import Computed
+from service.dispatch import Part, share
+from service.errors import EncodingError, ServiceError
+from service.link import Link
+from service.metrics import Metrics, merged_page
+from service.rows import EmbedRow, Vector
+from service.scheduling import Lane
+from service.wire import Cancel, Failed, Message, State, Submit, Vectors
+
+# A scrape that takes longer fails: without one process's part the sums would be wrong.
+_SAMPLES_SECONDS = 1.0
+
+
+@dataclass(eq=False)
+class _Pending:
+    """What was submitted, and the future that is done when all answers are there."""
+
+    answers: list[Computed[Vector] | None]
+    missing: int
+    done: asyncio.Future[None]
+
+
+class RemoteEngine:
+    """One engine, as a front end sees it."""
+
+    def __init__(self, name: str, end: socket.socket, metrics: Metrics) -> None:
+        self.link = Link(name, end, metrics, self._take, self._lose)
+        self.state = State(0, 0, False)
+        self.ready = asyncio.Event()  # also set when it is lost
+        self.lost = asyncio.Event()
+        self._numbers = itertools.count()
+        self._pending: dict[int, _Pending] = {}
+        self._own_tokens = 0
+
+    @property
+    def load(self) -> int:
+        """Tokens that it has to do: those from here, and those from elsewhere as it last said."""
+        return self._own_tokens + self.state.others_tokens
+
+    async def submit(
+        self, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None = None, probe: bool = False
+    ) -> list[Computed[Vector]]:
+        """The rows' vectors, in order. Cancelling it tells the engine.
+
+        Raises:
+            Overloaded, EncodingError: as the engine says.
+            Unavailable: if it is lost.
+        """
+        if self.link.lost:
+            raise self.link.gone()
+        number, tokens = next(self._numbers) & 0xFFFFFFFF, sum(map(len, rows))
+        done = asyncio.get_running_loop().create_future()
+        pending = self._pending[number] = _Pending([None] * len(rows), len(rows), done)
+        self._own_tokens += tokens
+        self.link.send(Submit(number, [row.key for row in rows], lane, probe, timeout_seconds))
+        try:
+            await done
+            return [answer for answer in pending.answers if answer is not None]
+        finally:
+            self._own_tokens -= tokens
+            del self._pending[number]
+            if done.cancelled():
+                self.link.send(Cancel(number))
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, State):
+            self.state = message
+            self.ready.set()
+            return
+        assert isinstance(message, Vectors | Failed), message
+        pending = self._pending.get(message.number)
+        if pending is None or pending.done.done():  # cancelled meanwhile
+            return
+        if isinstance(message, Failed):
+            pending.done.set_exception(message.error)
+            return
+        pending.answers[message.first : message.first + len(message.computed)] = message.computed
+        pending.missing -= len(message.computed)
+        if not pending.missing:
+            pending.done.set_result(None)
+
+    def _lose(self) -> None:
+        self.lost.set()
+        self.ready.set()
+        for pending in self._pending.values():
+            if not pending.done.done():
+                pending.done.set_exception(self.link.gone())
+
+
+class RemoteBatcher:
+    """Several engines as one batcher."""
+
+    def __init__(self, engines: Sequence[RemoteEngine]) -> None:
+        self._engines = engines
+        self._turns = itertools.count()
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens at which the smallest engine's batch is full; 0 before all are ready."""
+        return min(engine.state.batch_tokens for engine in self._engines)
+
+    @property
+    def last_batch_failed(self) -> bool:
+        """Whether any engine's last batch failed."""
+        return any(engine.state.last_batch_failed for engine in self._engines)
+
+    async def submit(
+        self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
+    ) -> list[Computed[Vector]]:
+        """The rows' vectors, in order: a small request from one engine, a large one from as many as it has batches for.
+
+        Raises:
+            Overloaded: if an engine that was to do a part refuses it; the other parts are dropped.
+            DeadlineExceeded: if a part of it was still queued when its time was over.
+            EncodingError: the first error of a row, with its index.
+            Unavailable: if an engine that has a part is lost.
+        """
+        lengths = [len(row) for row in rows]
+        # Of less than a batch each, parts would take longer together than the whole.
+        most_parts = 1 if lane == "interactive" else sum(lengths) // max(self.batch_tokens, 1)
+        parts = share(lengths, [engine.load for engine in self._engines], most_parts, next(self._turns))
+        if len(parts) == 1:
+            return await self._engines[parts[0].engine].submit(rows, lane, timeout_seconds)
+        tasks = [asyncio.create_task(self._submit_part(part, rows, lane, timeout_seconds)) for part in parts]
+        try:
+            return [computed for answers in await asyncio.gather(*tasks) for computed in answers]
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def probe(self, row: EmbedRow) -> None:
+        """Compute a row in every engine whose last batch failed.
+
+        Raises:
+            EncodingError, Unavailable: if one fails again.
+        """
+        failing = [engine for engine in self._engines if engine.state.last_batch_failed]
+        await asyncio.gather(*(engine.submit([row], "interactive", probe=True) for engine in failing))
+
+    async def _submit_part(
+        self, part: Part, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None
+    ) -> list[Computed[Vector]]:
+        try:
+            return await self._engines[part.engine].submit(rows[part.start : part.stop], lane, timeout_seconds)
+        except EncodingError as error:
+            raise error.at(part.start + (error.index or 0)) from error
+
+
+class RemoteBackend:
+    """A front end's connections: to every engine, and for their metrics to the other front ends."""
+
+    def __init__(
+        self, engine_ends: Sequence[socket.socket], front_end_ends: Sequence[socket.socket], metrics: Metrics
+    ) -> None:
+        self._metrics = metrics
+        self.engines = [RemoteEngine(f"engine {number}", end, metrics) for number, end in enumerate(engine_ends)]
+        self.batcher = RemoteBatcher(self.engines)
+        self.links = [engine.link for engine in self.engines] + [
+            Link("front end", end, metrics) for end in front_end_ends
+        ]
+
+    async def start(self) -> dict[str, object]:
+        """Until every engine is ready.
+
+        Raises:
+            Unavailable: if one is lost before.
+        """
+        for link in self.links:
+            await link.connect()
+        for engine in self.engines:
+            await engine.ready.wait()
+            if engine.link.lost:
+                raise engine.link.gone()
+        return {"engines": len(self.engines)}
+
+    async def run(self) -> None:
+        """Until an engine is lost.
+
+        Raises:
+            Unavailable: then. Whoever waits for another engine still gets the answer.
+        """
+        losses = [asyncio.create_task(engine.lost.wait()) for engine in self.engines]
+        try:
+            await asyncio.wait(losses, return_when=asyncio.FIRST_COMPLETED)
+            raise next(engine.link.gone() for engine in self.engines if engine.link.lost)
+        finally:
+            for loss in losses:
+                loss.cancel()
+
+    def stop(self) -> None:
+        """Hang up."""
+        for link in self.links:
+            link.close()
+
+    async def metrics_page(self) -> bytes:
+        """The sums over all processes.
+
+        Raises:
+            ServiceError: if one of them does not answer: sums without it would go backwards.
+        """
+        try:
+            async with asyncio.timeout(_SAMPLES_SECONDS):
+                given = await asyncio.gather(*(link.samples() for link in self.links))
+        except TimeoutError as error:
+            raise ServiceError(f"a process of the server gave no metrics in {_SAMPLES_SECONDS} s") from error
+        engines = len(self.engines)
+        return merged_page([self._metrics.samples(), *given[engines:]], given[:engines])

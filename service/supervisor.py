@@ -1,0 +1,224 @@
+"""A server of several processes: front ends that speak HTTP, and an engine for each device.
+
+The supervisor prepares, opens the port, starts the others and waits. Front ends have a socket each on the one port,
+among which the kernel spreads connections; a Unix socket pair joins each front end to each engine and to each other
+front end. Nothing is restarted: when one process ends by itself, all end and the status is not 0, so that whatever
+started the server can start it again. No torch here, but for a build.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import combinations
+
+from service.child import READY, Assignment
+from service.devices import device_type, find_devices
+from service.instructions import load_instructions
+from service.logs import configure_logs, log
+from service.server import Progress, as_served, listen, prepare_store, serve
+from service.settings import Limits, Settings
+
+_TICK_SECONDS = 0.05
+
+# Beyond the grace period, for a front end to end; and for an engine, which has nothing to do by then.
+_FRONT_END_SECONDS = 10.0
+_ENGINE_SECONDS = 10.0
+
+FRONT_END = "service.frontend"
+ENGINE = "service.engine"
+
+
+def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> int:
+    """Serve with as many processes as the settings ask for; returns the exit status: 0 after a clean end.
+
+    `engine` is the module that is run for a device. One front end and one device are this process alone.
+
+    Raises:
+        StartupError, ValueError: with a sentence that says what to change.
+    """
+    # Until there are children to end, a signal to stop ends a build through its clean-up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    devices = find_devices(settings.device)
+    if len(devices) == 1 and settings.frontends == 1:
+        return serve(settings.model_copy(update={"device": devices[0]}), progress)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
+    folder, manifest = prepare_store(settings, progress)
+    manifest = as_served(manifest, settings)
+    configure_logs(settings.log_level)
+    kind = device_type(devices[0])
+    Limits(settings, manifest, kind)
+    load_instructions(settings, manifest)
+
+    def assignment(name: str, device: str) -> Assignment:
+        own = settings.model_copy(update={"device": device})
+        return Assignment(name=name, settings=own, folder=folder, manifest=manifest, device_type=kind)
+
+    with ExitStack() as ours:  # what is open here is a child's, and closed here once they all have theirs
+        listeners = [ours.enter_context(one) for one in listen_together(settings)]
+        host, port = listeners[0].getsockname()[:2]
+        log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
+        plans = [Plan(FRONT_END, assignment(f"front end {n}", settings.device), one) for n, one in enumerate(listeners)]
+        engines = [Plan(engine, assignment(f"engine {n}", device)) for n, device in enumerate(devices)]
+        for left, right in combinations([*plans, *engines], 2):
+            if left.listener is not None:  # engines have nothing to say to each other
+                near, far = map(ours.enter_context, socket.socketpair())
+                (left.front_ends if right.listener is not None else left.engines).append(near)
+                right.front_ends.append(far)
+        family = Family(
+            [plan.start({}) for plan in plans], [plan.start(_threads(kind, len(devices))) for plan in engines]
+        )
+    return family.run(settings.shutdown_grace_seconds)
+
+
+def listen_together(settings: Settings) -> list[socket.socket]:
+    """A socket for each front end on the one address.
+
+    Raises:
+        StartupError: if it is taken or not this machine's.
+    """
+    if settings.frontends == 1:
+        return [listen(settings.host, settings.port)]
+    # Sockets that share an address would share it with another server's too.
+    with listen(settings.host, settings.port) as alone:
+        port = alone.getsockname()[1]
+    return [listen(settings.host, port, shared=True) for _ in range(settings.frontends)]
+
+
+def _threads(kind: str, engines: int) -> dict[str, str]:
+    """Several engines on one CPU have their share of its cores each, unless it was said otherwise."""
+    if kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // engines, 1))}
+
+
+@dataclass
+class Plan:
+    """A child to be, and the ends of the sockets that it gets."""
+
+    module: str
+    assignment: Assignment
+    listener: socket.socket | None = None
+    engines: list[socket.socket] = field(default_factory=list)
+    front_ends: list[socket.socket] = field(default_factory=list)
+
+    def start(self, environment: dict[str, str]) -> Process:
+        """Start it. In a session of its own: an interrupt from the terminal is the supervisor's to pass on."""
+        own = [self.listener] if self.listener is not None else []
+        near, far = socket.socketpair()
+        with far:
+            process = subprocess.Popen(
+                [sys.executable, "-m", self.module, str(far.fileno())],
+                pass_fds=[end.fileno() for end in (far, *own, *self.engines, *self.front_ends)],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        told = self.assignment.model_copy(
+            update={
+                "listener": own[0].fileno() if own else None,
+                "engines": [end.fileno() for end in self.engines],
+                "front_ends": [end.fileno() for end in self.front_ends],
+            }
+        )
+        near.sendall(told.model_dump_json().encode() + b"\n")
+        return Process(self.assignment.name, process, near)
+
+
+@dataclass(eq=False)
+class Process:
+    """A child, and the connection that it ends with."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+
+    @property
+    def status(self) -> int | None:
+        """Its exit status, if it has ended; negative for a signal."""
+        return self.process.poll()
+
+
+class Family:
+    """The children, from their start to the end of the last."""
+
+    def __init__(self, front_ends: Sequence[Process], engines: Sequence[Process]) -> None:
+        self._front_ends = front_ends
+        self._engines = engines
+        self._signals: list[int] = []
+        self._began = time.monotonic()
+
+    def run(self, grace_seconds: float) -> int:
+        """Until a signal says to stop or a child has ended; the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: self._signals.append(number))
+        try:
+            failed = self._watch()
+            failed |= self._end_front_ends(grace_seconds)
+            return int(self._end_engines() or failed)
+        finally:
+            for child in (*self._front_ends, *self._engines):
+                child.process.kill()
+                child.process.wait()
+                child.connection.close()
+
+    def _watch(self) -> bool:
+        """Until something happens; whether it was a child that ended."""
+        with selectors.DefaultSelector() as waiting:
+            for child in self._front_ends:
+                waiting.register(child.connection, selectors.EVENT_READ, child)
+            not_ready = len(self._front_ends)
+            while not self._signals:
+                for key, _ in waiting.select(_TICK_SECONDS):
+                    waiting.unregister(key.fileobj)
+                    not_ready -= key.data.connection.recv(len(READY)) == READY
+                    if not not_ready:
+                        seconds = round(time.monotonic() - self._began, 2)
+                        counts = {"front_ends": len(self._front_ends), "engines": len(self._engines)}
+                        log.info("ready", extra={"fields": {**counts, "seconds": seconds}})
+                if ended := [child for child in (*self._front_ends, *self._engines) if child.status is not None]:
+                    for child in ended:
+                        log.critical("%s ended by itself with status %d: the server ends", child.name, child.status)
+                    return True
+        return False
+
+    def _end_front_ends(self, grace_seconds: float) -> bool:
+        """Let them answer what they have; whether one failed, or an engine before them."""
+        running = [child for child in self._front_ends if child.status is None]
+        for child in running:
+            child.process.send_signal(signal.SIGTERM)
+        self._wait(running, grace_seconds + _FRONT_END_SECONDS, self._pass_on)
+        broken = [child for child in self._engines if child.status is not None]
+        for child in broken:
+            log.critical("%s ended with status %d before its last answer", child.name, child.status)
+        # One that was not up yet dies of the signal.
+        return bool(broken) or any(child.status not in (0, -signal.SIGTERM) for child in running)
+
+    def _pass_on(self) -> None:
+        """A second interrupt is for the front ends, which then wait no longer."""
+        if signal.SIGINT in self._signals[1:]:
+            del self._signals[1:]
+            for child in self._front_ends:
+                child.process.send_signal(signal.SIGINT)
+
+    def _end_engines(self) -> bool:
+        """Whether one of those that ran did not end in time or well."""
+        running = [child for child in self._engines if child.status is None]
+        for child in running:
+            child.connection.shutdown(socket.SHUT_RDWR)
+        self._wait(running, _ENGINE_SECONDS)
+        return any(child.status != 0 for child in running)
+
+    def _wait(self, children: Iterable[Process], seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        end = time.monotonic() + seconds
+        while any(child.status is None for child in children) and time.monotonic() < end:
+            meanwhile()
+            time.sleep(_TICK_SECONDS)
