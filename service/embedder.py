@@ -400,9 +400,8 @@ class Embedder:
         loop = asyncio.get_running_loop()
         starts = range(0, len(inputs), _TOKENIZE_AT_ONCE)
         slices = [slice(start, start + _TOKENIZE_AT_ONCE) for start in starts]
-        parts = await asyncio.gather(
-            *(loop.run_in_executor(self._threads, encode, part) for part in slices), return_exceptions=True
-        )
+        work = [loop.run_in_executor(self._threads, encode, part) for part in slices]
+        parts = await asyncio.gather(*work, return_exceptions=True)
         rows: list[TokenizedText] = []
         for part, outcome in zip(slices, parts, strict=True):
             if isinstance(outcome, TokenizationError):

@@ -115,17 +115,22 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
 
     Raises:
         RequestTooLarge: past `limit_bytes`.
+        ClientGone: if the client hangs up before it is whole.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise RequestTooLarge(limit_bytes)
     chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        size += len(chunks[-1])
         if size > limit_bytes:
             raise RequestTooLarge(limit_bytes)
-        chunks.append(chunk)
     return b"".join(chunks)
 
 
