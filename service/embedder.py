@@ -75,7 +75,7 @@ class EmbedInput(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What to embed, and how. `param` is what the caller's dialect calls the inputs, for messages."""
+    """What to embed, and how. `param` is what the caller's dialect calls the inputs, for messages; so is the other."""
 
     inputs: Sequence[EmbedInput]
     dimensions: int | None = None
@@ -88,6 +88,7 @@ class EmbedRequest:
     timeout_seconds: float | None = None
     wait_seconds: float = 0.0  # how long to wait for room in the queue before it is an overload
     param: str = "input"
+    dimensions_param: str = "dimensions"
 
 
 @dataclass(frozen=True)
@@ -345,9 +346,9 @@ class Embedder:
         width = self.manifest.width
         if request.dimensions is not None and not 1 <= request.dimensions <= width:
             raise InvalidRequest(
-                f"dimensions is {request.dimensions}: this model has 1 to {width}",
+                f"{request.dimensions_param} is {request.dimensions}: this model has 1 to {width}",
                 "invalid_dimensions",
-                "dimensions",
+                request.dimensions_param,
             )
 
     def _check_count(self, inputs: int, param: str) -> None:

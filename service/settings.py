@@ -148,11 +148,11 @@ class Settings(BaseSettings):
     empty_text: Literal["error", "bos"] = Field(
         "error", description="an empty text is an error, or is embedded as the special tokens alone"
     )
-    tei_wait_seconds: float = Field(
+    overload_wait_seconds: float = Field(
         10.0,
         ge=0,
-        description="how long a request to text-embeddings-inference's routes waits for room in the queue before it "
-        "gets 429, as one of its clients takes an error for a vector",
+        description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
+        "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
     )
     reject_unknown_fields: bool = Field(
         False,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors, quantize_vector
+from service.api.answers import AnswerWriter, encode_vectors, json_array
 from service.api.common import (
     Name,
     Text,
@@ -37,7 +36,6 @@ EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
 # Of a long answer: what is written between two turns of the event loop.
 _TEXTS_AT_ONCE = 64
-_VECTORS_AT_ONCE = 16
 
 _INPUTS_SCHEMA = {
     "anyOf": [
@@ -284,6 +282,7 @@ def to_embed_request(
         keep=keep or "start",
         lane="bulk" if body.priority else None,
         param=param,
+        dimensions_param="output_dimension",
     )
 
 
@@ -295,17 +294,17 @@ def write_answer(
         orjson.dumps(identity),
         b"by_type" if types else b"floats",
     )
-    yield from _array(_encode_texts(texts))
+    yield from json_array(_encode_texts(texts))
     yield b',"embeddings":'
     if types:
         before = b"{"
         for name in types:
             yield before + b'"%b":' % name.encode()
-            yield from _array(_encode_as(result.vectors, name))
+            yield from json_array(_encode_as(result.vectors, name))
             before = b","
         yield b"}"
     else:
-        yield from _array(encode_vectors(result.vectors, "float"))
+        yield from json_array(encode_vectors(result.vectors, "float"))
     yield b',"meta":%b}' % orjson.dumps(meta)
 
 
@@ -354,33 +353,12 @@ def _meta(asked: EmbedRequest, result: EmbedResult, version: Version) -> dict[st
     return meta
 
 
-def _array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:
-    """A JSON array, by slices of its items."""
-    before = b"["
-    for part in slices:
-        yield before + b",".join(part)
-        before = b","
-    yield b"]"
-
-
 def _encode_texts(texts: Sequence[str]) -> Iterator[list[bytes]]:
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         yield [orjson.dumps(text) for text in texts[start : start + _TEXTS_AT_ONCE]]
 
 
 def _encode_as(vectors: Sequence[Vector], name: EmbeddingType) -> Iterator[list[bytes]]:
-    match name:
-        case "float" | "base64":
-            return encode_vectors(vectors, name)
-        case "uint8":
-            return _encode_as_uint8(vectors)
-        case _:
-            return encode_vectors(vectors, "float", name)
-
-
-def _encode_as_uint8(vectors: Sequence[Vector]) -> Iterator[list[bytes]]:
-    for start in range(0, len(vectors), _VECTORS_AT_ONCE):
-        part = [
-            quantize_vector(vector, "int8").view(np.uint8) ^ 128 for vector in vectors[start : start + _VECTORS_AT_ONCE]
-        ]
-        yield [orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY) for vector in part]
+    if name == "float" or name == "base64":
+        return encode_vectors(vectors, name)
+    return encode_vectors(vectors, "float", name)

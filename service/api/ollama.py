@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from model_store.manifest import Manifest
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors
+from service.api.answers import AnswerWriter, encode_vectors, json_array
 from service.api.common import (
     Text,
     answer_headers,
@@ -199,6 +199,7 @@ async def embed(request: Request) -> Response:
         with_instruction(texts, chosen, embedder.settings.instruction_separator),
         body.dimensions,
         overflow="error" if body.truncate is False else "truncate",
+        wait_seconds=embedder.settings.overload_wait_seconds,
     )
     result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
 
@@ -226,7 +227,11 @@ async def embeddings(request: Request) -> Response:
     texts = [] if body.prompt is None else [body.prompt]
     # Once this gave what the model gives. Ollama's present releases give vectors of length 1 here too, but for a few
     # BERT models, and refuse a text that is too long.
-    asked = EmbedRequest(with_instruction(texts, chosen, embedder.settings.instruction_separator), param="prompt")
+    asked = EmbedRequest(
+        with_instruction(texts, chosen, embedder.settings.instruction_separator),
+        wait_seconds=embedder.settings.overload_wait_seconds,
+        param="prompt",
+    )
     result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
 
     vectors = [vector for part in encode_vectors(result.vectors, "float") for vector in part]
@@ -290,12 +295,9 @@ DIALECTS = {
 
 def write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[bytes]:
     """The answer to `/api/embed` as JSON bytes, in slices of some milliseconds' work each."""
-    yield b'{"model":%b,"embeddings":[' % orjson.dumps(model)
-    before = b""
-    for part in encode_vectors(result.vectors, "float"):
-        yield before + b",".join(part)
-        before = b","
-    yield b'],"total_duration":%d,"load_duration":0,"prompt_eval_count":%d}' % (seconds * 1e9, result.prompt_tokens)
+    yield b'{"model":%b,"embeddings":' % orjson.dumps(model)
+    yield from json_array(encode_vectors(result.vectors, "float"))
+    yield b',"total_duration":%d,"load_duration":0,"prompt_eval_count":%d}' % (seconds * 1e9, result.prompt_tokens)
 
 
 def _texts(given: Any, settings: Settings) -> Sequence[str]:

@@ -75,8 +75,8 @@ class EmbedFields(BaseModel):
     )
     embed_dtype: EmbedDtype | None = Field(
         None,
-        description="float32 by default; int8 is scaled by each vector's largest number; ubinary and binary are signs, "
-        "eight to a number",
+        description="float32 by default; int8 is scaled by each vector's largest number, uint8 is that and 128; "
+        "ubinary and binary are signs, eight to a number",
     )
     normalize: bool | None = Field(None, description="vectors of length 1, the default, or as the model gives them")
     input_type: Name | None = Field(None, description=f"one of {', '.join(ROLES)}, or a prompt's name")

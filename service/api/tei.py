@@ -16,7 +16,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from service.api.answers import AnswerWriter, encode_vectors
+from service.api.answers import AnswerWriter, encode_vectors, json_array
 from service.api.common import (
     Name,
     Text,
@@ -438,11 +438,7 @@ async def predict(request: Request) -> Response:
 
 def write_vectors(vectors: Sequence[Vector]) -> Iterator[bytes]:
     """A JSON array of vectors, in slices."""
-    before = b"["
-    for part in encode_vectors(vectors, "float"):
-        yield before + b",".join(part)
-        before = b","
-    yield b"]"
+    return json_array(encode_vectors(vectors, "float"))
 
 
 def write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
@@ -533,7 +529,7 @@ def _asked(
         keep="end" if body.truncation_direction == "left" else "start",
         normalize=normalize,
         each_token=each_token,
-        wait_seconds=embedder.settings.tei_wait_seconds,
+        wait_seconds=embedder.settings.overload_wait_seconds,
         param=param,
     )
 

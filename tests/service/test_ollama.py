@@ -248,7 +248,7 @@ def test_other_errors_have_the_same_shape() -> None:
 async def test_an_overloaded_server_says_when_to_come_again() -> None:
     worker = FakeWorker()
     worker.gate.clear()
-    server = Server(worker, max_queued_tokens=20)
+    server = Server(worker, max_queued_tokens=20, overload_wait_seconds=0.05)
     transport = httpx.ASGITransport(server.app)
     async with (
         server.app.router.lifespan_context(server.app),

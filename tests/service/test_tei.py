@@ -557,7 +557,7 @@ REQUESTS_OF_EACH_KIND: list[tuple[str, dict[str, Any]]] = [
 
 
 async def test_an_overload_that_stays_is_429() -> None:
-    async with busy(tei_wait_seconds=0.05) as (_, client, _accepted):
+    async with busy(overload_wait_seconds=0.05) as (_, client, _accepted):
         for path, body in REQUESTS_OF_EACH_KIND:
             loop = asyncio.get_running_loop()
             began = loop.time()
