@@ -1,0 +1,111 @@
+"""openai-python: what the largest part of all callers use, and what LangChain, Haystack and LiteLLM are built upon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.clients.vectors import PASSAGES, QUERY, QUESTION, TEXTS, Vectors, assert_same, reference
+from tests.e2e.process import ServerProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def client(demo: ServerProcess) -> Iterator[Any]:
+    import openai
+
+    with openai.OpenAI(base_url=f"{demo.base_url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def rows(answer: Any) -> list[Any]:
+    assert [item.index for item in answer.data] == list(range(len(answer.data)))
+    return [item.embedding for item in answer.data]
+
+
+def test_the_default_which_is_base64_equals_float(demo: ServerProcess, client: Any) -> None:
+    default = rows(client.embeddings.create(model="demo", input=TEXTS))
+    plain = rows(client.embeddings.create(model="demo", input=TEXTS, encoding_format="float"))
+    assert np.array(default, np.float32).tobytes() == np.array(plain, np.float32).tobytes()
+    assert_same(default, reference(demo, TEXTS))
+
+
+def test_one_text_or_many(demo: ServerProcess, client: Any) -> None:
+    assert_same(rows(client.embeddings.create(model="demo", input=QUESTION)), reference(demo, QUESTION))
+    assert_same(rows(client.embeddings.create(model="demo", input=[QUESTION])), reference(demo, QUESTION))
+    answer = client.embeddings.create(model="demo", input=PASSAGES)
+    assert_same(rows(answer), reference(demo, PASSAGES))
+    assert answer.object == "list"
+    assert answer.model == "demo"
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 20
+
+
+def test_token_ids_are_openai_s(demo: ServerProcess, client: Any) -> None:
+    import tiktoken
+
+    ids = tiktoken.get_encoding("cl100k_base").encode_batch(TEXTS)
+    assert_same(rows(client.embeddings.create(model="demo", input=ids)), reference(demo, TEXTS), "[[int]]")
+    assert_same(rows(client.embeddings.create(model="demo", input=ids[0])), reference(demo, TEXTS[0]), "[int]")
+
+
+def test_dimensions(demo: ServerProcess, client: Any) -> None:
+    found = np.array(rows(client.embeddings.create(model="demo", input=PASSAGES, dimensions=64)), np.float32)
+    assert_same(found, reference(demo, PASSAGES, dimensions=64))
+    cut = reference(demo, PASSAGES)[:, :64]
+    np.testing.assert_allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model": "demo", "extra_body": {"instruction": QUERY}},
+        {"model": "demo", "extra_body": {"input_type": "query"}},
+        {"model": "demo", "extra_headers": {"x-instruction": QUERY}},
+        {"model": "demo", "extra_headers": {"x-input-type": "query"}},
+        {"model": "demo:query"},
+        {"model": "questions"},
+    ],
+    ids=str,
+)
+def test_every_way_to_the_query_instruction(demo: ServerProcess, client: Any, options: dict[str, Any]) -> None:
+    asked: Vectors = reference(demo, QUESTION, instruction=QUERY)
+    assert np.abs(asked - reference(demo, QUESTION)).max() > 1e-3
+    assert_same(rows(client.embeddings.create(input=QUESTION, **options)), asked)
+
+
+def test_a_name_of_openai_s_by_alias(demo: ServerProcess, client: Any) -> None:
+    answer = client.embeddings.create(model="text-embedding-3-small", input=PASSAGES)
+    assert_same(rows(answer), reference(demo, PASSAGES))
+
+
+async def test_the_asynchronous_client(demo: ServerProcess) -> None:
+    import openai
+
+    async with openai.AsyncOpenAI(base_url=f"{demo.base_url}/v1", api_key="none") as client:
+        assert_same(rows(await client.embeddings.create(model="demo", input=PASSAGES)), reference(demo, PASSAGES))
+
+
+def test_a_bad_request_names_code_field_and_request(client: Any) -> None:
+    import openai
+
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="demo", input="a", dimensions=0)
+    assert caught.value.code == "invalid_dimensions"
+    assert caught.value.param == "dimensions"
+    assert caught.value.request_id == caught.value.response.headers["x-request-id"]
+    assert caught.value.request_id
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="demo", input=[[2**31]])
+    assert caught.value.code == "invalid_token_ids"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.embeddings.create(model="gpt-9", input="a")
+    assert missing.value.code == "model_not_found"
+
+
+def test_models(client: Any) -> None:
+    assert client.models.list().data[0].id == "demo"
+    assert client.models.retrieve("demo").id == "demo"
