@@ -2,7 +2,8 @@
 
     python -m bench.cpu [--model DIR|RECIPE] [--texts 96] [--rounds 3] [--only NAME …] [--save]
 
-A machine whose speed drifts is the same for all in a round; what counts are the ratios. Measured are
+A machine whose speed drifts is the same for all in a round; what counts are the ratios. Whoever is not being measured
+is stopped, as the threads of some go on spinning after their last request. Measured are
 
     encoder        packed batches one after another, in this process, and its share of the machine's rate at large
                    bfloat16 matrix products (for the linear layers alone, and with attention's products counted)
@@ -16,10 +17,13 @@ A machine whose speed drifts is the same for all in a round; what counts are the
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +97,22 @@ def main() -> None:
     with ExitStack() as stack:
         server = stack.enter_context(ServerProcess(folder, {"LLM2VEC_COMPILE": "auto"}))
         urls = {"server": (f"{server.base_url}/v1", manifest.name)}
+        signals: dict[str, Callable[[int], object]] = {"server": server.process.send_signal}
         for name in others:
             if name in peers:
                 peer = stack.enter_context(start_peer(name, folder))
                 urls[name] = (peer.url, peer.model)
+                signals[name] = partial(os.killpg, peer.process_group)
         over_http: dict[str, dict[str, Any]] = {name: {} for name in urls}
         vectors: dict[str, Any] = {}
+
+        @contextmanager
+        def awake(name: str) -> Iterator[None]:
+            signals[name](signal.SIGCONT)
+            try:
+                yield
+            finally:
+                signals[name](signal.SIGSTOP)
 
         def run_http(name: str, case: str) -> float:
             kind, clients, at_once = _CASES[case]
@@ -106,7 +120,8 @@ def main() -> None:
             # No text twice, or a server that computes equal ones once would be measured by that.
             some = [f"{number}: {text}" for number, text in enumerate(some)]
             requests = [some[start : start + at_once] for start in range(0, len(some), at_once)]
-            answers = ask(*urls[name], requests, clients)
+            with awake(name):
+                answers = ask(*urls[name], requests, clients)
             count = sum(map(len, tokenizer.encode_batch(some, [""] * len(some))))
             if case == _FIRST_CASE:
                 vectors[name] = np.concatenate(answers.vectors[: len(texts["mixed"])])
@@ -128,6 +143,8 @@ def main() -> None:
             )
         for name in urls:
             ask(*urls[name], [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
+            signals[name](signal.SIGSTOP)
+            stack.callback(signals[name], signal.SIGCONT)  # or they could not end
         timed_encoder(encoder, rows["mixed"][:16], 1)
         gemm: list[float] = []
         for number in range(options.rounds):
@@ -135,7 +152,8 @@ def main() -> None:
             for name in [part for part in parts if part in ("encoder", "server") or part in others]:
                 rates.setdefault(name, []).append(parts[name]())
                 print(f"round {number + 1}: {name:14} {rates[name][-1]:8.0f} tokens/s", flush=True)
-        result["lone"] = lone(encoder, rows["short"], urls["server"], texts["short"])
+        with awake("server"):
+            result["lone"] = lone(encoder, rows["short"], urls["server"], texts["short"])
         print("lone", result["lone"], flush=True)
         for case in _CASES:
             for name in [name for name in urls if name != "infinity"]:  # slow, and no other in these cases

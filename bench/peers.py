@@ -38,6 +38,7 @@ class RunningPeer:
 
     name: str
     url: str
+    process_group: int
     model: str = MODEL
 
 
@@ -103,7 +104,7 @@ def start_peer(name: str, model: Path, seconds: float = 300.0) -> Iterator[Runni
             )
         try:
             _wait_until_ready(process, f"http://127.0.0.1:{port}/health", seconds)
-            yield RunningPeer(name, f"http://127.0.0.1:{port}/v1")
+            yield RunningPeer(name, f"http://127.0.0.1:{port}/v1", process.pid)
         except Exception as error:
             error.add_note(f"{name}'s log ends:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:]))
             raise
