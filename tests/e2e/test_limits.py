@@ -168,14 +168,23 @@ def test_a_large_header_is_refused(server: ServerProcess, request_: bytes) -> No
         assert status_of(answer_of(connection)) in (431, 0)  # 0: closed before all was sent, and so reset
 
 
+def send_until_closed(connection: socket.socket, start: bytes, megabytes: int) -> int:
+    """How many went through."""
+    try:
+        connection.sendall(start)
+        for sent in range(megabytes):
+            connection.sendall(b"a" * MEGABYTE)
+    except ConnectionError:
+        return sent
+    return megabytes
+
+
 def test_an_endless_header_and_endless_trailers_cost_no_memory(server: ServerProcess) -> None:
     before = resident_bytes(server)
     chunked = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: "
     for start in (b"GET / HTTP/1.1\r\nX-Long: ", chunked):
-        with closing(connect(server)) as connection, pytest.raises(ConnectionError):
-            connection.sendall(start)
-            for _ in range(100):
-                connection.sendall(b"a" * MEGABYTE)
+        with closing(connect(server)) as connection:
+            assert send_until_closed(connection, start, 100) < 100
     assert resident_bytes(server) - before < 20 * MEGABYTE
 
 
@@ -224,8 +233,9 @@ def test_large_and_compressed_bodies_are_refused_before_memory_is_spent(server: 
 
     bomb = gzip.compress(b" " * 100 * MEGABYTE)
     url = f"{server.base_url}/v1/embeddings"
-    declared = httpx.post(url, content=b"", headers={"content-length": str(100 * MEGABYTE)})
-    assert declared.status_code == 413
+    with closing(connect(server)) as connection:
+        connection.sendall(post(b"", length=100 * MEGABYTE))
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
     for _ in range(2):
         try:
             streamed = httpx.post(url, content=endless(), timeout=60)

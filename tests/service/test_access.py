@@ -121,7 +121,7 @@ def test_keys_are_kept_as_hashes_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_key_that_can_not_be_sent_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM2VEC_API_KEYS", "geheim ist groß")
-    with pytest.raises(StartupError, match="LLM2VEC_API_KEYS: .*visible ASCII") as caught:
+    with pytest.raises(StartupError, match=r"LLM2VEC_API_KEYS: .*visible ASCII") as caught:
         load_settings({})
     assert "geheim" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -128,8 +128,18 @@ def test_instructions_in_headers_are_only_text(server: Server) -> None:
     assert server.embed({"x-input-type": "../../etc/passwd"}, input="a").status_code == 400
 
 
-@pytest.mark.parametrize("where", ["/..%2f..%2f..%2fetc%2fpasswd", "/v1/models/..%2f..%2fetc%2fpasswd", "/docs/../../etc/passwd",
-                                   "//etc/passwd", "/v1/models//etc/passwd", "/%00", "/static/../pyproject.toml"])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        "/..%2f..%2f..%2fetc%2fpasswd",
+        "/v1/models/..%2f..%2fetc%2fpasswd",
+        "/docs/../../etc/passwd",
+        "//etc/passwd",
+        "/v1/models//etc/passwd",
+        "/%00",
+        "/static/../pyproject.toml",
+    ],
+)
 def test_paths_lead_to_no_files(server: Server, where: str) -> None:
     answer = server.client.get(where)
     assert answer.status_code in (404, 307), answer.text
