@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-simulate bench-gpu peers fidelity-table build container-test clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-simulate bench-gpu peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -62,6 +62,24 @@ fidelity-table: install
 
 container-test: install
 	docker/container-test.sh
+
+# Known vulnerabilities of what is installed, and what that is as CycloneDX JSON. The tools have an environment of their own.
+AUDIT_VENV := build/audit-venv
+
+audit: install $(AUDIT_VENV)/.installed
+	$(AUDIT_VENV)/bin/cyclonedx-py environment --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
+	@echo "build/sbom.cdx.json: what is installed in $(VENV)"
+	$(BIN)/pip freeze --exclude-editable | grep '==' | sed 's/+[a-z0-9.]*$$//' >build/audit-requirements.txt
+	@$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --requirement build/audit-requirements.txt >build/audit.log 2>&1; \
+	status=$$?; cat build/audit.log; \
+	if [ $$status -ne 0 ] && grep -qE 'ConnectionError|ConnectTimeout|Max retries|Name or service|ServiceError|HTTPError' build/audit.log; then \
+		echo "audit: the advisories could not be fetched, so NOTHING was checked; run it again with a network"; \
+	else exit $$status; fi
+
+$(AUDIT_VENV)/.installed:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/pip install --quiet 'pip-audit>=2.7' 'cyclonedx-bom>=5'
+	@touch $@
 
 # The official library pins an old transformers, so it gets an environment of its own.
 GOLDEN_VENV := build/golden-venv

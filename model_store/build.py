@@ -167,7 +167,10 @@ def _write_tokenizer(base: Source, stages: list[Source], folder: Path) -> str:
     gguf = next(iter(sorted(base.folder.glob("*.gguf"))), None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base.folder, **({"gguf_file": gguf.name} if gguf else {}), local_files_only=True
+            base.folder,
+            **({"gguf_file": gguf.name} if gguf else {}),
+            local_files_only=True,
+            trust_remote_code=False,
         )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # every tokenizer class fails in its own way

@@ -140,7 +140,9 @@ class _GgufCheckpoint(Checkpoint):
             get_gguf_hf_weights_map,
         )
 
-        self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).get_text_config()
+        self.config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        ).get_text_config()
         # The file's quantisation ends here: what is stored is plain weights.
         self.config.__dict__.pop("quantization_config", None)
         reader = GGUFReader(path)

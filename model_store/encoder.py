@@ -65,7 +65,12 @@ class Encoder:
         as_dtype = choose_dtype(dtype, on)
         disable_progress_bar()
         model = AutoModel.from_pretrained(
-            folder, dtype=as_dtype, local_files_only=True, use_safetensors=True, attn_implementation="eager"
+            folder,
+            dtype=as_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
         )
         softcap = getattr(model.config, "attn_logit_softcapping", None) is not None
         kernel = choose_kernel(attention, on, as_dtype, softcap)

@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import DType, Recipe
+from model_store.recipe import DType, Recipe, is_plain_name
 from model_store.templates import Template
 
 FORMAT = 1
@@ -74,6 +74,14 @@ class Manifest(_Frozen):
     tools: dict[str, str]
     files: dict[str, StoredFile]
     embedding_space: str = ""
+
+    @field_validator("files")
+    @classmethod
+    def _stay_inside(cls, files: dict[str, StoredFile]) -> dict[str, StoredFile]:
+        for name in files:
+            if not is_plain_name(name):
+                raise ValueError(f"{name!r} is not the name of a file in this folder")
+        return files
 
     def sealed(self) -> Manifest:
         """The same manifest with its embedding-space id filled in."""
@@ -175,6 +183,8 @@ def _difference(folder: Path, name: str, stored: StoredFile) -> str | None:
     path = folder / name
     if not path.is_file():
         return f"{name}: missing"
+    if path.is_symlink() and path.resolve().parent != folder.resolve():
+        return f"{name}: a link that leads out of the folder"
     size = path.stat().st_size
     if size != stored.size:
         return f"{name}: {size} bytes, should be {stored.size}"

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from model_store.pooling_modes import PoolingMode
 from model_store.templates import Template
@@ -22,6 +22,11 @@ ENCODER_DEFAULTS = {"pooling": "mean", "skip_instruction": True, "max_length": 5
 
 class RecipeError(ValueError):
     """A recipe that cannot be read, or that asks for something that does not exist."""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether it names something in a folder, and nothing outside of it."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 class Recipe(BaseModel):
@@ -50,6 +55,13 @@ class Recipe(BaseModel):
     description: str = ""
     parameters: int | None = Field(default=None, ge=1)
     gated: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _name_a_folder(cls, name: str) -> str:
+        if not is_plain_name(name):
+            raise ValueError(f"{name!r} can't be a folder's name, which a recipe's name becomes")
+        return name
 
     @property
     def weight_bytes(self) -> int | None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from model_store.manifest import TOKENIZER_FILE, Manifest
 from model_store.templates import Template
+from model_store.token_bounds import characters_per_token
 
 
 class TokenizationError(ValueError):
@@ -113,6 +114,8 @@ class TextTokenizer:
         self._reference = reference
         self._before, self._after = special_tokens_around(tokenizer)
         self._suffix_tokens = len(self._ids([template.suffix])[0])
+        # None, too, where it cuts texts itself.
+        self.characters_per_token = None if reference else characters_per_token(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, reference: bool = False) -> TextTokenizer:

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from model_store.manifest import Manifest
-from service.api import chunks, cohere, ollama, openai, operations, prompts, tei
+from service.api import chunks, cohere, cors, ollama, openai, operations, prompts, tei
+from service.api.access import Access
 from service.api.answers import AnswerWriter
 from service.api.error_responses import Dialect, ErrorResponses
 from service.api.requests import RequestContext
@@ -20,6 +21,7 @@ from service.embedder import Embedder, Tokenizes
 from service.instructions import load_instructions
 from service.metrics import Metrics
 from service.settings import Limits, Settings
+from service.tracing import start_traces
 
 # Makes the application, given what it calls when it can't go on.
 MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
@@ -75,6 +77,9 @@ def create_app(
             await asyncio.wait({task})
             embedder.close()
             backend.stop()
+            app.state.access.close()
+            if app.state.traces:
+                app.state.traces.close()
 
     app = FastAPI(
         title="llm2vec-service",
@@ -94,7 +99,10 @@ def create_app(
     state.instructions = load_instructions(settings, manifest)
     errors = ErrorResponses(_DIALECTS, metrics)
     errors.install(app)
-    app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT)
+    state.access = access = Access(settings)
+    state.traces = traces = start_traces(app.version)
+    app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT, access=access, traces=traces)
+    cors.install(app, settings.cors_origins)
     for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
         app.include_router(routes.router)
     return app

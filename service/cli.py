@@ -16,7 +16,7 @@ from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
 from service.errors import ServiceError
-from service.settings import PREFIX, Settings, load_settings
+from service.settings import PREFIX, SECRETS, Settings, load_settings
 
 # Beside its weights a GPU holds a batch's activations, the CUDA context and torch's reserve. An estimate for the
 # default token budget: 16384 tokens by the widest layer of a 7B model, a few tensors of that, and 1 GB.
@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve an encoder over HTTP",
-        description=f"Every option is also a variable: {PREFIX}PORT and so on.",
+        allow_abbrev=False,  # or --api-keys would be --api-keys-file
+        description=f"Every option is also a variable: {PREFIX}PORT and so on. Keys are variables only.",
     )
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, "") else f" (default {field.default})"
+    options = {name: field for name, field in Settings.model_fields.items() if name not in SECRETS}
+    for name, field in options.items():
+        default = "" if field.default in (None, "", ()) else f" (default {field.default})"
         flag = f"--{name.replace('_', '-')}"
         serve.add_argument(flag, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%"))
     serve.set_defaults(run=_serve)
@@ -86,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    given = {name: value for name in Settings.model_fields if (value := getattr(options, name)) is not None}
+    asked = vars(options)
+    given = {name: value for name in Settings.model_fields if (value := asked.get(name)) is not None}
     settings = load_settings(given)
 
     if settings.several_processes:

@@ -47,6 +47,10 @@ Overflow = Literal["error", "truncate", "mean"]
 class Tokenizes(Protocol):
     """What `model_store.tokenizer.TextTokenizer` does."""
 
+    @property
+    def characters_per_token(self) -> int | None:
+        """How many characters a token stands for at most, white space at a text's end left out; None if unknown."""
+
     def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         """Rows for texts, or their token ids, and their instructions, in order."""
 
@@ -265,6 +269,8 @@ class Embedder:
     async def _embed(self, request: EmbedRequest) -> EmbedResult:
         began = time.perf_counter()
         self._check(request)
+        if request.overflow == "error":
+            self._check_context(request.inputs, request.param)
         texts = await self._tokenize(request)
         fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
         tokenized = time.perf_counter()
@@ -302,7 +308,9 @@ class Embedder:
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
-        self._check(EmbedRequest([EmbedInput(request.text)], request.dimensions))
+        inputs = [EmbedInput(request.text, request.instruction)]
+        self._check(EmbedRequest(inputs, request.dimensions))
+        self._check_context(inputs, "input")
         loop = asyncio.get_running_loop()
         try:
             text, characters = await loop.run_in_executor(
@@ -343,6 +351,7 @@ class Embedder:
                         "empty_input",
                         param,
                     )
+        self._check_characters(inputs, param)
         width = self.manifest.width
         if request.dimensions is not None and not 1 <= request.dimensions <= width:
             raise InvalidRequest(
@@ -360,6 +369,30 @@ class Embedder:
                 "too_many_inputs",
                 param,
             )
+
+    def _check_characters(self, inputs: Sequence[EmbedInput], param: str) -> None:
+        most = self.settings.max_input_characters
+        for index, item in enumerate(inputs):
+            for text, where in ((item.text, param), (item.instruction.text, "instruction")):
+                if isinstance(text, str) and len(text) > most:
+                    raise InvalidRequest(
+                        f"the {where} of index {index} has {len(text)} characters: at most {most} are taken "
+                        "(the setting LLM2VEC_MAX_INPUT_CHARACTERS)",
+                        "request_too_large",
+                        where,
+                    )
+
+    def _check_context(self, inputs: Sequence[EmbedInput], param: str) -> None:
+        """Refuse a text of which it is certain that it has too many tokens, before time is spent on counting them."""
+        if (per_token := self.tokenizer.characters_per_token) is None:
+            return
+        most = self.limits.max_input_tokens
+        for index, item in enumerate(inputs):
+            text = item.text
+            if isinstance(text, str) and len(text) > most * per_token:
+                tokens = -(-len(text.rstrip()) // per_token)
+                if tokens > most:
+                    raise ContextLengthExceeded(most, tokens, index, param, at_least=True)
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self.settings.max_tokens_per_request:

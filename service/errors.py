@@ -5,7 +5,10 @@ ServiceError
 ├── InvalidRequest             the caller can mend it; has a code, and a param where one field is to blame
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
+│   ├── UnsupportedEncoding
+│   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
+├── Unauthorized               no key, or one that is not valid
 ├── Overloaded                 too much is queued; come again in retry_after_seconds
 ├── Unavailable                loading, draining, or the device thread is gone
 ├── DeadlineExceeded           the caller's time was over before its turn came
@@ -43,9 +46,10 @@ class InvalidRequest(ServiceError):
 class ContextLengthExceeded(InvalidRequest):
     """An input has more tokens than the server reads."""
 
-    def __init__(self, limit: int, tokens: int, index: int, param: str = "input") -> None:
+    def __init__(self, limit: int, tokens: int, index: int, param: str = "input", at_least: bool = False) -> None:
+        requested = f"at least {tokens}" if at_least else str(tokens)
         super().__init__(
-            f"This model's maximum context length is {limit} tokens, however you requested {tokens} tokens "
+            f"This model's maximum context length is {limit} tokens, however you requested {requested} tokens "
             f"(input index {index}).",
             "context_length_exceeded",
             param,
@@ -62,6 +66,23 @@ class RequestTooLarge(InvalidRequest):
         )
 
 
+class UnsupportedEncoding(InvalidRequest):
+    """The body is compressed: what it would unpack to can't be known before memory is spent on it."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(
+            f"bodies are not taken in the content-encoding {encoding[:40]!r}: send the JSON as it is",
+            "unsupported_content_encoding",
+        )
+
+
+class RequestTimeout(InvalidRequest):
+    """The client took too long to send its request."""
+
+    def __init__(self) -> None:
+        super().__init__("the request did not arrive in time", "request_timeout")
+
+
 class ModelNotFound(InvalidRequest):
     """The request names a model that is not served here."""
 
@@ -71,6 +92,12 @@ class ModelNotFound(InvalidRequest):
             "model_not_found",
             "model",
         )
+
+
+class Unauthorized(ServiceError):
+    """The caller sent no key, or one that is not valid."""
+
+    code = "invalid_api_key"
 
 
 class Overloaded(ServiceError):

@@ -42,9 +42,12 @@ REJECTION_REASONS = (
     "failed",
     "context_length_exceeded",
     "request_too_large",
+    "request_timeout",
+    "invalid_api_key",
     "invalid",
     "timeout",
 )
+DROP_REASONS = ("slow_request", "slow_reader", "too_many", "bad_request")
 CANCEL_STAGES = ("queued", "request")
 TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
 INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
@@ -109,6 +112,9 @@ class Metrics:
         self.dedup_hits = counter("dedup_hits", "Inputs that shared the computation of an equal one that waited")
         self.cache_hits = counter("cache_hits", "Inputs whose vector was remembered")
         self.rejected = counter("rejected", "Requests turned away", ("reason",))
+        self.dropped_connections = counter(
+            "dropped_connections", "Connections closed by the server for what their clients did", ("reason",)
+        )
         self.cancelled = counter("cancelled", "Work dropped because its client hung up", ("stage",))
         self.instruction_inputs = counter(
             "instruction_inputs", "Inputs by where their instruction came from", ("source",)
@@ -140,6 +146,8 @@ class Metrics:
         self.text_tokens, self.instruction_tokens = map(self.tokens.labels, ("text", "instruction"))
         for reason in REJECTION_REASONS:
             self.rejected.labels(reason)
+        for reason in DROP_REASONS:
+            self.dropped_connections.labels(reason)
         for stage in CANCEL_STAGES:
             self.cancelled.labels(stage)
         for source in INSTRUCTION_SOURCES:

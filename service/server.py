@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 
@@ -20,6 +22,7 @@ from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
 from service.app import MakeApp, create_app, drain
 from service.backend import LocalBackend
+from service.connections import Connection, Guard
 from service.errors import StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
@@ -27,6 +30,12 @@ from service.settings import Limits, Settings
 
 # Tenths of a second without work in which a request that was on its way has been read and answered.
 _QUIET_TICKS = 3
+
+# Ticks between two looks at the connections.
+_LOOK_TICKS = 5
+
+# Files and sockets that a process has open beside its connections, and more.
+_OTHER_FILES = 512
 
 Progress = Callable[[int, int], None]
 
@@ -80,9 +89,14 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         server.should_exit = True
 
     app = make_app(on_fatal)
+    guard = Guard(settings, app.state.metrics)
+    _allow_connections(settings.max_connections)
     server = _Server(
         uvicorn.Config(
             app,
+            http=cast(Any, partial(Connection, guard)),
+            ws="none",
+            timeout_keep_alive=settings.keep_alive_seconds,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=settings.shutdown_grace_seconds,
@@ -91,9 +105,19 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         ),
         on_stop=lambda: drain(app),
         in_work=lambda: app.state.embedder.running,
+        guard=guard,
     )
     server.run(sockets=[listener])
     return 1 if failure else 0
+
+
+def _allow_connections(most: int) -> None:
+    """Let this process have so many sockets, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def as_served(manifest: Manifest, settings: Settings) -> Manifest:
@@ -170,8 +194,11 @@ class _Server(uvicorn.Server):
     sent but not read yet. It stops listening once nothing has been in work for a moment, or the grace period is over.
     """
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None], in_work: Callable[[], int]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_stop: Callable[[], None], in_work: Callable[[], int], guard: Guard
+    ) -> None:
         super().__init__(config)
+        self._guard = guard
         self._on_stop = on_stop
         self._in_work = in_work
         self._stop_at: float | None = None
@@ -188,6 +215,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends its main loop."""
         await super().on_tick(counter)
+        if counter % _LOOK_TICKS == 0:
+            self._guard.look(self.server_state.connections)
         if self._stop_at is not None:
             self._quiet_ticks = 0 if self._in_work() else self._quiet_ticks + 1
             left = self._stop_at - time.monotonic()

@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.manifest import Manifest
+from service.api_keys import hash_keys
 from service.cost_model import CostModel
 from service.errors import StartupError
 from service.scheduling import BatchLimits
@@ -30,11 +33,18 @@ _LEAST_BATCH_TOKENS = 512
 
 Switch = Literal["auto", "on", "off"]
 
+# From the environment only, since every user of a machine sees its processes' arguments; kept as hashes.
+SECRETS = ("api_keys", "metrics_key")
+
+_ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
+
 
 class Settings(BaseSettings):
     """How the server runs. A value comes from the command line, else the environment, else its default."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     model: str = Field("demo", description="what to serve: a stored encoder's folder, or a recipe (name or .toml file)")
     models_dir: Path = Field(
@@ -43,6 +53,23 @@ class Settings(BaseSettings):
     served_name: str = Field("", description="the model's name in the API; by default the recipe's name")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        repr=False,
+        description="keys of which requests must send one, separated by commas; each may be given as `sha256:` and the "
+        "hex digits of its hash. Without any, everybody may ask",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="file of such keys, one a line, read again within seconds when it changes"
+    )
+    metrics_key: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), repr=False, description="key that `/metrics` needs; by default it needs none"
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="origins whose pages may read answers, such as https://app.example.org, separated by commas, or *; "
+        "by default none",
+    )
     device: str = Field(
         "auto",
         description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N; several separated by commas, or cuda:all "
@@ -106,6 +133,25 @@ class Settings(BaseSettings):
     max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
     max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
     max_body_bytes: int = Field(32 << 20, ge=1024, description="largest request body")
+    max_input_characters: int = Field(
+        1_000_000, ge=1, description="longest input and longest instruction before tokenizing, whatever is cut of them"
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="connections at once to each process that speaks HTTP; further ones get 503"
+    )
+    keep_alive_seconds: int = Field(
+        75, ge=1, description="how long a connection is kept for the client's next request; longer than proxies keep it"
+    )
+    request_read_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="how long a request may take to arrive, from its first byte to its last; then it gets 408",
+    )
+    answer_write_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="how long a client may take none of what the server has ready for it, some 64 KB or more",
+    )
     max_queued_tokens: int = Field(
         1_000_000,
         ge=1,
@@ -168,6 +214,20 @@ class Settings(BaseSettings):
     def _read_json(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
 
+    @field_validator(*SECRETS, mode="before")
+    @classmethod
+    def _hash_secrets(cls, value: Any) -> Any:
+        return hash_keys(value)
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _read_origins(cls, value: Any) -> Any:
+        given = value.split(",") if isinstance(value, str) else value
+        origins = tuple(origin.strip() for origin in given if origin.strip())
+        if wrong := [origin for origin in origins if not _ORIGIN.fullmatch(origin)]:
+            raise ValueError(f"{wrong[0]!r} is no origin: write scheme://host or scheme://host:port, without a path")
+        return origins
+
     @property
     def several_processes(self) -> bool:
         """Whether these may need more than one process."""
@@ -190,12 +250,14 @@ def load_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        raise StartupError(
-            "; ".join(
-                f"{PREFIX}{str(issue['loc'][0]).upper()} is {issue['input']!r}: {issue['msg']}"
-                for issue in error.errors()
-            )
-        ) from error
+        # The error's own words and its chain would show what was given, be it a key.
+        raise StartupError("; ".join(map(_sentence, error.errors()))) from None
+
+
+def _sentence(issue: ErrorDetails) -> str:
+    name = str(issue["loc"][0])
+    given = "" if name in SECRETS else f" is {issue['input']!r}"
+    return f"{PREFIX}{name.upper()}{given}: {issue['msg']}"
 
 
 class Limits:
@@ -239,8 +301,9 @@ def settings_table() -> str:
     """The settings as a Markdown table, for the README."""
     lines = ["| variable | option | default | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in (None, "") else f"`{field.default}`"
-        lines.append(f"| `{PREFIX}{name.upper()}` | `--{name.replace('_', '-')}` | {default} | {field.description} |")
+        default = "" if field.default in (None, "", ()) else f"`{field.default}`"
+        option = "" if name in SECRETS else f"`--{name.replace('_', '-')}`"
+        lines.append(f"| `{PREFIX}{name.upper()}` | {option} | {default} | {field.description} |")
     return "\n".join(lines)
 
 

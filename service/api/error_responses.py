@@ -12,12 +12,14 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from service import errors
-from service.logs import log
 from service.metrics import Metrics
 
 # The most specific class that fits decides.
 STATUS: dict[type[errors.ServiceError], int] = {
+    errors.Unauthorized: 401,
+    errors.RequestTimeout: 408,
     errors.RequestTooLarge: 413,
+    errors.UnsupportedEncoding: 415,
     errors.ModelNotFound: 404,
     errors.InvalidRequest: 400,
     errors.Overloaded: 429,
@@ -28,6 +30,9 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.EncodingError: 500,
     errors.ServiceError: 500,
 }
+
+# Codes of refused requests that are counted by themselves.
+_KNOWN_REFUSALS = ("context_length_exceeded", "request_too_large", "request_timeout")
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class ErrorResponses:
         app.add_exception_handler(HTTPException, http_error)
 
     def of(self, request: Request, error: errors.ServiceError) -> Response:
-        """The answer to one of our own errors, counted and, if the device is to blame, logged."""
+        """The answer to one of our own errors, counted; its code and reason are left in the request's state."""
         path = request.url.path
         status = self._dialect(path).status_for(error)
         request.state.code = error.code
@@ -88,9 +93,8 @@ class ErrorResponses:
         message = str(error)
         if isinstance(error, errors.EncodingError) and error.index is not None:
             message += f" (input index {error.index})"
-        if isinstance(error, errors.EncodingError):
-            log.error("answered %d: %s", status, message)
-        return self._answer(path, message, status, error.code, error.param, _retry_headers(error))
+        request.state.reason = message
+        return self._answer(path, message, status, error.code, error.param, _headers(error))
 
     def unexpected(self, path: str) -> Response:
         """The answer to a bug: says nothing of its inside."""
@@ -112,11 +116,17 @@ class ErrorResponses:
         elif isinstance(error, (errors.Overloaded, errors.DeadlineExceeded)):
             rejected.labels(error.code).inc()
         elif isinstance(error, errors.InvalidRequest):
-            known = error.code if error.code in ("context_length_exceeded", "request_too_large") else "invalid"
+            known = error.code if error.code in _KNOWN_REFUSALS else "invalid"
             rejected.labels(known).inc()
+        elif isinstance(error, errors.Unauthorized):
+            rejected.labels(error.code).inc()
 
 
-def _retry_headers(error: errors.ServiceError) -> dict[str, str]:
+def _headers(error: errors.ServiceError) -> dict[str, str]:
+    if isinstance(error, errors.Unauthorized):
+        return {"www-authenticate": "Bearer"}
+    if isinstance(error, errors.RequestTimeout):
+        return {"connection": "close"}  # the rest of it may still come
     if isinstance(error, errors.NonFiniteEmbedding):
         return {"x-should-retry": "false"}
     if isinstance(error, errors.OutOfMemory):

@@ -1,4 +1,4 @@
-"""What every request goes through, whatever its dialect: an id, its measurements, a bounded body, a client that
+"""What every request goes through, whatever its dialect: a key, an id, its measurements, a bounded body, a client that
 may hang up."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import logging
 import random
 import re
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -17,10 +18,20 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.access import Access
 from service.api.error_responses import ErrorResponses
-from service.errors import ClientGone, InvalidRequest, RequestTooLarge, ServiceError, Unavailable
+from service.errors import (
+    ClientGone,
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    ServiceError,
+    Unavailable,
+    UnsupportedEncoding,
+)
 from service.logs import log, log_request, request_id
 from service.metrics import Metrics
+from service.tracing import Moments, Traces
 
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
@@ -29,11 +40,18 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 # Most requests are answered before it is worth while to listen for their client to hang up.
 _LISTEN_AFTER_SECONDS = 0.05
 
-_SANE_ID = re.compile(r"[\w.:-]{1,128}")
+# What text-embeddings-inference says where others say 500.
+_DEVICE_FAILED = 424
+
+_SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+# What a connection's protocol leaves in the state of a request that has not arrived in time.
+LATE = "late"
 
 
 class RequestContext:
-    """ASGI middleware: gives each request an id, and measures, counts and logs it when it has been answered.
+    """ASGI middleware: gives each request an id, asks for its key, and measures, counts, logs and traces it when it has
+    been answered.
 
     `direct` are functions by method and path that it calls itself: finding a route and entering it costs FastAPI as
     much as all the rest of a short request.
@@ -45,8 +63,12 @@ class RequestContext:
         metrics: Metrics,
         errors: ErrorResponses,
         direct: Mapping[tuple[str, str], Endpoint],
+        access: Access,
+        traces: Traces | None = None,
     ) -> None:
         self._app = app
+        self._access = access
+        self._traces = traces
         self._metrics = metrics
         self._errors = errors
         self._direct = direct
@@ -57,35 +79,47 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        asked = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        headers = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
         state = scope.setdefault("state", {})
-        status = 0
+        status, started = 0, 0.0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = own_id
+                if self._traces:
+                    started, state["answer_headers"] = time.perf_counter(), message["headers"]
             await send(message)
 
         self._metrics.inflight.inc()
         try:
             endpoint = self._direct.get((scope["method"], scope["path"]))
-            if endpoint is None:
+            if (refusal := self._access.refusal(scope["path"], headers)) is not None:
+                state["route"] = scope["path"] if endpoint else ""
+                await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
+            elif endpoint is None:
                 await self._app(scope, receive, send_with_id)
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
-        except Exception:
-            log.exception("unexpected error")
-            state["code"] = "internal_error"
+        except Exception as error:
+            # Where it was and what kind it is: its message may hold a piece of the input.
+            state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"
+            log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
             if status:
-                raise
+                raise RuntimeError("an answer broke off: see the line before") from None
             await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
             self._metrics.inflight.dec()
-            self._finish(scope, status, state.get("code", ""), time.perf_counter() - began)
+            ended = time.perf_counter()
+            route = self._finish(scope, status, state.get("code", ""), ended - began)
+            if self._traces:
+                moments = Moments(began, started or ended, ended)
+                own = dict(state.get("answer_headers", ()))
+                self._traces.record(headers, scope["method"], route, status, state.get("code", ""), own, moments)
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
@@ -96,14 +130,30 @@ class RequestContext:
             response = self._errors.of(request, error)
         await response(request.scope, request.receive, send)
 
-    def _finish(self, scope: Scope, status: int, code: str, seconds: float) -> None:
-        route = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
+    def _finish(self, scope: Scope, status: int, code: str, seconds: float) -> str:
+        """Count and log it; the route it took."""
+        route: str = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
         count, duration = self._metrics.of_request(route, str(status), code)
         count.inc()
         duration.observe(seconds)
         fields = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
-        quiet = route in QUIET_ROUTES and status < 400
-        log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
+        if status >= 500 or status == _DEVICE_FAILED:
+            level = logging.WARNING if status in (503, 504) else logging.ERROR
+            log_request(level, {**fields, "code": code, "reason": scope["state"].get("reason", "")})
+        else:
+            quiet = route in QUIET_ROUTES and status < 400
+            log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
+        return route
+
+
+def _places(error: BaseException) -> str:
+    """An exception's kind and the lines of code it went through, and its causes', without their messages."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 8:
+        parts.append(f"{''.join(traceback.format_tb(cause.__traceback__))}{type(cause).__name__}")
+        cause = cause.__cause__ or cause.__context__
+    return "\nafter:\n".join(parts)
 
 
 # Asked for every few seconds by machines: logged at debug level while all is well.
@@ -111,12 +161,17 @@ QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
-    """The request's body, refused while it streams in if it is too large.
+    """The request's body, refused while it streams in if it is too large, and never unpacked.
 
     Raises:
         RequestTooLarge: past `limit_bytes`.
+        UnsupportedEncoding: if it is compressed.
+        RequestTimeout: if it has not arrived in time.
         ClientGone: if the client hangs up before it is whole.
     """
+    encoding = request.headers.get("content-encoding", "")
+    if encoding and encoding.strip().lower() != "identity":
+        raise UnsupportedEncoding(encoding)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise RequestTooLarge(limit_bytes)
@@ -131,6 +186,8 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         size += len(chunks[-1])
         if size > limit_bytes:
             raise RequestTooLarge(limit_bytes)
+        if more and LATE in request.scope["state"]:
+            raise RequestTimeout
     return b"".join(chunks)
 
 

@@ -362,3 +362,28 @@ def test_the_manifest_says_where_everything_came_from(tmp_path: Path) -> None:
         manifest.tools["torch"] == torch.__version__.partition("+")[0] or manifest.tools["torch"] == torch.__version__
     )
     assert set(manifest.files) == {path.name for path in (tmp_path / "encoder").iterdir()} - {"manifest.json"}
+
+
+def test_remote_code_of_a_base_or_a_stored_encoder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anybody asked whether it may."""
+    from model_store.encoder import Encoder
+
+    def asked(*_: object) -> str:
+        raise AssertionError("asked whether to run remote code")
+
+    monkeypatch.setattr("builtins.input", asked)
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: ...\nclass Model: ...\n"
+    remote = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+
+    def poison(folder: Path) -> None:
+        (folder / "evil.py").write_text(evil)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "auto_map": remote}))
+
+    save_base(tmp_path / "base")
+    poison(tmp_path / "base")
+    build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
+    assert not (tmp_path / "encoder" / "evil.py").exists()
+    poison(tmp_path / "encoder")  # which a server refuses before, as it was changed
+    Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
+    assert not (tmp_path / "ran").exists()

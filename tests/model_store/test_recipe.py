@@ -122,3 +122,10 @@ def test_a_recipe_s_base_can_be_a_copy(tmp_path: Path, monkeypatch: pytest.Monke
         main(["build", "--recipe", str(tmp_path / "r.toml"), "--base", str(tmp_path / "copy"), "--out", str(out)]) == 0
     )
     assert read_manifest(out).base.reference == str(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".", "a/b", "a\\\\b", "a\\u0000b"])
+def test_a_recipe_s_name_is_a_folder_s(tmp_path: Path, name: str) -> None:
+    (tmp_path / "own.toml").write_text(f'name = "{name}"\nbase = "x"\n')
+    with pytest.raises(RecipeError, match="can't be a folder's name"):
+        load_recipe(str(tmp_path / "own.toml"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model_store.manifest import describe_files, read_manifest
+from model_store.manifest import StoreError, changed_files, describe_files, read_manifest
 from model_store.verify import verify_encoder
 from service.cli import main
 from tests.tiny import build_tiny
@@ -138,3 +139,28 @@ def test_show_prints_what_it_is(encoder: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for fact in ("llama", "mean", "64", read_manifest(encoder).embedding_space):
         assert fact in shown
+
+
+def rename_in_manifest(folder: Path, old: str, new: str) -> None:
+    """As one would who wants it to pass: with the manifest's own hash made again."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content.pop("manifest_sha256")
+    content["files"][new] = content["files"].pop(old)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "manifest_sha256": digest}))
+
+
+@pytest.mark.parametrize("name", ["../tokenizer.json", "/etc/passwd", "..", "sub/tokenizer.json", "a\\b", "a\0b"])
+def test_a_manifest_can_not_name_files_elsewhere(encoder: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    rename_in_manifest(folder, "tokenizer.json", name)
+    with pytest.raises(StoreError, match="is not the name of a file in this folder"):
+        read_manifest(folder)
+
+
+def test_a_link_can_not_lead_out_of_the_folder(encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    assert changed_files(folder, read_manifest(folder)) == ["tokenizer.json: a link that leads out of the folder"]

@@ -58,6 +58,8 @@ def fake_manifest(max_positions: int = 512) -> Manifest:
 class FakeTokenizer:
     """A token a character, with one for BOS."""
 
+    characters_per_token: int | None = None  # as of a tokenizer about which nothing is known
+
     def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         if NO_TOKENS in texts:
             raise TokenizationError("the text has no tokens", texts.index(NO_TOKENS))

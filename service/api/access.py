@@ -1,0 +1,55 @@
+"""Who may ask: keys as the dialects' clients send them, and the paths that need none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from service.api_keys import ApiKeys
+from service.errors import Unauthorized
+from service.settings import Settings
+
+# What is asked by orchestrators, which have no key.
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
+METRICS_PATH = "/metrics"
+
+
+class Access:
+    """Every path needs one of the keys, if there are any, but those of health; metrics have a key of their own.
+
+    OpenAI's, Cohere's, NVIDIA's, Ollama's, Infinity's and text-embeddings-inference's clients send
+    `Authorization: Bearer KEY`; some gateways `x-api-key: KEY`.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises: StartupError: if the file of keys can't be read."""
+        self._keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+        self._metrics_key = ApiKeys(settings.metrics_key)
+
+    def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Unauthorized | None:
+        """Why a request may not be served; None if it may."""
+        keys = self._metrics_key if path == METRICS_PATH else self._keys
+        if not keys.required or path in OPEN_PATHS:
+            return None
+        given = _given_keys(headers)
+        known = [keys.knows(key) for key in given]
+        if any(known):
+            return None
+        return Unauthorized("the API key is not valid" if given else _MISSING)
+
+    def close(self) -> None:
+        """Look at files no more."""
+        self._keys.close()
+
+
+_MISSING = "an API key is needed: send it as `Authorization: Bearer KEY`, or as `x-api-key: KEY`"
+
+
+def _given_keys(headers: Mapping[bytes, bytes]) -> list[bytes]:
+    keys = []
+    if authorization := headers.get(b"authorization"):
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() == b"bearer" and key.strip():
+            keys.append(key.strip())
+    if key := headers.get(b"x-api-key", b"").strip():
+        keys.append(key)
+    return keys

@@ -1,0 +1,52 @@
+"""Which web pages' scripts may read answers (CORS). Knows origins only: who may ask is a matter of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.common import ANSWER_HEADERS
+
+_ERROR_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
+
+
+def install(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let pages of these origins read answers and errors; all of them if one is `*`.
+
+    Cookies and the like are never asked for: a page sends its key itself, in a header.
+    """
+    if not origins:
+        return
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # OpenAI's SDK sends a dozen of its own
+        allow_credentials=False,
+        expose_headers=(*ANSWER_HEADERS, *_ERROR_HEADERS),
+    )
+    if "*" not in origins:
+        app.add_middleware(VaryByOrigin)
+
+
+class VaryByOrigin:
+    """Tells caches so of every answer: also of those to nobody's page, which lack what a page's browser looks for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def send_with_vary(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if "origin" not in headers.get("vary", "").lower():
+                    headers.add_vary_header("Origin")
+            await send(message)
+
+        await self._app(scope, receive, send_with_vary)

@@ -1,0 +1,195 @@
+"""What one connection may take of the server: time to send a request and to read its answer, bytes of header, a place.
+
+uvicorn's protocol on httptools, which bounds none of them. There are no timers for each request: all connections are
+looked at twice a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from service.api.error_responses import openai_error_body
+from service.api.requests import LATE
+from service.metrics import Metrics
+from service.settings import Settings
+
+# Of a request's line and header together: an instruction may be in it.
+MOST_HEADER_BYTES = 1 << 16
+
+# How long a connection that was told why it ends may take to end.
+_END_SECONDS = 5.0
+
+
+class _HeaderTooLarge(Exception):
+    pass
+
+
+class Guard:
+    """The limits, and the look at who breaks them."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.most = settings.max_connections
+        self._read_seconds = settings.request_read_seconds
+        self._write_seconds = settings.answer_write_seconds
+        self._metrics = metrics
+
+    def dropped(self, reason: str) -> None:
+        """Count a connection."""
+        self._metrics.dropped_connections.labels(reason).inc()
+
+    def look(self, connections: Iterable[Any]) -> None:
+        """End those that take too long."""
+        now = time.monotonic()
+        for connection in list(connections):
+            if isinstance(connection, Connection):
+                connection.look(now, self._read_seconds, self._write_seconds)
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection."""
+
+    def __init__(self, guard: Guard, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._guard = guard
+        self._one_too_many = False
+        self._reading_since: float | None = None  # of a request that has not all come
+        self._unsent_since: float | None = None  # of bytes that the client does not take
+        self._ends_at: float | None = None
+        self._in_header = True  # or before it
+        self._header_bytes = 0
+        self._unparsed_bytes = 0  # since the last whole piece of a request
+
+    def connection_made(self, transport: Any) -> None:
+        """Called by the event loop."""
+        self._one_too_many = len(self.connections) >= self._guard.most
+        super().connection_made(transport)
+        self._reading_since = time.monotonic()
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        if self._ends_at is not None or self.transport.is_closing():
+            return
+        if self._one_too_many:
+            self._refuse(503, "too_many_connections", "the server has all the connections that it takes", "too_many")
+            return
+        if self._reading_since is None:
+            self._reading_since = time.monotonic()
+        self._unparsed_bytes += len(data)
+        super().data_received(data)
+        if self._unparsed_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
+            self._refuse_header()
+
+    def resume_writing(self) -> None:
+        """Called by the event loop."""
+        self._unsent_since = None
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is not HTTP, or where one of the methods below raised."""
+        if self._header_bytes > MOST_HEADER_BYTES:
+            self._refuse_header()
+        else:
+            self._refuse(400, "invalid_http", "this is no HTTP request", "bad_request")
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        self._reading_since = time.monotonic()
+        self._in_header = True
+        self._header_bytes = self._unparsed_bytes = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Called by the parser."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, also for what chunked bodies bring after their end, which uvicorn keeps as well."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._unparsed_bytes = 0
+        self._in_header = False
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._unparsed_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        self._reading_since = None
+        self._in_header = True
+        self._header_bytes = self._unparsed_bytes = 0
+        super().on_message_complete()
+
+    def look(self, now: float, read_seconds: float, write_seconds: float) -> None:
+        """End it if it takes too long, with an answer where there is none yet."""
+        if self._ends_at is not None and now > self._ends_at:
+            self.transport.abort()
+            return
+        if not self.transport.get_write_buffer_size():
+            self._unsent_since = None
+        elif self._unsent_since is None:
+            self._unsent_since = now
+        elif now - self._unsent_since > write_seconds:
+            self._guard.dropped("slow_reader")
+            self.transport.abort()
+            return
+        if self._reading_since is None or self.transport.is_closing():
+            return
+        if self.flow.read_paused or (self._in_header and self._answering):  # it is not the client that is slow
+            self._reading_since = now
+        elif now - self._reading_since > read_seconds:
+            self._too_late(now)
+
+    @property
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _too_late(self, now: float) -> None:
+        cycle = self.cycle
+        if self._in_header:
+            if self._header_bytes or self._unparsed_bytes:
+                self._refuse(408, "request_timeout", "the request did not arrive in time", "slow_request")
+            else:  # nothing was asked
+                self._guard.dropped("slow_request")
+                self.transport.close()
+        elif cycle.response_complete:  # and the rest of what it answers still comes
+            self._guard.dropped("slow_request")
+            self.transport.abort()
+        elif not cycle.response_started and LATE not in cycle.scope["state"]:
+            self._guard.dropped("slow_request")
+            cycle.scope["state"][LATE] = True  # whoever reads the body answers, in the words of its API
+            cycle.keep_alive = False
+            cycle.message_event.set()
+
+    def _count(self, size: int) -> None:
+        self._unparsed_bytes = 0
+        self._header_bytes += size
+        if self._header_bytes > MOST_HEADER_BYTES:
+            raise _HeaderTooLarge
+
+    def _refuse_header(self) -> None:
+        message = f"the request's header has more than {MOST_HEADER_BYTES} bytes"
+        self._refuse(431, "header_too_large", message, "bad_request")
+
+    def _refuse(self, status: int, code: str, message: str, reason: str) -> None:
+        """Say why and end; where an answer is under way, just end."""
+        self._guard.dropped(reason)
+        self._ends_at = time.monotonic() + _END_SECONDS
+        if self._answering:
+            self.transport.abort()
+            return
+        body = orjson.dumps(openai_error_body(message, status, code))
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()

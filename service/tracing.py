@@ -1,0 +1,125 @@
+"""OpenTelemetry traces, where the extra `otel` is installed and an endpoint is set in OpenTelemetry's own variables.
+
+A span for each request and, made from what its answer says of itself, one each for tokenizing, waiting, inference and
+writing the answer. They never hold input text, keys or header values. Costs nothing where there is no endpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from service.logs import log, request_id
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_NAME = "llm2vec-service"
+
+# The answer's headers that hold how long each step took, in milliseconds, in the order of the steps.
+_STEPS = (("tokenize", b"x-tokenization-time"), ("queue", b"x-queue-time"), ("inference", b"x-inference-time"))
+_TOTAL = b"x-total-time"
+
+
+class Moments(NamedTuple):
+    """When a request came, when its answer began and when it was sent, by `time.perf_counter`."""
+
+    began: float
+    answered: float
+    ended: float
+
+
+class Traces:
+    """Writes spans of requests that have been answered."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider = provider
+        self._tracer = provider.get_tracer(_NAME)
+        self._propagator = TraceContextTextMapPropagator()
+        self._trace = trace
+
+    def record(
+        self,
+        headers: Mapping[bytes, bytes],
+        method: str,
+        route: str,
+        status: int,
+        code: str,
+        answer: Mapping[bytes, bytes],
+        moments: Moments,
+    ) -> None:
+        """The spans of one request, under the caller's `traceparent` where it sent one.
+
+        Steps follow each other: of a request in several batches, each step is as long as its longest.
+        """
+        carrier = {name: headers[name.encode()].decode("latin-1") for name in _CARRIED if name.encode() in headers}
+        attributes: dict[str, Any] = {
+            "http.request.method": method,
+            "http.route": route,
+            "http.response.status_code": status,
+            "llm2vec.request_id": request_id.get() or "",
+        }
+        if code:
+            attributes["error.type"] = code
+        behind = time.time() - time.perf_counter()
+        span = self._tracer.start_span(
+            f"{method} {route}",
+            context=self._propagator.extract(carrier),
+            kind=self._trace.SpanKind.SERVER,
+            attributes=attributes,
+            start_time=_nanoseconds(moments.began + behind),
+        )
+        if status >= 500:
+            span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code))
+        if _TOTAL in answer:
+            own = self._trace.set_span_in_context(span)
+            at = moments.answered - _seconds(answer[_TOTAL])
+            steps = [(name, _seconds(answer.get(header, b"0"))) for name, header in _STEPS]
+            for name, seconds in steps:
+                self._child(name, own, at + behind, at + seconds + behind)
+                at += seconds
+            self._child("serialize", own, moments.answered + behind, moments.ended + behind)
+        span.end(_nanoseconds(moments.ended + behind))
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
+
+    def _child(self, name: str, parent: Any, start: float, end: float) -> None:
+        span = self._tracer.start_span(name, context=parent, start_time=_nanoseconds(start))
+        span.end(_nanoseconds(end))
+
+
+_CARRIED = ("traceparent", "tracestate")
+
+
+def start_traces(version: str) -> Traces | None:
+    """Traces to the endpoint that is set; None where none is, or the extra is not installed."""
+    if not any(os.environ.get(name) for name in _ENDPOINTS) or os.environ.get("OTEL_SDK_DISABLED", "") == "true":
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
+        log.warning("no traces: %s is set, but pip install 'llm2vec-service[otel]' was not run", _ENDPOINTS[0])
+        return None
+    own = {"service.name": os.environ.get("OTEL_SERVICE_NAME", _NAME), "service.version": version}
+    provider = TracerProvider(resource=Resource.create(own))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return Traces(provider)
+
+
+def _seconds(milliseconds: bytes) -> float:
+    return float(milliseconds) / 1000
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)

@@ -1,0 +1,205 @@
+"""Requests that mean harm, over a fake device: compressed, deep, long, and with headers that are not what they seem."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.errors import DeadlineExceeded
+from tests.service.fakes import FakeTokenizer
+from tests.service.test_api import Server
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    with server.client:
+        yield server
+
+
+class Counting(FakeTokenizer):
+    """Of whose tokens it is known that each is one character; and it must not be given much."""
+
+    characters_per_token = 1
+
+    def encode_batch(self, texts: Any, instructions: Any) -> Any:
+        assert sum(map(len, texts)) < 100_000, "this is tokenized"
+        return super().encode_batch(texts, instructions)
+
+
+def with_tokenizer(**given: Any) -> Server:
+    server = Server(**given)
+    server.client.__enter__()
+    server.app.state.embedder.tokenizer = Counting()
+    return server
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "GZIP", "identity, gzip", "x" * 500])
+def test_compressed_bodies_are_refused_unread(server: Server, encoding: str) -> None:
+    body = gzip.compress(b'{"input": "' + b"a" * 10_000_000 + b'"}')
+    answer = server.client.post("/v1/embeddings", content=body, headers={"content-encoding": encoding})
+    assert answer.status_code == 415
+    assert answer.json()["error"]["code"] == "unsupported_content_encoding"
+    assert len(answer.text) < 500
+    assert server.client.post("/embed", content=body, headers={"content-encoding": encoding}).status_code == 415
+
+
+def test_identity_is_no_compression(server: Server) -> None:
+    assert server.embed({"content-encoding": "identity"}, input="a").status_code == 200
+
+
+@pytest.mark.parametrize("depth", [500, 2_000, 1_000_000])
+@pytest.mark.parametrize("brackets", [("[", "]"), ('{"a":', "}")])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embed", "/v2/embed", "/api/embed", "/v1/chunk_embeddings"])
+def test_deep_bodies_are_refused(server: Server, depth: int, brackets: tuple[str, str], path: str) -> None:
+    nested = brackets[0] * depth + "1" + brackets[1] * depth
+    for field in ("input", "inputs", "texts", "x"):
+        answer = server.client.post(path, content=f'{{"{field}": {nested}}}')
+        assert answer.status_code < 500, answer.text[:300]  # 200 where it is an unknown field
+        assert len(answer.text) < 5_000
+    if depth > 1024 and path == "/v1/embeddings":
+        assert answer.json()["error"]["code"] == "invalid_json"
+
+
+def test_ten_million_characters_are_refused_before_they_are_tokenized() -> None:
+    own = with_tokenizer()
+    for path, body in (
+        ("/v1/embeddings", {"input": "a" * 10_000_000}),
+        ("/v1/embeddings", {"input": "a" * 10_000_000, "overflow": "truncate"}),
+        ("/v1/embeddings", {"input": "a" * 10_000_000, "overflow": "mean"}),
+        ("/v1/embeddings", {"input": "a", "instruction": "b" * 10_000_000}),
+        ("/embed", {"inputs": "a" * 10_000_000, "truncate": True}),
+        ("/v1/chunk_embeddings", {"input": "a" * 10_000_000, "chunk_size": 5}),
+        ("/v1/prompts/preview", {"input": "a" * 10_000_000}),
+        ("/tokenize", {"inputs": "a" * 10_000_000}),
+    ):
+        answer = own.client.post(path, json=body)
+        assert answer.status_code in (400, 422), (path, answer.text[:200])
+        assert "10000000 characters" in answer.text
+    own.client.__exit__(None, None, None)
+
+
+def test_what_is_certainly_too_long_is_not_tokenized_and_what_may_fit_is() -> None:
+    own = with_tokenizer()
+    for path, body in (("/v1/embeddings", {}), ("/v1/chunk_embeddings", {"chunk_size": 5})):
+        answer = own.client.post(path, json={"input": "a" * 500_000, **body})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "maximum context length is 512 tokens, however you requested at least 500000 tokens" in answer.text
+    exact = own.embed(input="a" * 512)  # and one for BOS
+    assert "requested 513 tokens" in exact.text
+    # White space at the end may be no tokens at all, by the template.
+    assert "requested 601 tokens" in own.embed(input="a" + " " * 599).text
+    assert own.embed(input="a" * 9_000, truncate="END").status_code == 200
+    own.client.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "asked", ["a\r\nx-evil: 1", "a\nb", "é", "größe", "a" * 129, "a" * 60_000, "", " ", "a;b", "日本"]
+)
+def test_a_request_id_that_is_not_sane_is_replaced(server: Server, asked: str) -> None:
+    answer = server.embed({"x-request-id": asked.encode()}, input="a")  # type: ignore[dict-item]
+    own = answer.headers["x-request-id"]
+    assert own != asked
+    assert own.isalnum()
+    assert "x-evil" not in answer.headers
+
+
+@pytest.mark.parametrize("name", ["a\r\nx-evil: 1", "größe", "\x00", "a" * 100_000, "日本", "\x7f"])
+def test_names_of_ignored_fields_can_not_make_headers(server: Server, name: str) -> None:
+    answer = server.client.post("/v1/embeddings", content=json.dumps({"input": "a", name: 1}))
+    assert answer.status_code == 200
+    shown = answer.headers["x-ignored-fields"]
+    assert len(shown) <= 1024
+    assert shown.isascii()
+    assert shown.isprintable()
+    assert "x-evil" not in answer.headers
+
+
+def test_instructions_in_headers_are_only_text(server: Server) -> None:
+    for value in (b"a\xff\xfe", "größe".encode(), b"\t" * 100, b"x" * 50_000):
+        answer = server.embed({"x-instruction": value}, input="a")  # type: ignore[dict-item]
+        assert answer.status_code in (200, 400)
+    assert server.embed({"x-input-type": "../../etc/passwd"}, input="a").status_code == 400
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "/..%2f..%2f..%2fetc%2fpasswd",
+        "/v1/models/..%2f..%2fetc%2fpasswd",
+        "/docs/../../etc/passwd",
+        "//etc/passwd",
+        "/v1/models//etc/passwd",
+        "/%00",
+        "/static/../pyproject.toml",
+    ],
+)
+def test_paths_lead_to_no_files(server: Server, where: str) -> None:
+    answer = server.client.get(where)
+    assert answer.status_code in (404, 307), answer.text
+    assert "root:" not in answer.text
+
+
+def test_fields_that_name_files_lead_to_none(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("tangerine")
+    for field in ("model", "prompt_name", "input_type"):
+        answer = server.client.post("/v1/embeddings", json={"input": "a", field: str(tmp_path / "secret")})
+        assert answer.status_code in (400, 404)
+        assert "tangerine" not in answer.text
+
+
+def lines_of(capfd: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+
+
+def test_every_answer_of_500_and_above_is_logged_once_with_its_reason(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Server()
+    with own.client:
+        for path, text, error, status in (
+            ("/v1/embeddings", "tangerine", RuntimeError("about tangerine"), 500),
+            ("/v1/prompts/preview", "tangerine", ValueError("tangerine"), 500),
+            ("/v1/embeddings", "tangerine", DeadlineExceeded(), 504),
+        ):
+
+            async def fail(*_: Any, error: Exception = error) -> None:
+                raise error from KeyError("tangerine")
+
+            monkeypatch.setattr(own.app.state.embedder, "embed", fail)
+            monkeypatch.setattr(own.app.state.embedder, "preview", fail)
+            capfd.readouterr()
+            answer = own.client.post(path, json={"input": text})
+            assert answer.status_code == status
+            lines = lines_of(capfd)
+            (line,) = [line for line in lines if line["message"] == "request"]
+            assert line["level"] in ("error", "warning")
+            assert line["request_id"] == answer.headers["x-request-id"]
+            assert (line["route"], line["status"]) == (path, status)
+            assert line["code"]
+            assert line["reason"]
+            assert "tangerine" not in json.dumps(lines)
+
+
+def test_the_place_of_a_bug_is_logged_without_its_message(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Server()
+    with own.client:
+
+        async def fail(*_: Any) -> None:
+            raise ValueError("tangerine")
+
+        monkeypatch.setattr(own.app.state.embedder, "embed", fail)
+        assert own.embed(input="a").status_code == 500
+    (record,) = [record for record in caplog.records if record.getMessage() == "unexpected error"]
+    places = record.fields["exception"]  # type: ignore[attr-defined]
+    assert "ValueError" in places
+    assert "test_hostile.py" in places
+    assert "tangerine" not in places.replace('raise ValueError("tangerine")', "")
