@@ -128,7 +128,10 @@ def test_an_idle_connection_is_kept_for_a_while_and_closed_then(server: ServerPr
     with closing(connect(server)) as connection:
         for _ in range(2):
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(1 << 16)
+            assert status_of(answer) == 200
             time.sleep(1.2)  # longer than a request may take
         assert answer_of(connection) == b""
 
@@ -170,9 +173,10 @@ def test_a_large_header_is_refused(server: ServerProcess, request_: bytes) -> No
 
 def send_until_closed(connection: socket.socket, start: bytes, megabytes: int) -> int:
     """How many went through."""
+    sent = 0
     try:
         connection.sendall(start)
-        for sent in range(megabytes):
+        for sent in range(megabytes):  # noqa: B007
             connection.sendall(b"a" * MEGABYTE)
     except ConnectionError:
         return sent

@@ -177,10 +177,8 @@ def test_keys_are_no_options_of_the_command(capsys: pytest.CaptureFixture[str]) 
     assert Settings(api_keys_file=None).api_keys == ()
 
 
-def test_keys_are_never_logged(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("llm2vec"), "level", logging.DEBUG)
+def test_keys_are_never_logged(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "llm2vec")
     server = Server(api_keys=KEY)
     with server.client:
         server.embed(bearer(KEY), input="a")
