@@ -18,15 +18,19 @@ import uvicorn
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
+from service import watchdog
 from service.app import MakeApp, create_app, drain
 from service.backend import LocalBackend
-from service.errors import StartupError
+from service.errors import DeviceLost, StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
 
 # Tenths of a second without work in which a request that was on its way has been read and answered.
 _QUIET_TICKS = 3
+
+# Beyond the grace period, for an orderly end: it waits for the batch that the device is at.
+_STOP_SECONDS = 10.0
 
 Progress = Callable[[int, int], None]
 
@@ -78,6 +82,8 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         log.critical("the server can't go on: %s", error)
         failure.append(error)
         server.should_exit = True
+        if isinstance(error, DeviceLost):
+            watchdog.end_within(watchdog.GRACE_SECONDS)
 
     app = make_app(on_fatal)
     server = _Server(
@@ -93,6 +99,8 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         in_work=lambda: app.state.embedder.running,
     )
     server.run(sockets=[listener])
+    if any(isinstance(error, DeviceLost) for error in failure):
+        watchdog.end_now()  # the interpreter's own end would wait for the device's thread
     return 1 if failure else 0
 
 
@@ -183,7 +191,9 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
         elif self._stop_at is None:
             self._on_stop()
-            self._stop_at = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+            grace = self.config.timeout_graceful_shutdown or 0
+            self._stop_at = time.monotonic() + grace
+            watchdog.end_within(grace + _STOP_SECONDS)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends its main loop."""
