@@ -20,6 +20,7 @@ import orjson
 from service.batcher import UNLIMITED, Computed
 from service.errors import (
     DeadlineExceeded,
+    DeviceLost,
     EncodingError,
     NonFiniteEmbedding,
     OutOfMemory,
@@ -43,7 +44,8 @@ _STATE = struct.Struct("<QQ?7xQQd")
 
 # By name on the wire; each is made of its message alone.
 _ERRORS: dict[str, type[ServiceError]] = {
-    kind.__name__: kind for kind in (EncodingError, NonFiniteEmbedding, OutOfMemory, Unavailable, DeadlineExceeded)
+    kind.__name__: kind
+    for kind in (EncodingError, NonFiniteEmbedding, OutOfMemory, Unavailable, DeviceLost, DeadlineExceeded)
 }
 
 
