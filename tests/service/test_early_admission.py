@@ -15,6 +15,7 @@ from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings
 from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest
+from tests.service.test_batcher import until
 
 
 class Counting(FakeTokenizer):
@@ -37,8 +38,7 @@ async def test_what_finds_no_room_is_not_tokenized() -> None:
         return EmbedRequest([EmbedInput(text)], lane="bulk")
 
     waiting = asyncio.create_task(embedder.embed(asked("x" * 90)))  # 91 tokens, and nothing computes them
-    while not batcher.queued_in("bulk"):
-        await asyncio.sleep(0.001)
+    await until(lambda: batcher.queued_in("bulk"))
     with pytest.raises(Overloaded):
         await embedder.embed(asked("y" * 200))
     assert tokenizer.texts == 1
