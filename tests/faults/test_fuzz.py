@@ -116,8 +116,8 @@ def test_bodies_of_any_bytes(server: Server, body: bytes) -> None:
 
 @fuzzed
 @given(header=some.binary(max_size=30), name=some.sampled_from(("x-instruction", "x-input-type", "x-request-id")))
-def test_headers_of_any_bytes(server: Server, name: str, header: bytes) -> None:
-    clean = bytes(byte for byte in header if byte not in b"\r\n\0")
+def test_headers_of_any_text(server: Server, name: str, header: bytes) -> None:
+    clean = bytes(byte for byte in header if 0x20 <= byte < 0x7F)  # what the test client can send
     answer = server.client.post("/v1/embeddings", json={"input": "a"}, headers={name.encode(): clean})
     assert answer.status_code in (200, 400)
 
