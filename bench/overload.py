@@ -45,7 +45,7 @@ _BATCH_TOKENS = 1024
 # About two seconds' work: what is admitted is answered in that time.
 _QUEUED_TOKENS = 20_000
 _CONNECTIONS = 400
-_WARM_UP_SECONDS = 2.0
+_WARM_UP_SECONDS = 4.0
 _PATIENCE_SECONDS = 30.0
 _PICTURE = Path(__file__).parents[1] / "docs" / "overload.svg"
 
@@ -114,8 +114,8 @@ class Seen:
 class Pooled(asyncio.BufferedProtocol):
     """One connection that is free or has one request under way."""
 
-    def __init__(self, free: list[Pooled], seen: Seen, since: float) -> None:
-        self._free, self._seen, self._since = free, seen, since
+    def __init__(self, free: list[Pooled], seen: Seen, since: float, until: float) -> None:
+        self._free, self._seen, self._since, self._until = free, seen, since, until
         self._parser = httptools.HttpResponseParser(self)
         self._buffer = memoryview(bytearray(1 << 16))
         self._asked = 0.0
@@ -142,21 +142,21 @@ class Pooled(asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         """Called by the parser."""
         now = time.perf_counter()
-        if self._asked >= self._since:
+        if self._since <= now < self._until:
             self._seen.answers.append((self._parser.get_status_code(), now - self._asked))
         self._parser = httptools.HttpResponseParser(self)
         self._free.append(self)
 
 
 async def offer(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> dict[str, Any]:
-    """Offer so many requests a second; what came of those sent after the warm-up."""
+    """Offer so many requests a second; what was answered in the time after the warm-up."""
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
     since, until = began + _WARM_UP_SECONDS, began + _WARM_UP_SECONDS + seconds
     free: list[Pooled] = []
     seen = Seen()
     for _ in range(_CONNECTIONS):
-        await loop.create_connection(partial(Pooled, free, seen, since), "127.0.0.1", port)
+        await loop.create_connection(partial(Pooled, free, seen, since, until), "127.0.0.1", port)
     chance = random.Random(0)
     offered, due = 0, time.perf_counter()
     while due < until:
