@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-simulate bench-gpu peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload fuzz bench-simulate bench-gpu peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,13 @@ bench-http: install
 
 bench-mixed: install
 	$(BIN)/python -m bench.mixed $(SAVE)
+
+bench-overload: install
+	$(BIN)/python -m bench.overload $(SAVE)
+
+# Many more cases than `make test` tries: about 100,000.
+fuzz: install
+	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -67,7 +68,28 @@ def build_encoder(
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
             behind, and the message says what to change.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with _alone_with(folder):
+        return _build(recipe, folder, progress, shard_bytes)
+
+
+def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
+    """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
+
+    A folder that holds the encoder of another recipe, or a damaged one, is replaced once the new one is whole. Of
+    several processes that ask at once one builds, and the others wait and find it there.
+    """
+    if manifest := find_built(folder, recipe):
+        return manifest
+    with _alone_with(folder):
+        return find_built(folder, recipe) or _build(
+            recipe, folder, progress, replaces=(folder / MANIFEST_FILE).is_file()
+        )
+
+
+def _build(
+    recipe: Recipe, folder: Path, progress: Progress, shard_bytes: int = SHARD_BYTES, replaces: bool = False
+) -> Manifest:
+    if not replaces and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
     _refuse_missing_stage(recipe)
     with ExitStack() as sources:
@@ -87,18 +109,6 @@ def build_encoder(
             manifest = manifest.model_copy(update={"files": describe_files(staging)})
             manifest.write(staging)
     return manifest
-
-
-def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
-    """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
-
-    A folder that holds the encoder of another recipe, or a damaged one, is replaced.
-    """
-    if manifest := find_built(folder, recipe):
-        return manifest
-    if (folder / MANIFEST_FILE).is_file():
-        shutil.rmtree(folder)
-    return build_encoder(recipe, folder, progress)
 
 
 def _refuse_missing_stage(recipe: Recipe) -> None:
@@ -355,28 +365,38 @@ def _some(names: Collection[str]) -> str:
 def _appearing_whole(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when the block ends well, and goes when it does not.
 
-    What a build that was killed has left there goes first; one that still runs holds a lock on its own.
+    What a build that was killed has left there goes first: there is no other at work now.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-building-"
     for left in folder.parent.glob(f"{prefix}*"):
-        with _locked(left / "lock") as abandoned:
-            if abandoned:
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch, _locked(Path(scratch) / "lock"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         staging = Path(scratch) / folder.name
         staging.mkdir()
         yield staging
+        if folder.is_dir():
+            folder.replace(Path(scratch) / "replaced")
         staging.replace(folder)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock on a file, which the system lets go when the process ends; False where another holds it."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+def _alone_with(folder: Path) -> Iterator[None]:
+    """While no other process builds this folder: until one that does has ended, be it killed.
+
+    The lock's file goes with it, so another may have it by the time that it is locked: then there is a newer one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                    continue
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return

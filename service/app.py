@@ -94,7 +94,6 @@ def create_app(
     state.writer = AnswerWriter(metrics)
     state.backend = backend
     state.started_at = int(time.time())
-    metrics.token_budget.set(limits.token_budget)
     metrics.ready.set(0)
     state.instructions = load_instructions(settings, manifest)
     errors = ErrorResponses(_DIALECTS, metrics)

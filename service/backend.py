@@ -6,13 +6,14 @@ The HTTP side can't tell them apart. No HTTP, no torch.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Protocol
 
 from model_store.manifest import Manifest
 from service.batcher import Computed, DevicePlan, MicroBatcher
-from service.errors import EncodingError
+from service.errors import DeviceLost, EncodingError
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.scheduling import Lane
@@ -30,6 +31,13 @@ class Batcher(Protocol):
     @property
     def last_batch_failed(self) -> bool:
         """Whether a device's last batch failed."""
+
+    def admit(self, tokens: int, lane: Lane) -> None:
+        """See whether a lane has room for about so many tokens, before they are made.
+
+        Raises:
+            Overloaded: if it has not.
+        """
 
     async def submit(
         self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
@@ -109,29 +117,48 @@ class LocalBackend:
         self._plan: DevicePlan
         recent = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
         self.batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(
-            worker.run_batch, metrics, recent, settings.max_queued_tokens
+            worker.run_batch, metrics, recent, settings.max_queued_tokens, settings.stuck_batch_seconds
         )
+        self._start_seconds = settings.start_seconds
+        self._lost = False
 
     async def start(self) -> dict[str, object]:
         """Load and warm up.
 
         Raises:
+            DeviceLost: if that takes too long.
             Exception: whatever the worker's start does.
         """
         worker = self._worker
-        self._plan = await worker.start(self._limits)
+        try:
+            async with asyncio.timeout(self._start_seconds) as watch:
+                self._plan = await worker.start(self._limits)
+        except TimeoutError as error:
+            if not watch.expired():
+                raise
+            self._lost = True
+            raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
         model, pooling = self._model
         info = self._metrics.build_info
         info.labels(version("llm2vec-service"), model, worker.device, worker.dtype, pooling).set(1)
         return {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
 
     async def run(self) -> None:
-        """Batch and run, for ever."""
-        await self.batcher.run(self._plan)
+        """Batch and run, for ever.
+
+        Raises:
+            DeviceLost: if the device hangs, or can't compute any more.
+        """
+        try:
+            await self.batcher.run(self._plan)
+        except DeviceLost:
+            self._lost = True
+            raise
 
     def stop(self) -> None:
-        """End the worker's threads."""
-        self._worker.stop()
+        """End the worker's threads, unless they wait for a device that hangs: those only end with the process."""
+        if not self._lost:
+            self._worker.stop()
 
     async def metrics_page(self) -> bytes:
         """This process is the whole server."""

@@ -14,10 +14,20 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from service.cost_model import CostModel
-from service.errors import DeadlineExceeded, EncodingError, Overloaded, Unavailable
+from service.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    EncodingError,
+    NonFiniteEmbedding,
+    OutOfMemory,
+    Overloaded,
+    Unavailable,
+)
 from service.logs import log
+from service.memory_budget import MemoryBudget
 from service.metrics import Metrics
 from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
+from service.watchdog import stuck_after
 
 
 class Batchable(Protocol):
@@ -45,6 +55,9 @@ _ROWS_AT_ONCE = 128
 
 # What a client that finds too much queued is told to wait, at least and at most.
 _RETRY_SECONDS = (1.0, 60.0)
+
+# Room in a lane where nothing waits: one request goes in then, however large.
+UNLIMITED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -131,8 +144,10 @@ class MicroBatcher(Generic[Row, Vector]):
         metrics: Metrics,
         recent: Recent[Vector] | None = None,
         max_queued_tokens: int | None = None,
+        stuck_batch_seconds: float | None = None,
     ) -> None:
         self._run_batch = run_batch
+        self._stuck_batch_seconds = stuck_batch_seconds
         self._metrics = metrics
         self._recent = recent
         self._max_queued_tokens = max_queued_tokens
@@ -141,6 +156,7 @@ class MicroBatcher(Generic[Row, Vector]):
         self._arrival = asyncio.Event()
         self._ended = False
         self._plan: DevicePlan | None = None
+        self._memory = MemoryBudget(0)
         self._slowness = 1.0  # seconds that batches take for each second of the cost model
         self._free_at = 0.0  # when the device will have done what was given to it, by the cost model
         self._last_ended = 0.0
@@ -173,7 +189,7 @@ class MicroBatcher(Generic[Row, Vector]):
         if self._ended:
             raise Unavailable("the server can't compute any more")
         if not admitted:
-            self._admit(rows, lane)
+            self.admit(sum(map(len, rows)), lane)
         request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
         awaited: list[_Input[Row, Vector]] = []
 
@@ -184,6 +200,8 @@ class MicroBatcher(Generic[Row, Vector]):
         deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
             await self._enqueue(request, rows, lane, awaited)
+            if self._ended and not request.done.done():  # meanwhile, and nobody will see what was queued after that
+                raise Unavailable("the server can't compute any more")
             await request.done
             return [answer for answer in request.answers if answer is not None]
         finally:
@@ -236,12 +254,24 @@ class MicroBatcher(Generic[Row, Vector]):
         """
         await self.submit([row], admitted=True)
 
-    def _admit(self, rows: Sequence[Row], lane: Lane) -> None:
-        """Each lane has a queue of its own, so that bulk can't keep queries out."""
+    def admit(self, tokens: int, lane: Lane) -> None:
+        """See whether a lane has room for so many tokens more.
+
+        Raises:
+            Overloaded: if it has not.
+        """
+        if tokens > self.room(lane):
+            raise Overloaded(self.queued_in(lane), self.retry_seconds())
+
+    def room(self, lane: Lane) -> int:
+        """Tokens that a lane still takes. Each has a queue of its own, so that bulk can't keep queries out."""
         queued = self.queued_in(lane)
-        if self._max_queued_tokens is not None and queued and queued + sum(map(len, rows)) > self._max_queued_tokens:
-            least, most = _RETRY_SECONDS
-            raise Overloaded(queued, min(max(self.backlog_seconds(), least), most))
+        return self._max_queued_tokens - queued if self._max_queued_tokens is not None and queued else UNLIMITED
+
+    def retry_seconds(self) -> float:
+        """What a client that finds no room is told to wait."""
+        least, most = _RETRY_SECONDS
+        return min(max(self.backlog_seconds(), least), most)
 
     @property
     def batch_tokens(self) -> int:
@@ -265,21 +295,30 @@ class MicroBatcher(Generic[Row, Vector]):
         return at_it + self.queued_tokens * self._plan.cost.per_token * self._slowness
 
     async def run(self, plan: DevicePlan) -> None:
-        """Batch and run, for ever. When this ends, whatever the reason, everything that waits is told."""
+        """Batch and run, for ever. When this ends, whatever the reason, everything that waits is told.
+
+        Raises:
+            DeviceLost: if the device hangs, or can't compute any more.
+        """
         self._plan = plan
+        self._memory = MemoryBudget(plan.limits.token_budget)
+        self._metrics.token_budget.set(self._memory.tokens)
         at_once = 2 if plan.lead_seconds else 1
         running: set[asyncio.Task[None]] = set()
         try:
             while True:
+                _raise_failure(running)
                 while not self._queue:
                     self._arrival.clear()
                     await self._arrival.wait()
+                    _raise_failure(running)
                 await self._wait_for_device(running, at_once, plan.lead_seconds)
-                batch = take_batch(self._queue, plan.limits)
+                batch = take_batch(self._queue, self._limits(plan))
                 for item in batch:
                     self._unqueue(item)
                 if batch:
-                    running.add(asyncio.create_task(self._compute(batch, plan)))
+                    running.add(task := asyncio.create_task(self._compute(batch, plan)))
+                    task.add_done_callback(self._note_failure)
         finally:
             self._ended = True
             for task in running:
@@ -301,42 +340,111 @@ class MicroBatcher(Generic[Row, Vector]):
                 spare = self._free_at - time.perf_counter() - lead_seconds
                 if spare <= 0:
                     return
-                done, _ = await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
             else:
-                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                running.discard(task)
-                task.result()  # a batch that fails answers its inputs; anything else ends the batcher
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            _raise_failure(running)
 
-    async def _compute(self, batch: list[_Input[Row, Vector]], plan: DevicePlan) -> None:
-        """Run a batch and answer it; one that fails is run again in halves, down to the input that is to blame."""
+    def _note_failure(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is not None:
+            self._arrival.set()  # `run` may wait for it
+
+    def _limits(self, plan: DevicePlan) -> BatchLimits:
+        tokens = self._memory.tokens
+        return BatchLimits(min(plan.limits.batch_tokens, tokens), tokens)
+
+    async def _compute(
+        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, whole: bool = True, again: bool = True
+    ) -> None:
+        """Run a batch and answer it; one that fails is run again in halves, down to the input that is to blame.
+
+        So is, alone and once, an input that gets no finite vector, if `again`. What is not the `whole` batch that was
+        composed says nothing about the token budget.
+        """
         given = time.perf_counter()
-        expected = plan.cost.seconds(sum(item.tokens for item in batch)) * self._slowness
+        tokens = sum(item.tokens for item in batch)
+        expected = plan.cost.seconds(tokens) * self._slowness
         self._free_at = due = max(given, self._free_at) + expected
         try:
-            results = await self._run_batch([item.row for item in batch])
+            results = await self._in_time([item.row for item in batch], plan.cost.seconds(tokens))
+        except DeviceLost as lost:
+            for item in batch:
+                self._end(item)
+                item.fail(lost)
+            raise
         except Exception as error:
-            self._free_at = time.perf_counter()
-            self.last_batch_failed = True
-            self._metrics.batch_failures.inc()
-            log.warning("a batch of %d inputs failed: %r", len(batch), error)
-            await self._after_failure(batch, plan, error)
-            return
+            failure = error.with_traceback(None)  # which could hold what fills the device's memory
         except BaseException:
             for item in batch:
                 self._end(item)
                 item.fail(Unavailable("the server stopped while this input was computed"))
             raise
-        self.last_batch_failed = False
+        else:
+            if whole:
+                self._budget(self._memory.went_well)
+            self.last_batch_failed = False
+            ended = self._measure(batch, plan, given, due, expected)
+            await self._answer(batch, results, plan, given, ended, again)
+            return
+        self._free_at = time.perf_counter()
+        self.last_batch_failed = True
+        self._metrics.batch_failures.inc()
+        log.warning("a batch of %d inputs failed: %r", len(batch), failure)
+        if whole and isinstance(failure, OutOfMemory):
+            self._budget(lambda: self._memory.ran_out(tokens, len(batch)))
+        await self._after_failure(batch, plan, failure, again)
+
+    async def _in_time(self, rows: list[Row], expected_seconds: float) -> Sequence[Vector | EncodingError]:
+        """What the device gives for a batch.
+
+        Raises:
+            DeviceLost: if it takes so long that it must hang.
+        """
+        limit = stuck_after(expected_seconds, self._stuck_batch_seconds)
+        try:
+            async with asyncio.timeout(limit) as watch:
+                return await self._run_batch(rows)
+        except TimeoutError as error:
+            if not watch.expired():
+                raise
+            raise DeviceLost(f"the device hangs: a batch of {len(rows)} inputs took over {limit:.0f} s") from error
+
+    def _budget(self, change: Callable[[], None]) -> None:
+        """Change the token budget in use by its policy, and tell of it."""
+        before = self._memory.tokens
+        change()
+        if self._memory.tokens != before:
+            self._metrics.token_budget.set(self._memory.tokens)
+            log.warning("the token budget is %d now, it was %d", self._memory.tokens, before)
+
+    def _measure(
+        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, given: float, due: float, expected: float
+    ) -> float:
+        """Note how long a batch took that has just ended; returns when that was."""
         ended = time.perf_counter()
         seconds = ended - max(given, self._last_ended)  # on the device, without the time behind another batch
         self._last_ended = ended
         self._free_at += ended - due  # what is queued behind this one moves with it
         self._slowness *= 1 + _NEWEST * (min(max(seconds / expected, 0.1), 10.0) - 1)
         self._observe(batch, given, seconds, plan.limits)
+        return ended
+
+    async def _answer(
+        self,
+        batch: list[_Input[Row, Vector]],
+        results: Sequence[Vector | EncodingError],
+        plan: DevicePlan,
+        given: float,
+        ended: float,
+        again: bool,
+    ) -> None:
+        alone: list[_Input[Row, Vector]] = []
         for index, (item, result) in enumerate(zip(batch, results, strict=True)):
             if index % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
                 await asyncio.sleep(0)
+            if again and isinstance(result, NonFiniteEmbedding) and item.wanted:
+                alone.append(item)
+                continue
             self._end(item)
             if isinstance(result, EncodingError):
                 item.fail(result)
@@ -344,16 +452,21 @@ class MicroBatcher(Generic[Row, Vector]):
                 if self._recent is not None:
                     self._recent.put(item.row.key, result)
                 item.set(Computed(result, given - item.since, ended - given))
+        for item in alone:
+            await self._compute([item], plan, whole=False, again=False)
 
-    async def _after_failure(self, batch: list[_Input[Row, Vector]], plan: DevicePlan, error: Exception) -> None:
+    async def _after_failure(
+        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, error: Exception, again: bool
+    ) -> None:
         wanted = [item for item in batch if item.wanted]
         for item in batch:
             if not item.wanted:
                 self._end(item)
         if len(wanted) > 1:
+            self._metrics.oom_splits.inc(isinstance(error, OutOfMemory))
             half = len(wanted) // 2
-            await self._compute(wanted[:half], plan)
-            await self._compute(wanted[half:], plan)
+            await self._compute(wanted[:half], plan, False, again)
+            await self._compute(wanted[half:], plan, False, again)
         elif wanted:
             self._end(wanted[0])
             known = error if isinstance(error, EncodingError) else EncodingError("the device failed on this input")
@@ -390,3 +503,10 @@ class MicroBatcher(Generic[Row, Vector]):
             return max((time.perf_counter() - item.since for item in self._queue.heads(lane)), default=0.0)
 
         self._metrics.read_queue(lane, lambda: self._queued[lane][0], lambda: self.queued_in(lane), oldest_seconds)
+
+
+def _raise_failure(running: set[asyncio.Task[None]]) -> None:
+    """Forget the batches that have ended. One that fails answers its inputs itself; anything else ends the batcher."""
+    for task in [task for task in running if task.done()]:
+        running.discard(task)
+        task.result()

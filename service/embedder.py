@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -23,13 +24,16 @@ from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidReque
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
-from service.scheduling import Lane
+from service.scheduling import LANES, Lane
 from service.settings import Limits, Settings
 
 T = TypeVar("T")
 
 # Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
 _TOKENIZE_AT_ONCE = 64
+
+# Share of the newest request in the running average of tokens a character.
+_NEWEST = 0.02
 
 # How often one that waits for room in the queue looks for it.
 _ROOM_AGAIN_SECONDS = 0.02
@@ -178,10 +182,13 @@ class Embedder:
     limits: Limits
     metrics: Metrics
     running: int = field(default=0, init=False)  # requests not answered yet
+    _tokenizing: dict[Lane, int] = field(init=False)  # tokens, as guessed
+    _tokens_per_character: float = field(default=0.25, init=False)
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
         self._threads = ThreadPoolExecutor(self.settings.tokenizer_threads, "tokenizer")
+        self._tokenizing = dict.fromkeys(LANES, 0)
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Vectors for a request's inputs.
@@ -271,8 +278,10 @@ class Embedder:
         self._check(request)
         if request.overflow == "error":
             self._check_context(request.inputs, request.param)
-        texts = await self._tokenize(request)
-        fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
+        with await self._admitted(request, began):
+            texts = await self._tokenize(request)
+            fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
+        self._note_lengths(request, rows)
         tokenized = time.perf_counter()
         lane, timeout = request.lane, request.timeout_seconds
         computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
@@ -283,6 +292,45 @@ class Embedder:
         sources = [item.instruction.source for item in request.inputs]
         await self._aside(len(rows), lambda: self._measure(sources, rows, result))
         return result
+
+    async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
+        """What to tokenize the request in, once there seems to be room for it: nothing is spent on what is refused.
+
+        Its tokens are guessed from its characters, and it counts as queued while it is tokenized.
+
+        Raises:
+            Overloaded: if there is no room.
+            DeadlineExceeded: if its time ran out first.
+        """
+        characters = sum(len(item.text) + len(item.instruction.text) for item in request.inputs)
+        tokens = max(round(characters * self._tokens_per_character), len(request.inputs))
+        lane = request.lane or self._lane(len(request.inputs), tokens)
+        while True:
+            now = time.perf_counter()
+            if request.timeout_seconds is not None and now >= began + request.timeout_seconds:
+                raise DeadlineExceeded
+            try:
+                self.batcher.admit(tokens + self._tokenizing[lane], lane)
+                return self._counted(tokens, lane)
+            except Overloaded:
+                if now >= began + request.wait_seconds:
+                    raise
+            await asyncio.sleep(_ROOM_AGAIN_SECONDS)
+
+    @contextmanager
+    def _counted(self, tokens: int, lane: Lane) -> Iterator[None]:
+        self._tokenizing[lane] += tokens
+        try:
+            yield
+        finally:
+            self._tokenizing[lane] -= tokens
+
+    def _note_lengths(self, request: EmbedRequest, rows: Sequence[EmbedRow]) -> None:
+        """Keep the guess near to what texts here come to."""
+        characters = sum(len(item.text) + len(item.instruction.text) for item in request.inputs)
+        if characters:
+            seen = sum(map(len, rows)) / characters
+            self._tokens_per_character += _NEWEST * (min(seen, 1.0) - self._tokens_per_character)
 
     def _rows(
         self, texts: list[TokenizedText], request: EmbedRequest

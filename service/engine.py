@@ -10,23 +10,32 @@ import asyncio
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 import uvloop
 
+from service import watchdog
 from service.backend import LocalBackend, Worker
 from service.batcher import MicroBatcher
 from service.child import Assignment, Child, inherited
-from service.errors import ServiceError
+from service.errors import DeviceLost, ServiceError
 from service.link import Link
 from service.logs import log
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
+from service.scheduling import LANES
 from service.server import settle
 from service.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
 
+# For the answers to those who waited for a device that hangs to leave the process.
+_LAST_WORDS_SECONDS = 0.2
+
 # How old what front ends know of each other's load may be.
 _TELL_SECONDS = 0.02
+
+# How often an engine with nothing new to tell says that it is alive.
+_ALIVE_SECONDS = 1.0
 
 # Rows made of their keys between two turns of the event loop: a millisecond or two.
 _ROWS_AT_ONCE = 256
@@ -43,15 +52,18 @@ class Desk:
         self._batcher = batcher
         self._others_tokens = 0
         self._told: State | None = None
+        self._tell_again = 0.0
         self._work: dict[int, asyncio.Task[None]] = {}
 
     def tell(self, others_tokens: int) -> None:
-        """Tell the front end how the engine is, if that has changed."""
+        """Tell the front end how the engine is, if that has changed, or nothing was told for a while."""
         self._others_tokens = others_tokens
-        state = State(self._batcher.batch_tokens, others_tokens, self._batcher.last_batch_failed)
-        if state != self._told:
+        batcher, now = self._batcher, time.monotonic()
+        room = tuple(max(batcher.room(lane), 0) for lane in LANES)
+        state = State(batcher.batch_tokens, others_tokens, batcher.last_batch_failed, room, batcher.retry_seconds())
+        if state != self._told or now >= self._tell_again:
             self.link.send(state)
-            self._told = state
+            self._told, self._tell_again = state, now + _ALIVE_SECONDS
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Submit):
@@ -131,10 +143,14 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
     failure = life.exception() if life.done() else None
     if failure is not None:
         log.critical("%s can't go on: %s", assignment.name, failure)
+        watchdog.end_within(watchdog.GRACE_SECONDS)
     life.cancel()
     end.cancel()
     await asyncio.wait({life, end})
     backend.stop()
+    if isinstance(failure, DeviceLost):
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        watchdog.end_now()
     return 1 if failure else 0
 
 

@@ -11,6 +11,7 @@ ServiceError
 ├── Unauthorized               no key, or one that is not valid
 ├── Overloaded                 too much is queued; come again in retry_after_seconds
 ├── Unavailable                loading, draining, or the device thread is gone
+│   └── DeviceLost             the device computes nothing any more: the process has to end
 ├── DeadlineExceeded           the caller's time was over before its turn came
 ├── ClientGone                 nobody waits for the answer any more
 └── EncodingError              the device could not give this input a vector
@@ -116,6 +117,10 @@ class Unavailable(ServiceError):
 
     code = "server_unavailable"
     retry_after_seconds = 5.0
+
+
+class DeviceLost(Unavailable):
+    """The device hangs or fails for good; the process that has it must end, so that another can start."""
 
 
 class DeadlineExceeded(ServiceError):

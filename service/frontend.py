@@ -11,6 +11,7 @@ from service.logs import log
 from service.metrics import Metrics
 from service.remote import RemoteBackend
 from service.server import answer, load_tokenizer, settle
+from service.watchdog import LEAST_SECONDS
 
 
 def main() -> int:
@@ -19,7 +20,12 @@ def main() -> int:
     assignment, metrics = child.assignment, Metrics()
     settings, manifest = assignment.settings, assignment.manifest
     tokenizer = load_tokenizer(assignment.folder, manifest, settings)
-    backend = RemoteBackend(inherited(assignment.engines), inherited(assignment.front_ends), metrics)
+    backend = RemoteBackend(
+        inherited(assignment.engines),
+        inherited(assignment.front_ends),
+        metrics,
+        settings.stuck_batch_seconds or LEAST_SECONDS,
+    )
 
     def on_ready(facts: dict[str, object]) -> None:
         settle()

@@ -90,6 +90,11 @@ class Link(asyncio.Protocol):
         else:
             self._end.close()
 
+    def give_up(self) -> None:
+        """Take the other end for lost, whatever is on its way."""
+        if self._transport is not None:
+            self._transport.abort()
+
     def _write(self) -> None:
         if self._transport is not None and not self.lost and self._unsent:
             self._transport.write(b"".join(self._unsent))

@@ -4,6 +4,7 @@ Where a server is several processes, each has all series, of which it moves its 
 so that counters, queues, `throughput_tokens_per_second`, `gemm_flops_per_second` and `gpu_memory_bytes` are of all
 devices together, but
 - the largest of what each engine sets alike, of times at the start, and of the wait of the oldest input;
+- the smallest `token_budget` of an engine;
 - `ready` only if every front end is;
 - the mean over engines of `model_flops_utilization`;
 - and `build_info` once for each kind of device.
@@ -61,7 +62,6 @@ _LARGEST = frozenset(
     f"llm2vec_{name}"
     for name in (
         "queue_oldest_seconds",
-        "token_budget",
         "batch_tokens_full",
         "model_load_seconds",
         "warmup_seconds",
@@ -70,6 +70,8 @@ _LARGEST = frozenset(
 )
 _ALL_FRONT_ENDS = "llm2vec_ready"
 _MEAN_OF_ENGINES = "llm2vec_model_flops_utilization"
+_LEAST_OF_ENGINES = "llm2vec_token_budget"
+_OF_ENGINES_ALONE = (_MEAN_OF_ENGINES, _LEAST_OF_ENGINES)
 
 
 class Metrics:
@@ -123,9 +125,14 @@ class Metrics:
         self.token_id_inputs = counter("token_id_inputs", "Inputs of token ids by whose they were", ("decoder",))
         self.ignored_fields = counter("ignored_fields", "Request fields that were not known")
         self.batch_failures = counter("batch_failures", "Batches that failed on the device, halves included")
-        self.nonfinite = counter("nonfinite", "Vectors withheld because they held NaN or infinity")
-        self.oom = counter("oom", "Batches that ran out of device memory")
-        self.token_budget = gauge("token_budget", "Most tokens in one batch")
+        self.nonfinite = counter(
+            "nonfinite", "Vectors that held NaN or infinity: withheld, and computed alone once more"
+        )
+        self.oom = counter("oom", "Batches that ran out of device memory, parts of split ones included")
+        self.oom_splits = counter("oom_splits", "Batches split because they ran out of device memory")
+        self.token_budget = gauge(
+            "token_budget", "Most tokens in one batch, fewer for a while after one ran out of memory"
+        )
         self.batch_tokens_full = gauge("batch_tokens_full", "Tokens at which a batch is full enough to go")
         self.device_seconds = counter("device_seconds", "Time the device was at batches")
         self.model_flops = counter("model_flops", "Floating-point operations of the tokens computed, filler left out")
@@ -198,7 +205,7 @@ def merge(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> Samples:
     for samples, is_engine in [(given, False) for given in front_ends] + [(given, True) for given in engines]:
         for metric, name, labels, value in samples:
             series = values.setdefault(metric, {}).setdefault((name, tuple(labels.items())), [])
-            if not (metric == _ALL_FRONT_ENDS and is_engine) and not (metric == _MEAN_OF_ENGINES and not is_engine):
+            if metric != _ALL_FRONT_ENDS if is_engine else metric not in _OF_ENGINES_ALONE:
                 series.append(value)
     return [
         (metric, name, dict(labels), _together(metric, given))
@@ -210,7 +217,7 @@ def merge(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> Samples:
 def _together(metric: str, values: Iterable[float]) -> float:
     if metric in _LARGEST:
         return max(values)
-    if metric == _ALL_FRONT_ENDS:
+    if metric in (_ALL_FRONT_ENDS, _LEAST_OF_ENGINES):
         return min(values)
     return mean(values) if metric == _MEAN_OF_ENGINES else sum(values)
 

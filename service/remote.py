@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.batcher import Computed
 from service.dispatch import Part, share
-from service.errors import EncodingError, ServiceError
+from service.errors import EncodingError, Overloaded, ServiceError
 from service.link import Link
+from service.logs import log
 from service.metrics import Metrics, merged_page
 from service.rows import EmbedRow, Vector
-from service.scheduling import Lane
+from service.scheduling import LANES, Lane
+from service.watchdog import LEAST_SECONDS
 from service.wire import Cancel, Failed, Message, State, Submit, Vectors
 
 # A scrape that takes longer fails: without one process's part the sums would be wrong.
 _SAMPLES_SECONDS = 1.0
+
+# How often it is seen whether an engine has said anything.
+_LISTEN_SECONDS = 1.0
 
 
 @dataclass(eq=False)
@@ -42,6 +48,7 @@ class RemoteEngine:
         self.state = State(0, 0, False)
         self.ready = asyncio.Event()  # also set when it is lost
         self.lost = asyncio.Event()
+        self.heard = False  # since this was last set to False
         self._numbers = itertools.count()
         self._pending: dict[int, _Pending] = {}
         self._own_tokens = 0
@@ -77,6 +84,7 @@ class RemoteEngine:
                 self.link.send(Cancel(number))
 
     def _take(self, message: Message) -> None:
+        self.heard = True
         if isinstance(message, State):
             self.state = message
             self.ready.set()
@@ -117,6 +125,17 @@ class RemoteBatcher:
     def last_batch_failed(self) -> bool:
         """Whether any engine's last batch failed."""
         return any(engine.state.last_batch_failed for engine in self._engines)
+
+    def admit(self, tokens: int, lane: Lane) -> None:
+        """See whether any engine has room for so many tokens more, as it last said.
+
+        Raises:
+            Overloaded: if none has.
+        """
+        states = [engine.state for engine in self._engines]
+        if all(tokens > state.room[LANES.index(lane)] for state in states):
+            queued = sum(engine.load for engine in self._engines)
+            raise Overloaded(queued, min(state.retry_seconds for state in states))
 
     async def submit(
         self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
@@ -164,9 +183,14 @@ class RemoteBackend:
     """A front end's connections: to every engine, and for their metrics to the other front ends."""
 
     def __init__(
-        self, engine_ends: Sequence[socket.socket], front_end_ends: Sequence[socket.socket], metrics: Metrics
+        self,
+        engine_ends: Sequence[socket.socket],
+        front_end_ends: Sequence[socket.socket],
+        metrics: Metrics,
+        silent_seconds: float = LEAST_SECONDS,
     ) -> None:
         self._metrics = metrics
+        self._silent_seconds = silent_seconds
         self.engines = [RemoteEngine(f"engine {number}", end, metrics) for number, end in enumerate(engine_ends)]
         self.batcher = RemoteBatcher(self.engines)
         self.links = [engine.link for engine in self.engines] + [
@@ -188,18 +212,30 @@ class RemoteBackend:
         return {"engines": len(self.engines)}
 
     async def run(self) -> None:
-        """Until an engine is lost.
+        """Until an engine is lost, or says nothing for so long that it must hang.
 
         Raises:
             Unavailable: then. Whoever waits for another engine still gets the answer.
         """
         losses = [asyncio.create_task(engine.lost.wait()) for engine in self.engines]
+        listening = [asyncio.create_task(self._listen(engine)) for engine in self.engines]
         try:
             await asyncio.wait(losses, return_when=asyncio.FIRST_COMPLETED)
             raise next(engine.link.gone() for engine in self.engines if engine.link.lost)
         finally:
-            for loss in losses:
-                loss.cancel()
+            for task in (*losses, *listening):
+                task.cancel()
+
+    async def _listen(self, engine: RemoteEngine) -> None:
+        """Give an engine up that is silent: by turns of a clock, so that a pause of all processes does not count."""
+        most = math.ceil(self._silent_seconds / _LISTEN_SECONDS)
+        silent = 0
+        while silent < most:
+            engine.heard = False
+            await asyncio.sleep(_LISTEN_SECONDS)
+            silent = 0 if engine.heard else silent + 1
+        log.critical("%s has said nothing for %.0f s: it hangs", engine.link.name, self._silent_seconds)
+        engine.link.give_up()
 
     def stop(self) -> None:
         """Hang up."""

@@ -20,10 +20,11 @@ import uvicorn
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
+from service import watchdog
 from service.app import MakeApp, create_app, drain
 from service.backend import LocalBackend
 from service.connections import Connection, Guard
-from service.errors import StartupError
+from service.errors import DeviceLost, StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
@@ -36,6 +37,9 @@ _LOOK_TICKS = 5
 
 # Files and sockets that a process has open beside its connections, and more.
 _OTHER_FILES = 512
+
+# Beyond the grace period, for an orderly end: it waits for the batch that the device is at.
+_STOP_SECONDS = 10.0
 
 Progress = Callable[[int, int], None]
 
@@ -87,6 +91,8 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         log.critical("the server can't go on: %s", error)
         failure.append(error)
         server.should_exit = True
+        if isinstance(error, DeviceLost):
+            watchdog.end_within(watchdog.GRACE_SECONDS)
 
     app = make_app(on_fatal)
     guard = Guard(settings, app.state.metrics)
@@ -108,6 +114,8 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         guard=guard,
     )
     server.run(sockets=[listener])
+    if any(isinstance(error, DeviceLost) for error in failure):
+        watchdog.end_now()  # the interpreter's own end would wait for the device's thread
     return 1 if failure else 0
 
 
@@ -210,7 +218,9 @@ class _Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
         elif self._stop_at is None:
             self._on_stop()
-            self._stop_at = time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+            grace = self.config.timeout_graceful_shutdown or 0
+            self._stop_at = time.monotonic() + grace
+            watchdog.end_within(grace + _STOP_SECONDS)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; True ends its main loop."""

@@ -204,6 +204,17 @@ class Settings(BaseSettings):
         False,
         description="answer 400 to request fields that are not known, instead of naming them in a header",
     )
+    stuck_batch_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="a batch that takes longer means that the device hangs: those who wait get 503 and the process "
+        "ends with status 1; by default 120, or 20 times what the calibration expects where that is more",
+    )
+    start_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="loading and warm-up that take longer end the process likewise; by default they may last",
+    )
     shutdown_grace_seconds: int = Field(
         30, ge=1, description="how long requests in flight may take to finish after SIGTERM"
     )

@@ -17,9 +17,10 @@ from itertools import groupby
 import numpy as np
 import orjson
 
-from service.batcher import Computed
+from service.batcher import UNLIMITED, Computed
 from service.errors import (
     DeadlineExceeded,
+    DeviceLost,
     EncodingError,
     NonFiniteEmbedding,
     OutOfMemory,
@@ -39,11 +40,12 @@ _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<IB3x")  # number, kind
 _SUBMIT = struct.Struct("<B?2xId")  # lane, whether it is a probe, rows, seconds that it may wait (or infinity)
 _VECTORS = struct.Struct("<IIII")  # place of the first, rows, width, vectors of each where a row has several
-_STATE = struct.Struct("<QQ?")
+_STATE = struct.Struct("<QQ?7xQQd")
 
 # By name on the wire; each is made of its message alone.
 _ERRORS: dict[str, type[ServiceError]] = {
-    kind.__name__: kind for kind in (EncodingError, NonFiniteEmbedding, OutOfMemory, Unavailable, DeadlineExceeded)
+    kind.__name__: kind
+    for kind in (EncodingError, NonFiniteEmbedding, OutOfMemory, Unavailable, DeviceLost, DeadlineExceeded)
 }
 
 
@@ -84,11 +86,16 @@ class Failed:
 
 @dataclass(frozen=True)
 class State:
-    """What an engine is at; its first one says that it is ready. `others_tokens` wait for other front ends."""
+    """What an engine is at; its first one says that it is ready. `others_tokens` wait for other front ends.
+
+    `room` is how many tokens each lane still takes.
+    """
 
     batch_tokens: int
     others_tokens: int
     last_batch_failed: bool
+    room: tuple[int, ...] = (UNLIMITED,) * len(LANES)
+    retry_seconds: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ def decode(content: bytes) -> Message:
     if kind is Failed:
         return Failed(number, _read_error(content[start:]))
     if kind is State:
-        return State(*_STATE.unpack_from(content, start))
+        batch_tokens, others_tokens, failed, *room, retry_seconds = _STATE.unpack_from(content, start)
+        return State(batch_tokens, others_tokens, failed, tuple(room), retry_seconds)
     if kind is GiveSamples:
         return GiveSamples(
             number,
@@ -181,7 +189,8 @@ def _content(message: Message) -> bytes:
         case Failed():
             return _write_error(message.error)
         case State():
-            return _STATE.pack(message.batch_tokens, message.others_tokens, message.last_batch_failed)
+            told = (message.batch_tokens, message.others_tokens, message.last_batch_failed)
+            return _STATE.pack(*told, *message.room, message.retry_seconds)
         case GiveSamples():
             return orjson.dumps(message.samples)
     return b""

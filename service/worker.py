@@ -25,7 +25,7 @@ from model_store.self_test import check_attention, check_same_vectors, compile_c
 from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan
 from service.cost_model import CostModel, fit
-from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory, StartupError
+from service.errors import DeviceLost, EncodingError, NonFiniteEmbedding, OutOfMemory, StartupError
 from service.logs import log
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
@@ -73,6 +73,7 @@ class EncoderWorker:
 
         Raises:
             OutOfMemory: if the batch needs more device memory than there is.
+            DeviceLost: if the device can't compute any more.
         """
         loop = asyncio.get_running_loop()
         given = time.perf_counter()
@@ -224,13 +225,35 @@ class EncoderWorker:
         try:
             widths = [row.width if row.normalize else -row.width for row in rows]
             return self._pipeline.launch([row.text for row in rows], widths)
-        except torch.OutOfMemoryError as error:
-            self._metrics.oom.inc()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                self._check_device()
+                raise
+        # Not within the handler: until it is left, the error's traceback holds all that filled the memory.
+        self._metrics.oom.inc()
+        if self._pipeline.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
-            raise OutOfMemory("the device has too little memory for this input") from error
+        raise OutOfMemory("the device has too little memory for this input")
+
+    def _check_device(self) -> None:
+        """After an error on CUDA the device often refuses everything from then on, until the process ends.
+
+        Raises:
+            DeviceLost: if it does.
+        """
+        device = self._pipeline.encoder.device
+        if device.type == "cuda":
+            try:
+                torch.zeros(1, device=device).item()
+            except RuntimeError as error:
+                raise DeviceLost(f"the device can't compute any more: {error}") from error
 
     def _finish(self, rows: list[EmbedRow], pending: Pending, given: float) -> list[Vector | EncodingError]:
-        vectors = pending.wait()
+        try:
+            vectors = pending.wait()
+        except RuntimeError:
+            self._check_device()
+            raise
         self._measure(rows, given)
         # One number that is not finite makes all of its normalised vector so, or itself: the sum shows either.
         finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))
@@ -285,3 +308,8 @@ class EncoderWorker:
     def kernel(self) -> str:
         """The attention kernel in use."""
         return self._pipeline.encoder.kernel
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On CUDA that has a class of its own, on the CPU only words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -338,19 +339,43 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "encoder" / "thesis.txt").read_text() == "years of work"
 
 
-def test_what_a_killed_build_left_goes_and_a_running_one_stays(tmp_path: Path) -> None:
+def test_what_a_killed_build_left_goes(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    killed, running = tmp_path / ".encoder-building-1", tmp_path / ".encoder-building-2"
-    for left in (killed, running):
-        (left / "encoder").mkdir(parents=True)
-        (left / "encoder" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".encoder.lock").touch()
+    killed = tmp_path / ".encoder-building-1"
+    (killed / "encoder").mkdir(parents=True)
+    (killed / "encoder" / "model.safetensors").write_bytes(b"half")
     (tmp_path / ".other-building-1").mkdir()
-    with (running / "lock").open("w") as lock:
+    build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "encoder", ".other-building-1"}
+
+
+def test_a_build_waits_for_one_that_runs_and_finds_what_it_made(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    wanted = recipe(tmp_path / "base")
+    built = tmp_path / "elsewhere" / "encoder"
+    build_encoder(wanted, built)
+    with (tmp_path / ".encoder.lock").open("w") as lock, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
-    assert not killed.exists()
-    assert running.exists()
-    assert (tmp_path / ".other-building-1").exists()
+        waiting = pool.submit(ensure_built, wanted, tmp_path / "encoder")
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        built.rename(tmp_path / "encoder")
+        made = (tmp_path / "encoder" / "manifest.json").stat().st_mtime_ns
+        (tmp_path / ".encoder.lock").unlink()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert waiting.result(60).name == wanted.name
+    assert (tmp_path / "encoder" / "manifest.json").stat().st_mtime_ns == made
+
+
+def test_a_damaged_encoder_is_replaced(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    wanted = recipe(tmp_path / "base")
+    whole = ensure_built(wanted, tmp_path / "encoder")
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert ensure_built(wanted, tmp_path / "encoder").files == whole.files
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "encoder"}
 
 
 def test_the_manifest_says_where_everything_came_from(tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ NO_TOKENS = "<no tokens>"
 BREAKS_THE_BATCH = "<breaks the batch>"
 OUT_OF_MEMORY = "<out of memory>"
 NOT_FINITE = "<not finite>"
+NOT_FINITE_IN_COMPANY = "<not finite in company>"
+OUT_OF_MEMORY_IN_COMPANY = "<out of memory in company>"
+HANGS = "<hangs>"
 
 
 def fake_manifest(max_positions: int = 512) -> Manifest:
@@ -123,12 +126,16 @@ class FakeWorker:
         texts = ["".join(map(chr, row.text.token_ids[row.text.span_start :])) for row in rows]
         self.batches.append(texts)
         await self.gate.wait()
+        if HANGS in texts:
+            await asyncio.Event().wait()
         if self.broken or BREAKS_THE_BATCH in texts:
             raise RuntimeError("device-side assert triggered")
-        if OUT_OF_MEMORY in texts:
+        if OUT_OF_MEMORY in texts or (OUT_OF_MEMORY_IN_COMPANY in texts and len(texts) > 1):
             raise OutOfMemory("the device has too little memory for this input")
         return [
-            NonFiniteEmbedding("no finite vector") if text == NOT_FINITE else fake_vector(row)
+            NonFiniteEmbedding("no finite vector")
+            if text == NOT_FINITE or (text == NOT_FINITE_IN_COMPANY and len(texts) > 1)
+            else fake_vector(row)
             for text, row in zip(texts, rows, strict=True)
         ]
 

@@ -9,7 +9,8 @@ import pytest
 
 from service.batcher import DevicePlan, MicroBatcher
 from service.cost_model import CostModel
-from service.errors import EncodingError, OutOfMemory, Overloaded, Unavailable
+from service.errors import DeviceLost, EncodingError, OutOfMemory, Overloaded, Unavailable
+from service.memory_budget import CLEAN_BATCHES, STEPS
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.scheduling import BatchLimits
@@ -17,8 +18,11 @@ from service.vector_cache import VectorCache
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     COST,
+    HANGS,
     NOT_FINITE,
+    NOT_FINITE_IN_COMPANY,
     OUT_OF_MEMORY,
+    OUT_OF_MEMORY_IN_COMPANY,
     WIDTH,
     FakeTokenizer,
     FakeWorker,
@@ -340,3 +344,113 @@ async def test_backlog_follows_what_batches_take() -> None:
     await third
     task.cancel()
     await asyncio.wait({task})
+
+
+async def together(worker: FakeWorker, batcher: Batcher, *texts: str) -> list[Any]:
+    """What a request for each text comes to, where all of them share a batch."""
+    worker.gate.clear()
+    before = len(worker.batches)
+    blocker = asyncio.create_task(batcher.submit(rows_of("blocker")))
+    await until(lambda: len(worker.batches) > before)
+    tasks = [asyncio.create_task(batcher.submit(rows_of(text))) for text in texts]
+    await until(lambda: batcher.queued_tokens >= sum(map(len, texts)) + len(texts))
+    worker.gate.set()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    await blocker
+    return outcomes
+
+
+def assert_vectors(outcomes: list[Any], *texts: str) -> None:
+    for text, outcome in zip(texts, outcomes, strict=True):
+        assert (outcome[0].vector == fake_vector(rows_of(text)[0])).all()
+
+
+async def test_a_vector_that_is_not_finite_is_computed_alone_once_more() -> None:
+    worker = FakeWorker()
+    async with running(worker, batch_tokens=1000) as batcher:
+        outcomes = await together(worker, batcher, "a", NOT_FINITE_IN_COMPANY, NOT_FINITE, "b")
+    assert_vectors([*outcomes[:2], outcomes[3]], "a", NOT_FINITE_IN_COMPANY, "b")
+    assert isinstance(outcomes[2], EncodingError)
+    assert worker.batches[2:] == [[NOT_FINITE_IN_COMPANY], [NOT_FINITE]]  # and no third time
+
+
+async def test_a_batch_that_runs_out_of_memory_is_split_and_the_next_are_smaller_for_a_while() -> None:
+    worker, metrics = FakeWorker(), Metrics()
+    batcher: Batcher = MicroBatcher(worker.run_batch, metrics)
+    limits = BatchLimits(batch_tokens=2000, token_budget=2000)
+    run = asyncio.create_task(batcher.run(DevicePlan(COST, limits)))
+    texts = [OUT_OF_MEMORY_IN_COMPANY, *(f"{number} {'long ' * 50}" for number in range(7))]
+    assert_vectors(await together(worker, batcher, *texts), *texts)
+
+    def budget() -> float:
+        return next(value for _, name, _, value in metrics.samples() if name == "llm2vec_token_budget")
+
+    def splits() -> float:
+        return next(value for _, name, _, value in metrics.samples() if name == "llm2vec_oom_splits_total")
+
+    tokens = sum(map(len, rows_of(*texts)))
+    assert budget() == tokens // 2
+    assert splits() == 3  # of 8, 4 and 2 texts
+    before = len(worker.batches)
+    assert_vectors(await together(worker, batcher, *texts[1:]), *texts[1:])
+    assert [len(batch) for batch in worker.batches[before + 1 :]] == [3, 3, 1]
+    for number in range(CLEAN_BATCHES):
+        await batcher.submit(rows_of(f"{number}"))
+    assert tokens // 2 < budget() < 2000
+    for number in range(CLEAN_BATCHES * STEPS):
+        await batcher.submit(rows_of(f"{number}"))
+    assert budget() == 2000
+    run.cancel()
+    await asyncio.wait({run})
+
+
+async def test_one_input_too_large_for_the_memory_leaves_the_budget_alone() -> None:
+    worker, metrics = FakeWorker(), Metrics()
+    batcher: Batcher = MicroBatcher(worker.run_batch, metrics)
+    run = asyncio.create_task(batcher.run(plan()))
+    with pytest.raises(OutOfMemory):
+        await batcher.submit(rows_of(OUT_OF_MEMORY))
+    samples = {name: value for _, name, _, value in metrics.samples()}
+    assert (samples["llm2vec_token_budget"], samples["llm2vec_oom_splits_total"]) == (10_000, 0)
+    run.cancel()
+    await asyncio.wait({run})
+
+
+async def test_a_device_that_hangs_ends_the_batcher_and_everybody_is_told() -> None:
+    worker = FakeWorker()
+    batcher: Batcher = MicroBatcher(worker.run_batch, Metrics(), stuck_batch_seconds=0.2)
+    run = asyncio.create_task(batcher.run(plan(batch_tokens=10)))
+    hung = asyncio.create_task(batcher.submit(rows_of("a", HANGS)))
+    await until(lambda: worker.batches)
+    queued = asyncio.create_task(batcher.submit(rows_of("b", "c" * 20)))
+    with pytest.raises(DeviceLost, match="2 inputs"):
+        await run
+    for task in (hung, queued):
+        with pytest.raises(Unavailable):
+            await task
+    assert not batcher.queued_tokens
+
+
+async def test_a_device_that_hangs_on_the_only_request_there_is_ends_the_batcher() -> None:
+    batcher: Batcher = MicroBatcher(FakeWorker().run_batch, Metrics(), stuck_batch_seconds=0.05)
+    run = asyncio.create_task(batcher.run(plan()))
+    with pytest.raises(DeviceLost):
+        await batcher.submit(rows_of(HANGS))
+    with pytest.raises(DeviceLost):
+        await asyncio.wait_for(run, 10)
+
+
+async def test_a_request_that_is_being_queued_when_the_batcher_ends_is_told() -> None:
+    remembered = VectorCache(1_000_000)
+    texts = [f"{number}" for number in range(500)]
+    rows = rows_of(*texts)
+    for row in rows[:400]:
+        remembered.put(row.key, fake_vector(row))
+    batcher: Batcher = MicroBatcher(FakeWorker().run_batch, Metrics(), remembered)
+    run = asyncio.create_task(batcher.run(plan()))
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(batcher.submit(rows))
+    await asyncio.sleep(0)
+    run.cancel()
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(waiting, 10)

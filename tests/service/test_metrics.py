@@ -24,7 +24,6 @@ def test_processes_are_added_up() -> None:
     fronts, engines = [Metrics(), Metrics()], [Metrics(), Metrics()]
     for number, front in enumerate(fronts, 1):
         front.ready.set(1)
-        front.token_budget.set(8192)
         front.inputs.inc(10 * number)
         front.of_request("/v1/embeddings", "200", "")[1].observe(0.02)
     fronts[1].of_request("/only/here", "404", "not_found")[0].inc()
@@ -33,12 +32,13 @@ def test_processes_are_added_up() -> None:
         engine.model_flops_utilization.set(0.2 * number)
         engine.throughput.set(1000 * number)
         engine.warmup_seconds.set(number)
+        engine.token_budget.set(8192 // number)
         engine.build_info.labels("1", "m", "cpu", "float32", "mean").set(1)
     page = merged_page([one.samples() for one in fronts], [one.samples() for one in engines])
     for series, expected in {
         "llm2vec_inputs_total": 30,
         "llm2vec_ready": 1,
-        "llm2vec_token_budget": 8192,
+        "llm2vec_token_budget": 4096,
         'llm2vec_request_duration_seconds_bucket{le="0.025",route="/v1/embeddings"}': 2,
         'llm2vec_request_duration_seconds_count{route="/v1/embeddings"}': 2,
         'llm2vec_requests_total{code="not_found",route="/only/here",status="404"}': 1,

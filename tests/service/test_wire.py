@@ -9,6 +9,7 @@ import pytest
 from service.batcher import Computed
 from service.errors import (
     DeadlineExceeded,
+    DeviceLost,
     EncodingError,
     NonFiniteEmbedding,
     OutOfMemory,
@@ -64,6 +65,7 @@ def test_messages_arrive_as_they_were_sent() -> None:
         Cancel(2**32 - 1),
         State(16384, 10**12, True),
         State(0, 0, False),
+        State(1, 2, False, (3, 2**63 - 1), 1.5),
         AskSamples(1),
         GiveSamples(1, [("m", "m_bucket", {"class": "bulk", "le": "+Inf"}, 3.5), ("g", "g", {}, -0.0)]),
     ]
@@ -108,6 +110,7 @@ def test_an_answer_in_parts_is_whole_again(widths: tuple[int, ...]) -> None:
         NonFiniteEmbedding("no finite vector").at(0),
         OutOfMemory("too little memory"),
         Unavailable("the server stopped"),
+        DeviceLost("the device hangs"),
         Overloaded(1_000_001, 2.5),
         DeadlineExceeded(),
         ServiceError("a bug"),

@@ -1,0 +1,136 @@
+"""The server with an encoder that fails on purpose: python -m tests.faults.faulty_server serve …
+
+Everything is real but the step from the worker to the device, which misbehaves on batches with a text that begins with
+one of the marks below, and, where FAULTS_SHARE says so, on that share of all batches, in a random order seeded by
+FAULTS_SEED. FAULTS_HANG_START=1 hangs the loading.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model_store.encoder import Encoder
+from model_store.manifest import read_manifest
+from model_store.pipeline import Pending, Pipeline
+from model_store.tokenizer import TextTokenizer, TokenizedText
+from service.batcher import DevicePlan
+from service.child import Assignment
+from service.metrics import Metrics
+from service.settings import Limits, Settings
+from service.worker import EncoderWorker
+
+RAISES = "[raises]"
+RAISES_IN_COMPANY = "[raises in company]"
+NOT_FINITE = "[nan]"
+NOT_FINITE_IN_COMPANY = "[nan in company]"
+OUT_OF_MEMORY = "[oom]"
+OUT_OF_MEMORY_IN_COMPANY = "[oom in company]"
+SLOW = "[slow]"
+HANGS = "[hangs]"
+MARKS = (
+    RAISES,
+    RAISES_IN_COMPANY,
+    NOT_FINITE,
+    NOT_FINITE_IN_COMPANY,
+    OUT_OF_MEMORY,
+    OUT_OF_MEMORY_IN_COMPANY,
+    SLOW,
+    HANGS,
+)
+
+# Tokens of a text that are looked at for a mark.
+_MARK_TOKENS = 32
+
+_SLOW_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class FaultyPipeline(Pipeline):
+    """A pipeline with faults."""
+
+    tokenizer: TextTokenizer | None = None
+    share: float = 0.0
+    chance: random.Random = field(default_factory=lambda: random.Random(int(os.environ.get("FAULTS_SEED", "0"))))
+
+    def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
+        """As the real one, unless a mark or chance will have it otherwise."""
+        marks = [self._mark(row) for row in rows]
+        present = set(marks)
+        if len(rows) > 1 and self.chance.random() < self.share:
+            present.add(self.chance.choice((RAISES, OUT_OF_MEMORY, NOT_FINITE, SLOW)))
+        company = len(rows) > 1
+        if HANGS in present:
+            threading.Event().wait()
+        if SLOW in present:
+            time.sleep(_SLOW_SECONDS)
+        if RAISES in present or (company and RAISES_IN_COMPANY in present):
+            raise RuntimeError("a fault made on purpose")
+        if OUT_OF_MEMORY in present or (company and OUT_OF_MEMORY_IN_COMPANY in present):
+            raise torch.OutOfMemoryError("a fault made on purpose")
+        pending = super().launch(rows, widths)
+        broken = [mark == NOT_FINITE or (company and mark == NOT_FINITE_IN_COMPANY) for mark in marks]
+        if NOT_FINITE in present and not any(broken):
+            broken[self.chance.randrange(len(rows))] = True
+        if any(broken):
+            vectors = pending.vectors.clone()
+            vectors[np.flatnonzero(broken)] = torch.nan
+            return Pending(vectors, pending.copied)
+        return pending
+
+    def _mark(self, row: TokenizedText) -> str:
+        assert self.tokenizer is not None
+        start = row.span_start
+        text = self.tokenizer.decode(row.token_ids[start : start + _MARK_TOKENS]).lstrip()
+        return next((mark for mark in MARKS if text.startswith(mark)), "")
+
+
+class FaultyWorker(EncoderWorker):
+    """A worker that gives its batches to a faulty pipeline, once it has warmed up."""
+
+    def _start(self, limits: Limits) -> DevicePlan:
+        if os.environ.get("FAULTS_HANG_START"):
+            threading.Event().wait()
+        plan = super()._start(limits)
+        tokenizer = TextTokenizer.load(self._folder, read_manifest(self._folder))
+        share = float(os.environ.get("FAULTS_SHARE", "0"))
+        encoder: Encoder = self._pipeline.encoder
+        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share)
+        return plan
+
+
+def faulty_worker(assignment: Assignment, metrics: Metrics) -> FaultyWorker:
+    """What an engine process has for a worker here."""
+    folder: Path = assignment.folder
+    settings: Settings = assignment.settings
+    return FaultyWorker(folder, settings, metrics)
+
+
+def main() -> int:
+    """The command, or, for a module that is run with one number, an engine: as its supervisor starts it."""
+    if len(sys.argv) == 2 and sys.argv[1].isdigit():
+        from service.engine import main as engine_main
+
+        return engine_main(faulty_worker)
+
+    import service.supervisor
+    import service.worker
+    from service import cli
+
+    service.worker.EncoderWorker = FaultyWorker  # type: ignore[misc]
+    service.supervisor.supervise = partial(service.supervisor.supervise, engine="tests.faults.faulty_server")
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
