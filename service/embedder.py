@@ -22,7 +22,7 @@ from service.backend import Batcher
 from service.batcher import Computed
 from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
 from service.instructions import NONE, Chosen, Source
-from service.metrics import Metrics
+from service.metrics import Metrics, lane_of_request
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES, Lane
 from service.settings import Limits, Settings
@@ -541,6 +541,7 @@ class Embedder:
         tokens = sum(map(len, rows))
         self._check_tokens(tokens)
         lane = lane or self._lane(len(rows), tokens)
+        lane_of_request.set(lane)
         while True:
             now = time.perf_counter()
             left = None if timeout_seconds is None else began + timeout_seconds - now

@@ -13,6 +13,7 @@ devices together, but
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import lru_cache
 from statistics import mean
 
@@ -54,6 +55,25 @@ TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
 INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
 
 
+# The lane that the request at hand was queued in: known to the embedder, and told by the metrics when it has ended.
+lane_of_request: ContextVar[str] = ContextVar("lane_of_request", default="")
+
+# What text-embeddings-inference calls what these measure: its kind, and our name. Times of the queue are by input here,
+# those of inference by batch.
+_TEI_NAMES = {
+    "te_request_count": ("counter", "llm2vec_requests_total"),
+    "te_request_success": ("counter", 'llm2vec_requests_total{code="",'),
+    "te_embed_count": ("counter", "llm2vec_inputs_total"),
+    "te_queue_size": ("gauge", "llm2vec_queue_inputs"),
+    "te_request_duration": ("histogram", "llm2vec_request_duration_seconds"),
+    "te_request_tokenization_duration": ("histogram", "llm2vec_tokenize_seconds"),
+    "te_request_queue_duration": ("histogram", "llm2vec_queue_wait_seconds"),
+    "te_request_inference_duration": ("histogram", "llm2vec_inference_seconds"),
+    "te_request_input_length": ("histogram", "llm2vec_input_tokens"),
+    "te_batch_next_size": ("histogram", "llm2vec_batch_inputs"),
+    "te_batch_next_tokens": ("histogram", "llm2vec_batch_tokens"),
+}
+
 # One process's series: the metric's name, the series' own (with _count and such), its labels and its value.
 Samples = list[tuple[str, str, dict[str, str], float]]
 
@@ -92,9 +112,9 @@ class Metrics:
         self.requests = counter("requests", "Requests answered", ("route", "status", "code"))
         self.request_seconds = histogram(
             "request_duration_seconds",
-            "From the first byte of a request to the last of its answer",
+            "From the first byte of a request to the last of its answer; class is empty where none was queued",
             _SECONDS,
-            ("route",),
+            ("route", "class"),
         )
         self.inflight = gauge("inflight_requests", "Requests being worked on")
         self.inputs = counter("inputs", "Inputs embedded")
@@ -175,9 +195,9 @@ class Metrics:
         self.queue_oldest_seconds.labels(lane).set_function(oldest)
 
     @lru_cache(maxsize=1024)  # noqa: B019  one server, one object
-    def of_request(self, route: str, status: str, code: str) -> tuple[Counter, Histogram]:
+    def of_request(self, route: str, status: str, code: str, lane: str) -> tuple[Counter, Histogram]:
         """The count and the duration of requests that ended so."""
-        return self.requests.labels(route, status, code), self.request_seconds.labels(route)
+        return self.requests.labels(route, status, code), self.request_seconds.labels(route, lane)
 
     def page(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -190,6 +210,22 @@ class Metrics:
             for metric in self.registry.collect()
             for sample in metric.samples
         ]
+
+
+def with_tei_names(page: bytes) -> bytes:
+    """A page of metrics, and those that text-embeddings-inference has too once more under its names."""
+    lines = page.decode().splitlines()
+    more = []
+    for name, (kind, own) in _TEI_NAMES.items():
+        base = own.partition("{")[0]
+        ends = ("_bucket{", "_count", "_sum") if kind == "histogram" else ("{", " ")
+        more.append(f"# TYPE {name} {kind}")
+        more += [
+            name + line.removeprefix(base)
+            for line in lines
+            if line.startswith(own) and line.removeprefix(base).startswith(ends)
+        ]
+    return "\n".join([*lines, *more, ""]).encode()
 
 
 def merged_page(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> bytes:

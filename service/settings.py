@@ -200,6 +200,9 @@ class Settings(BaseSettings):
         description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
         "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
     )
+    tei_metrics: bool = Field(
+        False, description="give metrics under text-embeddings-inference's names too, for dashboards that have them"
+    )
     reject_unknown_fields: bool = Field(
         False,
         description="answer 400 to request fields that are not known, instead of naming them in a header",

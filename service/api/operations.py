@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service.errors import Unavailable
+from service.metrics import with_tei_names
 
 router = APIRouter(tags=["operations"])
 
@@ -40,7 +41,10 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    page = await request.app.state.backend.metrics_page()
+    state = request.app.state
+    page = await state.backend.metrics_page()
+    if state.embedder.settings.tei_metrics:
+        page = with_tei_names(page)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -30,7 +30,7 @@ from service.errors import (
     UnsupportedEncoding,
 )
 from service.logs import log, log_request, request_id
-from service.metrics import Metrics
+from service.metrics import Metrics, lane_of_request
 from service.tracing import Moments, Traces
 
 T = TypeVar("T")
@@ -83,6 +83,7 @@ class RequestContext:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
+        lane_of_request.set("")
         state = scope.setdefault("state", {})
         status, started = 0, 0.0
 
@@ -133,7 +134,7 @@ class RequestContext:
     def _finish(self, scope: Scope, status: int, code: str, seconds: float) -> str:
         """Count and log it; the route it took."""
         route: str = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
-        count, duration = self._metrics.of_request(route, str(status), code)
+        count, duration = self._metrics.of_request(route, str(status), code, lane_of_request.get())
         count.inc()
         duration.observe(seconds)
         fields = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}

@@ -113,7 +113,7 @@ def test_any_page_of_metrics_has_all_that_happened(server: ServerProcess) -> Non
         "llm2vec_inputs_total": 160,
         "llm2vec_batch_inputs_sum": 160,
         'llm2vec_requests_total{code="",route="/v1/embeddings",status="200"}': 40,
-        'llm2vec_request_duration_seconds_count{route="/v1/embeddings"}': 40,
+        'llm2vec_request_duration_seconds_count{class="interactive",route="/v1/embeddings"}': 40,
         'llm2vec_instruction_inputs_total{source="none"}': 160,
     }
     before = {name: server.metric(name) for name in names}

@@ -408,6 +408,25 @@ def test_bulk_by_name(server: Server) -> None:
     server.embed(input="b", priority="interactive")
     assert server.metric('llm2vec_queue_wait_seconds_count{class="bulk"}') == 1
     assert server.metric('llm2vec_queue_wait_seconds_count{class="interactive"}') == 1
+    for lane in ("bulk", "interactive"):
+        series = f'llm2vec_request_duration_seconds_count{{class="{lane}",route="/v1/embeddings"}}'
+        assert server.metric(series) == 1
+
+
+def test_metrics_under_the_names_of_text_embeddings_inference() -> None:
+    with (server := Server(tei_metrics=True)).client:
+        server.embed(input=["a", "bc"])
+        server.embed(input="a", dimensions=99)
+        route = 'route="/v1/embeddings"'
+        assert server.metric(f'te_request_success{{code="",{route},status="200"}}') == 1
+        assert server.metric(f'te_request_count{{code="invalid_dimensions",{route},status="400"}}') == 1
+        assert server.metric("te_embed_count") == 2
+        assert server.metric("te_request_input_length_sum") == 5
+        assert server.metric('te_batch_next_tokens_bucket{le="8.0"}') >= 1
+        page = server.client.get("/metrics").text
+        assert "# TYPE te_request_duration histogram" in page
+    with (server := Server()).client:
+        assert "\nte_" not in server.client.get("/metrics").text
 
 
 def test_the_server_can_have_its_own_query_instruction() -> None:

@@ -11,7 +11,7 @@ def value(page: bytes, series: str) -> float:
 
 def test_one_process_merged_is_its_own_page() -> None:
     metrics = Metrics()
-    metrics.of_request("/v1/embeddings", "200", "")[1].observe(0.02)
+    metrics.of_request("/v1/embeddings", "200", "", "bulk")[1].observe(0.02)
     metrics.build_info.labels("1", "m", "cpu", "float32", "mean").set(1)
     metrics.read_queue("bulk", lambda: 3, lambda: 30, lambda: 0.25)
     # What an engine alone has is absent here, so it is shown without a value on neither page.
@@ -25,8 +25,8 @@ def test_processes_are_added_up() -> None:
     for number, front in enumerate(fronts, 1):
         front.ready.set(1)
         front.inputs.inc(10 * number)
-        front.of_request("/v1/embeddings", "200", "")[1].observe(0.02)
-    fronts[1].of_request("/only/here", "404", "not_found")[0].inc()
+        front.of_request("/v1/embeddings", "200", "", "bulk")[1].observe(0.02)
+    fronts[1].of_request("/only/here", "404", "not_found", "")[0].inc()
     for number, engine in enumerate(engines, 1):
         engine.read_queue("bulk", lambda n=number: n, lambda n=number: 100 * n, lambda n=number: n / 10)  # type: ignore[misc]
         engine.model_flops_utilization.set(0.2 * number)
@@ -39,8 +39,8 @@ def test_processes_are_added_up() -> None:
         "llm2vec_inputs_total": 30,
         "llm2vec_ready": 1,
         "llm2vec_token_budget": 4096,
-        'llm2vec_request_duration_seconds_bucket{le="0.025",route="/v1/embeddings"}': 2,
-        'llm2vec_request_duration_seconds_count{route="/v1/embeddings"}': 2,
+        'llm2vec_request_duration_seconds_bucket{class="bulk",le="0.025",route="/v1/embeddings"}': 2,
+        'llm2vec_request_duration_seconds_count{class="bulk",route="/v1/embeddings"}': 2,
         'llm2vec_requests_total{code="not_found",route="/only/here",status="404"}': 1,
         'llm2vec_queue_tokens{class="bulk"}': 300,
         'llm2vec_queue_oldest_seconds{class="bulk"}': 0.2,
