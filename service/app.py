@@ -92,7 +92,7 @@ def create_app(
     state.phase = "loading"
     state.manifest, state.limits, state.metrics, state.served_name = manifest, limits, metrics, served_name
     state.writer = AnswerWriter(metrics)
-    state.backend = backend
+    state.backend, state.settings = backend, settings
     state.started_at = int(time.time())
     metrics.ready.set(0)
     state.instructions = load_instructions(settings, manifest)

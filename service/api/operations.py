@@ -43,7 +43,7 @@ async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     state = request.app.state
     page = await state.backend.metrics_page()
-    if state.embedder.settings.tei_metrics:
+    if state.settings.tei_metrics:
         page = with_tei_names(page)
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -66,10 +66,12 @@ class FakeTokenizer:
     def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         if NO_TOKENS in texts:
             raise TokenizationError("the text has no tokens", texts.index(NO_TOKENS))
-        rows = []
+        rows: list[TokenizedText] = []
         for text, instruction in zip(texts, instructions, strict=True):
             before = f"{instruction.strip()} " if instruction.strip() else ""
             own = list(map(ord, text)) if isinstance(text, str) else list(text)
+            if any(not 0 <= token_id < 1 << 21 for token_id in own):
+                raise TokenizationError("there is no such token", len(rows))
             head = 1 + len(before)
             rows.append(TokenizedText([1, *map(ord, before), *own], head, head=head))
         return rows
