@@ -6,6 +6,8 @@ Knows nothing of HTTP, and nothing of devices: a dialect translates to and from 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -196,7 +198,7 @@ class Embedder:
     _threads: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self._threads = ThreadPoolExecutor(self.settings.tokenizer_threads, "tokenizer")
+        self._threads = ThreadPoolExecutor(self.settings.tokenizer_threads, "tokenizer", _stand_back)
         self._tokenizing = dict.fromkeys(LANES, 0)
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
@@ -614,6 +616,12 @@ class Embedder:
         metrics.tokenize_seconds.observe(result.tokenize_seconds)
         for row in rows:
             metrics.input_tokens.observe(len(row))
+
+
+def _stand_back() -> None:
+    """Let the event loop go before this thread where they share a core; only Linux has a priority for each thread."""
+    if sys.platform == "linux":
+        os.nice(5)
 
 
 def _is_empty(text: str | Sequence[int]) -> bool:
