@@ -123,7 +123,6 @@ def quantiles(latencies: Sequence[float]) -> dict[str, float]:
 def server_process(shape: Shape, device: str, folder: Path, manifest: Any, compiled: bool, log: Path) -> None:
     """The real server and its real worker, but for where the encoder comes from."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
-    import service.app
     import service.server
     import service.worker
     from service.settings import Settings
@@ -131,7 +130,6 @@ def server_process(shape: Shape, device: str, folder: Path, manifest: Any, compi
     torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
     made = SimpleNamespace(load=lambda *_: random_encoder(shape, choose_device(device)))
     vars(service.worker)["Encoder"] = made
-    vars(service.app)["version"] = lambda name: "0"  # it need not be installed
     service.server.prepare_store = lambda settings, progress: (folder, manifest)
     settings = Settings(
         model=str(folder),
