@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from service.api.answers import json_answer
 from service.errors import Unavailable
 from service.metrics import with_tei_names
 
@@ -20,7 +20,7 @@ _PROBE_SECONDS = 30.0
 @router.get("/livez")
 async def livez() -> Response:
     """The process runs and its event loop turns."""
-    return _json({"status": "alive"})
+    return json_answer({"status": "alive"})
 
 
 @router.get("/readyz")
@@ -35,7 +35,7 @@ async def readyz(request: Request) -> Response:
             await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
         except Exception as error:
             raise Unavailable("the device fails on every input") from error
-    return _json({"status": "ready"})
+    return json_answer({"status": "ready"})
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -52,7 +52,7 @@ async def metrics(request: Request) -> Response:
 async def version(request: Request) -> Response:
     """The server's version and what it serves."""
     state = request.app.state
-    return _json(
+    return json_answer(
         {
             "version": state.version,
             "model": state.served_name,
@@ -60,7 +60,3 @@ async def version(request: Request) -> Response:
             "phase": state.phase,
         }
     )
-
-
-def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")

@@ -27,6 +27,7 @@ from tests.service.fakes import (
     FakeTokenizer,
     FakeWorker,
     fake_vector,
+    until,
 )
 
 Batcher = MicroBatcher[EmbedRow, Vector]
@@ -49,14 +50,6 @@ async def running(worker: FakeWorker, batch_tokens: int = 100) -> AsyncIterator[
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-async def until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 async def test_every_row_gets_its_own_vector() -> None:

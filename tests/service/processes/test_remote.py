@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import httpx
@@ -27,6 +27,7 @@ from tests.service.fakes import (
     FakeWorker,
     fake_manifest,
     fake_vector,
+    until,
 )
 
 MANIFEST = fake_manifest()
@@ -35,14 +36,6 @@ SETTINGS = Settings(batch_tokens=100)
 
 def rows_of(*texts: str) -> list[EmbedRow]:
     return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 class Engine:
