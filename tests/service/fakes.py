@@ -109,6 +109,15 @@ def fake_vector(row: EmbedRow) -> Vector:
     return _vector(row, row.text.token_ids)
 
 
+def rows_of(*texts: str) -> list[EmbedRow]:
+    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
+
+
+def expected(text: str, instruction: str = "", dimensions: int = WIDTH, normalize: bool = True) -> Vector:
+    """The vector that a text gets from the fakes."""
+    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions, normalize))
+
+
 def _vector(row: EmbedRow, token_ids: Sequence[int]) -> Vector:
     seed = sum((place + 1) * token for place, token in enumerate(token_ids))
     vector = np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)[: row.width]

@@ -23,9 +23,9 @@ from tests.service.fakes import (
     NOT_FINITE,
     OUT_OF_MEMORY,
     WIDTH,
-    FakeTokenizer,
     FakeWorker,
     Server,
+    expected,
     fake_manifest,
     fake_vector,
     overloaded,
@@ -38,10 +38,6 @@ Answer = httpx.Response
 def vectors(answer: Any) -> np.ndarray[Any, Any]:
     assert answer.status_code == 200, answer.text
     return np.array([item["embedding"] for item in answer.json()["data"]], dtype=np.float32)
-
-
-def expected(text: str, instruction: str = "", dimensions: int | None = None) -> np.ndarray[Any, Any]:
-    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions or WIDTH))
 
 
 def test_a_text_and_a_list_of_texts(server: Server) -> None:
@@ -266,7 +262,7 @@ def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
     for fields, wanted in (
         ({}, mean / np.linalg.norm(mean)),
         ({"dimensions": 3}, mean[:3] / np.linalg.norm(mean[:3])),
-        ({"normalize": False}, sum(len(part) * _raw(part, "Find:") for part in parts) / 1200),
+        ({"normalize": False}, sum(len(part) * expected(part, "Find:", normalize=False) for part in parts) / 1200),
     ):
         answer = server.embed(input=["short", long], overflow="mean", instruction="Find:", **fields)
         np.testing.assert_allclose(vectors(answer)[1], wanted, rtol=1e-5, err_msg=str(fields))
@@ -275,13 +271,10 @@ def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
 
 
 def test_vectors_as_the_model_gives_them(server: Server) -> None:
-    np.testing.assert_allclose(vectors(server.embed(input="a", normalize=False)), [_raw("a")], rtol=1e-6)
+    np.testing.assert_allclose(
+        vectors(server.embed(input="a", normalize=False)), [expected("a", normalize=False)], rtol=1e-6
+    )
     np.testing.assert_allclose(vectors(server.embed(input="a", normalize=None)), [expected("a")], rtol=1e-6)
-
-
-def _raw(text: str, instruction: str = "") -> Any:
-    row = FakeTokenizer().encode_batch([text], [instruction])[0]
-    return fake_vector(EmbedRow(row, WIDTH, normalize=False))
 
 
 def test_fewer_bits(server: Server) -> None:

@@ -24,17 +24,13 @@ from tests.service.fakes import (
     OUT_OF_MEMORY,
     OUT_OF_MEMORY_IN_COMPANY,
     WIDTH,
-    FakeTokenizer,
     FakeWorker,
     fake_vector,
+    rows_of,
     until,
 )
 
 Batcher = MicroBatcher[EmbedRow, Vector]
-
-
-def rows_of(*texts: str) -> list[EmbedRow]:
-    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
 
 
 def plan(batch_tokens: int = 100, lead_seconds: float = 0.0, cost: CostModel = COST) -> DevicePlan:

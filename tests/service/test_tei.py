@@ -33,6 +33,7 @@ from tests.service.fakes import (
     FakeTokenizer,
     FakeWorker,
     Server,
+    expected,
     fake_manifest,
     fake_vector,
     overloaded,
@@ -54,10 +55,6 @@ def good(answer: Any) -> Any:
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
     return answer.json()
-
-
-def expected(text: str, instruction: str = "", dimensions: int = WIDTH, normalize: bool = True) -> Numbers:
-    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions, normalize))
 
 
 def of_rows(*rows: Sequence[int], normalize: bool = True) -> Numbers:

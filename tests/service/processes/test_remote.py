@@ -17,25 +17,20 @@ from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, Servic
 from service.metrics import Metrics
 from service.processes.engine import Desk, tell_all
 from service.processes.remote import RemoteBackend
-from service.rows import EmbedRow
 from service.settings import Limits, Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NOT_FINITE,
-    WIDTH,
     FakeTokenizer,
     FakeWorker,
     fake_manifest,
     fake_vector,
+    rows_of,
     until,
 )
 
 MANIFEST = fake_manifest()
 SETTINGS = Settings(batch_tokens=100)
-
-
-def rows_of(*texts: str) -> list[EmbedRow]:
-    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
 
 
 class Engine:
