@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.manifest import Manifest
 from service.api import chunks, cohere, cors, ollama, openai, operations, prompts, tei
@@ -81,7 +83,7 @@ def create_app(
             if app.state.traces:
                 app.state.traces.close()
 
-    app = FastAPI(
+    app = _Application(
         title="llm2vec-service",
         version=version("llm2vec-service"),
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
@@ -100,11 +102,24 @@ def create_app(
     errors.install(app)
     state.access = access = Access(settings)
     state.traces = traces = start_traces(app.version)
-    app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT, access=access, traces=traces)
-    cors.install(app, settings.cors_origins)
+    context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
+    app.entry = cors.allow(context, settings.cors_origins)
     for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
         app.include_router(routes.router)
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI behind an `entry` that may answer a request without it."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self.entry: ASGIApp = super().__call__
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Called by the server."""
+        scope["app"] = self
+        await self.entry(scope, receive, send)
 
 
 def drain(app: FastAPI) -> None:

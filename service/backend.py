@@ -1,6 +1,6 @@
 """What stands behind the HTTP side: something that computes rows, with a life of its own.
 
-Two do: `LocalBackend`, a worker and a batcher in this process, and `service.remote.RemoteBackend`, engine processes.
+Two do: `LocalBackend`, a worker and a batcher in this process, and `RemoteBackend`, engine processes.
 The HTTP side can't tell them apart. No HTTP, no torch.
 """
 

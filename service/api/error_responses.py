@@ -81,12 +81,16 @@ class ErrorResponses:
             message = f"{request.method} {request.url.path}: {error.detail}"
             return self._answer(request.url.path, message, error.status_code, code, None, dict(error.headers or {}))
 
+        async def bug(request: Request, error: Exception) -> Response:
+            return self.unexpected(request.scope["path"])
+
+        app.add_exception_handler(Exception, bug)
         app.add_exception_handler(errors.ServiceError, service_error)
         app.add_exception_handler(HTTPException, http_error)
 
     def of(self, request: Request, error: errors.ServiceError) -> Response:
         """The answer to one of our own errors, counted; its code and reason are left in the request's state."""
-        path = request.url.path
+        path = request.scope["path"]
         status = self._dialect(path).status_for(error)
         request.state.code = error.code
         self._count_rejection(error)

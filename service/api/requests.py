@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access import Access
@@ -50,8 +49,8 @@ LATE = "late"
 
 
 class RequestContext:
-    """ASGI middleware: gives each request an id, asks for its key, and measures, counts, logs and traces it when it has
-    been answered.
+    """ASGI middleware around all of FastAPI: gives each request an id, asks for its key, and measures, counts, logs and
+    traces it when it has been answered.
 
     `direct` are functions by method and path that it calls itself: finding a route and entering it costs FastAPI as
     much as all the rest of a short request.
@@ -85,13 +84,15 @@ class RequestContext:
         token = request_id.set(own_id)
         lane_of_request.set("")
         state = scope.setdefault("state", {})
-        status, started = 0, 0.0
+        status, started, whole = 0, 0.0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
+            nonlocal status, started, whole
+            if message["type"] == "http.response.body":
+                whole = not message.get("more_body", False)
+            elif message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = own_id
+                message["headers"].append((b"x-request-id", own_id.encode()))
                 if self._traces:
                     started, state["answer_headers"] = time.perf_counter(), message["headers"]
             await send(message)
@@ -110,9 +111,10 @@ class RequestContext:
             # Where it was and what kind it is: its message may hold a piece of the input.
             state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"
             log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
-            if status:
+            if status and not whole:
                 raise RuntimeError("an answer broke off: see the line before") from None
-            await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
+            if not status:
+                await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
             self._metrics.inflight.dec()
             ended = time.perf_counter()
@@ -124,7 +126,7 @@ class RequestContext:
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
-        request.state.route = request.url.path
+        request.scope["state"]["route"] = request.scope["path"]
         try:
             response = await endpoint(request)
         except ServiceError as error:

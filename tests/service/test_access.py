@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from service.api_keys import ApiKeys, hash_keys, read_keys
-from service.child import Assignment
 from service.errors import StartupError
+from service.processes.child import Assignment
 from service.settings import Settings, load_settings
 from tests.service.fakes import fake_manifest
 from tests.service.test_api import Server

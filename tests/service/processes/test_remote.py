@@ -13,10 +13,10 @@ import pytest
 
 from service.app import create_app
 from service.backend import LocalBackend
-from service.engine import Desk, tell_all
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
-from service.remote import RemoteBackend
+from service.processes.engine import Desk, tell_all
+from service.processes.remote import RemoteBackend
 from service.rows import EmbedRow
 from service.settings import Limits, Settings
 from tests.service.fakes import (
@@ -46,7 +46,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 class Engine:
-    """What `service.engine` runs, but for the process."""
+    """What `service.processes.engine` runs, but for the process."""
 
     def __init__(self, front_ends: Iterable[socket.socket], worker: FakeWorker, max_queued_tokens: int) -> None:
         self.worker = worker
