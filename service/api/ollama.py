@@ -22,13 +22,11 @@ from service.api.common import (
     instructions_of,
     with_instruction,
 )
-from service.api.error_responses import Dialect
+from service.api.error_responses import Dialect, described
 from service.api.requests import parse, read_document, require_ready, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.settings import Settings
-
-router = APIRouter(tags=["Ollama"])
 
 # The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
 _API_VERSION = "0.33.0"
@@ -166,9 +164,8 @@ def _error_body(message: str, status: int, code: str, param: str | None = None) 
 
 
 _DIALECT = Dialect(_error_body)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**about, "model": OllamaErrorAnswer} for status, about in openai.ERRORS.items()
-}
+_ERRORS = described(OllamaErrorAnswer)
+router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
 
 def _documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[str, Any]) -> dict[str, Any]:

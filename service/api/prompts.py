@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.common import instructions_of
-from service.api.openai import EmbeddingsBody, documented, to_embed_request
+from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
 from service.api.requests import parse, read_document, require_ready, while_connected
 from service.embedder import Embedder
 from service.instructions import ROLES
 
-router = APIRouter(tags=["prompts"])
+router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 
 
 class PromptsAnswer(BaseModel):
