@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -194,6 +194,7 @@ class Embedder:
     metrics: Metrics
     running: int = field(default=0, init=False)  # requests not answered yet
     _tokenizing: dict[Lane, int] = field(init=False)  # tokens, as guessed
+    _waiting: int = field(default=0, init=False)  # tokens of requests that wait for room
     _tokens_per_character: float = field(default=0.25, init=False)
     _threads: ThreadPoolExecutor = field(init=False)
 
@@ -307,7 +308,8 @@ class Embedder:
     async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
         """What to tokenize the request in, once there seems to be room for it: nothing is spent on what is refused.
 
-        Its tokens are guessed from its characters, and it counts as queued while it is tokenized.
+        Its tokens are guessed from its characters, and it counts as queued while it is tokenized. As many tokens as may
+        be queued may wait for room; a request beyond that does not wait.
 
         Raises:
             Overloaded: if there is no room.
@@ -315,15 +317,44 @@ class Embedder:
         """
         tokens = max(round(request.characters * self._tokens_per_character), len(request.inputs))
         lane = request.lane or self._lane(len(request.inputs), tokens)
+
+        async def admit(_: float | None = None) -> AbstractContextManager[None]:
+            self.batcher.admit(tokens + self._tokenizing[lane], lane)
+            return self._counted(tokens, lane)
+
+        try:
+            return await admit()
+        except Overloaded:
+            if self._waiting and self._waiting + tokens > self.settings.max_queued_tokens:
+                raise
+        self._waiting += tokens
+        try:
+            return await self._once_there_is_room(admit, began, request.timeout_seconds, request.wait_seconds)
+        finally:
+            self._waiting -= tokens
+
+    async def _once_there_is_room(
+        self,
+        attempt: Callable[[float | None], Awaitable[T]],
+        began: float,
+        timeout_seconds: float | None,
+        wait_seconds: float,
+    ) -> T:
+        """What the attempt gives, told how much time is left, and made again while it finds no room.
+
+        Raises:
+            Overloaded: if there is none in time.
+            DeadlineExceeded: if its time ran out first.
+        """
         while True:
             now = time.perf_counter()
-            if request.timeout_seconds is not None and now >= began + request.timeout_seconds:
+            left = None if timeout_seconds is None else began + timeout_seconds - now
+            if left is not None and left <= 0:
                 raise DeadlineExceeded
             try:
-                self.batcher.admit(tokens + self._tokenizing[lane], lane)
-                return self._counted(tokens, lane)
+                return await attempt(left)
             except Overloaded:
-                if now >= began + request.wait_seconds:
+                if now >= began + wait_seconds:
                     raise
             await asyncio.sleep(_ROOM_AGAIN_SECONDS)
 
@@ -558,17 +589,9 @@ class Embedder:
         self._check_tokens(tokens)
         lane = lane or self._lane(len(rows), tokens)
         lane_of_request.set(lane)
-        while True:
-            now = time.perf_counter()
-            left = None if timeout_seconds is None else began + timeout_seconds - now
-            if left is not None and left <= 0:
-                raise DeadlineExceeded
-            try:
-                return await self.batcher.submit(rows, lane, left)
-            except Overloaded:
-                if now > began + wait_seconds:
-                    raise
-            await asyncio.sleep(_ROOM_AGAIN_SECONDS)
+        return await self._once_there_is_room(
+            lambda left: self.batcher.submit(rows, lane, left), began, timeout_seconds, wait_seconds
+        )
 
     def _lane(self, inputs: int, tokens: int) -> Lane:
         small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2

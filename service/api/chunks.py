@@ -12,12 +12,12 @@ from pydantic import BaseModel, Field
 
 from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors
 from service.api.common import Text, alias_of, answer_headers, choose_instruction, ignored_fields
-from service.api.openai import EmbedFields, documented, usage
+from service.api.openai import ERRORS, EmbedFields, documented, usage
 from service.api.requests import read, while_connected
 from service.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
 from service.errors import InvalidRequest
 
-router = APIRouter(tags=["late chunking"])
+router = APIRouter(tags=["late chunking"], responses={401: ERRORS[401]})
 
 _Place = Annotated[int, Field(strict=True, ge=0, le=1 << 31)]
 

@@ -23,14 +23,12 @@ from service.api.common import (
     truncation,
     with_instruction,
 )
-from service.api.error_responses import Dialect
+from service.api.error_responses import Dialect, described
 from service.api.requests import read, while_connected
 from service.embedder import Embedder, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.logs import request_id
 from service.rows import Vector
-
-router = APIRouter(tags=["Cohere"])
 
 Version = Literal["1", "2"]
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -186,9 +184,8 @@ def _error_body(message: str, status: int, code: str, param: str | None = None) 
 
 
 _DIALECT = Dialect(_error_body)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**about, "model": CohereErrorAnswer} for status, about in openai.ERRORS.items()
-}
+_ERRORS = described(CohereErrorAnswer)
+router = APIRouter(tags=["Cohere"], responses={401: _ERRORS[401]})
 
 
 _documented = partial(openai.documented, CohereEmbedBody, errors=_ERRORS)

@@ -154,7 +154,7 @@ def as_items(value: Any) -> list[Any]:
 
 def are_ids(value: Any) -> bool:
     """Whether this is one text's token ids: a list of whole numbers, and at least one."""
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 @lru_cache(maxsize=1024)

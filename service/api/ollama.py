@@ -24,13 +24,11 @@ from service.api.common import (
     model_names,
     with_instruction,
 )
-from service.api.error_responses import Dialect
+from service.api.error_responses import Dialect, described
 from service.api.requests import parse, read, read_document, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.settings import Settings
-
-router = APIRouter(tags=["Ollama"])
 
 # The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
 _API_VERSION = "0.33.0"
@@ -168,9 +166,8 @@ def _error_body(message: str, status: int, code: str, param: str | None = None) 
 
 
 _DIALECT = Dialect(_error_body)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**about, "model": OllamaErrorAnswer} for status, about in openai.ERRORS.items()
-}
+_ERRORS = described(OllamaErrorAnswer)
+router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
 
 _documented = partial(openai.documented, errors=_ERRORS)

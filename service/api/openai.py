@@ -24,13 +24,12 @@ from service.api.common import (
     split_text,
     truncation,
 )
+from service.api.error_responses import described
 from service.api.requests import read, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, Overflow, TokenIds
 from service.errors import InvalidRequest
 from service.instructions import ROLES, Chosen
 from service.scheduling import Lane
-
-router = APIRouter(tags=["OpenAI"])
 
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; or token ids, one text's or a list of such; or pairs "
@@ -149,18 +148,8 @@ class ErrorAnswer(BaseModel):
     error: _Error
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": about}
-    for status, about in {
-        400: "the request can't be served as it is; `code` and `param` say why",
-        404: "there is no such model",
-        413: "the body is too large",
-        429: "overloaded: come again after `Retry-After` seconds",
-        500: "the model gave no finite vector",
-        503: "loading, draining, or out of memory",
-        504: "the deadline passed in the queue",
-    }.items()
-}
+ERRORS = described(ErrorAnswer)
+router = APIRouter(tags=["OpenAI"], responses={401: ERRORS[401]})
 
 
 def documented(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service.api.answers import json_answer
+from service.api.openai import ERRORS
 from service.errors import Unavailable
 from service.metrics import with_tei_names
 
@@ -23,8 +24,8 @@ async def livez() -> Response:
     return json_answer({"status": "alive"})
 
 
-@router.get("/readyz")
-@router.get("/health")
+@router.get("/readyz", responses={503: ERRORS[503]})
+@router.get("/health", responses={503: ERRORS[503]})
 @router.get("/ping", include_in_schema=False)
 async def readyz(request: Request) -> Response:
     """The server takes requests. Where the last batch failed, one token is encoded to find out."""
@@ -38,7 +39,7 @@ async def readyz(request: Request) -> Response:
     return json_answer({"status": "ready"})
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     state = request.app.state
@@ -48,7 +49,7 @@ async def metrics(request: Request) -> Response:
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/version")
+@router.get("/version", responses={401: ERRORS[401]})
 async def version(request: Request) -> Response:
     """The server's version and what it serves."""
     state = request.app.state

@@ -8,16 +8,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from service.api.answers import json_answer
-from service.api.common import (
-    alias_of,
-    instructions_of,
-)
-from service.api.openai import EmbeddingsBody, documented, to_embed_request
+from service.api.common import alias_of, instructions_of
+from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
 from service.api.requests import read, while_connected
 from service.embedder import Embedder
 from service.instructions import ROLES
 
-router = APIRouter(tags=["prompts"])
+router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 
 
 class PromptsAnswer(BaseModel):

@@ -30,14 +30,12 @@ from service.api.common import (
     instructions_of,
     with_instruction,
 )
-from service.api.error_responses import Dialect
+from service.api.error_responses import MEANINGS, Dialect, described
 from service.api.requests import parse, read, read_document, require_ready, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, LocatedTokens
 from service.errors import EncodingError, InvalidRequest, OutOfMemory
 from service.instructions import NONE, Chosen
 from service.rows import Vector
-
-router = APIRouter(tags=["text-embeddings-inference"])
 
 _UNSUPPORTED = "unsupported_by_model"
 
@@ -236,18 +234,18 @@ _PATHS = (
 )
 DIALECTS = dict.fromkeys(_PATHS, TEI)
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": TEIErrorAnswer, "description": about}
-    for status, about in {
+_ERRORS = described(
+    TEIErrorAnswer,
+    {
+        **{status: about for status, about in MEANINGS.items() if status not in (404, 500)},
         400: "there is nothing to work on",
-        413: "the body is too large",
         422: "the request can't be served as it is",
         424: "the model gave no finite vector or ran out of memory, or it is not one that can do this",
         429: "overloaded, and still so after a wait: come again after `Retry-After` seconds",
         503: "loading or draining",
-        504: "the deadline passed in the queue",
-    }.items()
-}
+    },
+)
+router = APIRouter(tags=["text-embeddings-inference"], responses={401: _ERRORS[401]})
 
 
 _documented = partial(openai.documented, errors=_ERRORS)

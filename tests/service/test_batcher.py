@@ -97,6 +97,21 @@ async def test_a_bad_input_fails_alone(bad: str, kind: type[Exception]) -> None:
             assert (outcome[0].vector == fake_vector(rows_of(text)[0])).all()
 
 
+async def test_only_what_failed_alone_is_to_blame_whoever_of_its_batch_hung_up_meanwhile() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        stays = asyncio.create_task(batcher.submit(rows_of(OUT_OF_MEMORY_IN_COMPANY)))
+        gone = asyncio.create_task(batcher.submit(rows_of("gone")))
+        await until(lambda: worker.batches == [[OUT_OF_MEMORY_IN_COMPANY, "gone"]])
+        gone.cancel()
+        await asyncio.wait({gone})
+        worker.gate.set()
+        (computed,) = await stays
+    assert (computed.vector == fake_vector(rows_of(OUT_OF_MEMORY_IN_COMPANY)[0])).all()
+    assert worker.batches[1:] == [[OUT_OF_MEMORY_IN_COMPANY]]
+
+
 async def test_the_error_says_which_of_the_inputs_it_was() -> None:
     async with running(FakeWorker()) as batcher:
         with pytest.raises(EncodingError) as caught:
