@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -41,7 +42,8 @@ from service.settings import Limits, Settings
 FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
 INPUTS = 16
 
-_TEXTS = 8192
+# So many that none waits twice at once, which would be computed once.
+_TEXTS = 65536
 _TOKENS_PER_SECOND = 10_000.0
 _BATCH_TOKENS = 1024
 # About two seconds' work: what is admitted is answered in that time.
@@ -64,9 +66,9 @@ def main() -> None:
     if len(cores) < 2:
         parser.error("the server and its clients need a core each")
     texts = distinct_texts(_TEXTS)
-    requests = request_bytes(Case(manifest.width, "base64", INPUTS), texts, manifest.name)
+    requests = itertools.cycle(request_bytes(Case(manifest.width, "base64", INPUTS), texts, manifest.name))
     tokens = sum(map(len, TextTokenizer.load(folder, manifest).encode_batch(texts, [""] * _TEXTS)))
-    capacity = _TOKENS_PER_SECOND / (tokens / len(requests))
+    capacity = _TOKENS_PER_SECOND / (tokens / _TEXTS * INPUTS)
     print(f"capacity: {capacity:.1f} requests of {INPUTS} texts a second", flush=True)
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
@@ -151,7 +153,7 @@ class Pooled(asyncio.BufferedProtocol):
         self._free.append(self)
 
 
-async def offer(port: int, requests: Sequence[bytes], rate: float, seconds: float) -> dict[str, Any]:
+async def offer(port: int, requests: Iterator[bytes], rate: float, seconds: float) -> dict[str, Any]:
     """Offer so many requests a second; what was answered in the time after the warm-up."""
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
@@ -171,7 +173,7 @@ async def offer(port: int, requests: Sequence[bytes], rate: float, seconds: floa
         if due >= since:
             offered += 1
         if free:
-            free.pop().ask(requests[chance.randrange(len(requests))])
+            free.pop().ask(next(requests))
         elif due >= since:
             seen.unsent += 1
         due += chance.expovariate(rate)
