@@ -13,13 +13,13 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
 from service.errors import StartupError
 from service.processes.wire import Splitter, Submit, Vectors, decode, encode
 from service.settings import Settings, load_settings
-from tests.service.fakes import Server
+from tests.service.fakes import CHARACTERS, Server
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 fuzzed = settings(
@@ -98,6 +98,7 @@ def json_of(value: Any) -> bytes:
 
 @fuzzed
 @given(body=FIELDS)
+@example(body={"input": [CHARACTERS]})
 def test_embeddings(server: Server, body: Any) -> None:
     answers_clearly(server, "/v1/embeddings", json_of(body))
 

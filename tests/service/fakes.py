@@ -28,6 +28,9 @@ from service.tracing import Traces
 
 WIDTH = 8
 
+# The fake tokenizer's ids: a character each.
+CHARACTERS = 0x110000
+
 # A device that is done at once.
 COST = CostModel(floor=1e-6, base=1e-6, per_token=1e-9)
 
@@ -48,7 +51,7 @@ def fake_manifest(max_positions: int = 512) -> Manifest:
         model_type="llama",
         width=WIDTH,
         max_positions=max_positions,
-        vocabulary=1 << 21,
+        vocabulary=CHARACTERS,
         parameters=1,
         dtype="float32",
         base=SourceRecord(reference="fake"),
@@ -79,7 +82,7 @@ class FakeTokenizer:
         for text, instruction in zip(texts, instructions, strict=True):
             before = f"{instruction.strip()} " if instruction.strip() else ""
             own = list(map(ord, text)) if isinstance(text, str) else list(text)
-            if any(not 0 <= token_id < 1 << 21 for token_id in own):
+            if any(not 0 <= token_id < CHARACTERS for token_id in own):
                 raise TokenizationError("there is no such token", len(rows))
             head = 1 + len(before)
             rows.append(TokenizedText([1, *map(ord, before), *own], head, head=head))

@@ -26,6 +26,7 @@ from service.errors import (
 from service.rows import EmbedRow
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
+    CHARACTERS,
     NO_TOKENS,
     NOT_FINITE,
     OUT_OF_MEMORY,
@@ -385,7 +386,7 @@ class CheckingTokenizer(FakeTokenizer):
     @staticmethod
     def _check(token_ids: Sequence[int], index: int) -> None:
         for token_id in token_ids:
-            if not 0 <= token_id < 1 << 21:
+            if not 0 <= token_id < CHARACTERS:
                 raise TokenizationError(f"there is no token {token_id}", index)
 
 
