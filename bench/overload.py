@@ -94,9 +94,9 @@ def main() -> None:
         "goodput at the highest load / best": round(rows[-1]["goodput"] / best, 3),
     }
     os.sched_setaffinity(0, cores)
-    if options.save:
-        draw(rows, capacity)
     finish("overload", result, options.save)
+    if options.save:
+        draw(rows, result["capacity"])
 
 
 def line(row: dict[str, Any]) -> str:

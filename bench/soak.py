@@ -157,7 +157,7 @@ def open_model(name: str, folder: Path) -> Model:
         build_tiny(folder / "tiny", "gemma3_text")
         return Model(folder / "tiny", 20_000.0, 40_000, queries=400, bulk_requests=60)
     stored, _ = prepare_store(Settings(model=name), lambda done, total: None)
-    return Model(stored, float("inf"), 4_000, queries=200, bulk_requests=20)
+    return Model(stored, float("inf"), 4_000, queries=80, bulk_requests=12)
 
 
 def start(model: Model, frontends: int, settings: dict[str, str] | None = None) -> ServerProcess:
