@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -137,14 +136,6 @@ def test_a_wrong_setting_refuses_to_start(encoder: Path) -> None:
     assert "raise LLM2VEC_TOKEN_BUDGET" in fails_to_start(encoder, {"LLM2VEC_TOKEN_BUDGET": "100"})
     assert "LLM2VEC_DEVICE=cpu" in fails_to_start(encoder, {"LLM2VEC_DEVICE": "cuda:77"})
     assert "there is no recipe 'nonesuch'" in fails_to_start("nonesuch")
-
-
-def test_a_damaged_store_refuses_to_start(encoder: Path, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(encoder, tmp_path / "damaged"))
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert "model.safetensors" in fails_to_start(damaged)
-    assert "not a stored encoder" in fails_to_start(tmp_path)
 
 
 def test_a_taken_port_refuses_to_start(encoder: Path) -> None:
