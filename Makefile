@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload fuzz bench-simulate bench-gpu peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -49,9 +49,14 @@ bench-mixed: install
 bench-overload: install
 	$(BIN)/python -m bench.overload $(SAVE)
 
-# Many more cases than `make test` tries: about 100,000.
+# Ten minutes; see bench/soak.py.
+soak: install
+	$(BIN)/python -m bench.soak $(SAVE)
+
+# Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
 	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
+	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/clients/test_openapi.py
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
