@@ -9,6 +9,7 @@ from itertools import islice
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from service.errors import ServiceError
 
@@ -22,7 +23,7 @@ def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArra
         ServiceError: if the server can't be reached or refuses.
     """
     vectors: list[NDArray[np.float32]] = []
-    remaining = iter(texts)
+    remaining = iter(tqdm(texts, unit="text", disable=None, leave=False))
     with httpx.Client(base_url=url, timeout=600.0) as client:
         while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
             body = {"input": batch, "encoding_format": "base64", "instruction": instruction or None}

@@ -1,0 +1,106 @@
+"""Vectors for evaluation from an encoder in this process: of texts under several poolings, and of words.
+
+Texts are cut as the official library cuts them, so that scores can be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model_store.encoder import LEAST_TOKENS, Encoder
+from model_store.packing import PackedBatch
+from model_store.pooling import pool
+from model_store.pooling_modes import PoolingMode
+from model_store.tokenizer import TextTokenizer, TokenizedText
+
+# D width
+
+# Transformers' causal attention makes a mask of the square of this.
+_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class LocalEncoder:
+    """An encoder and its tokenizer; `poolings` are those that texts are evaluated under."""
+
+    encoder: Encoder
+    tokenizer: TextTokenizer
+    poolings: tuple[PoolingMode, ...]
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        poolings: Sequence[PoolingMode] = (),
+        device: str = "auto",
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        causal: bool = False,
+    ) -> LocalEncoder:
+        """Load a stored encoder; without `poolings` it has its own. `causal` gives it the base's attention back.
+
+        Raises:
+            StoreError, DeviceError: as `Encoder.load`.
+        """
+        encoder = Encoder.load(folder, device, dtype)
+        if causal:
+            make_causal(encoder)
+        tokenizer = TextTokenizer.load(folder, encoder.manifest, reference=True)
+        return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,))
+
+    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
+        """(n, D) normalised vectors for each of the poolings, in the texts' order, from one forward pass.
+
+        Raises:
+            TokenizationError: for a text without tokens.
+        """
+        rows = self.tokenizer.encode_batch(texts, [instruction] * len(texts))
+        rows = [row.shortened(self.encoder.manifest.max_positions) for row in rows]
+        width = self.encoder.manifest.width
+        vectors: dict[str, NDArray[np.float32]] = {
+            pooling: np.empty((len(rows), width), dtype=np.float32) for pooling in self.poolings
+        }
+        for places, some in _batches(rows):
+            packed = {pooling: self._pack(some, pooling) for pooling in self.poolings}
+            hidden = self.encoder.hidden(next(iter(packed.values())))
+            for pooling, batch in packed.items():
+                pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(some)], dim=-1)
+                vectors[pooling][places] = pooled.cpu().numpy()
+        return vectors
+
+    def _pack(self, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
+        return PackedBatch.pack(rows, pooling).filled_up_to(LEAST_TOKENS).to(self.encoder.device)
+
+
+def make_causal(encoder: Encoder) -> None:
+    """Have the model attend as its base does: each token to those before it, through transformers' own attention.
+
+    transformers itself sees from `position_ids` where texts begin, and its mask keeps them apart.
+    """
+    softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
+    encoder.model.config.is_causal = True
+    encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
+
+
+def _batches(rows: Sequence[TokenizedText]) -> Iterator[tuple[list[int], list[TokenizedText]]]:
+    """(places, rows) of batches, the longest texts first: if memory fails, it does at once."""
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    with tqdm(total=len(rows), unit="text", disable=None, leave=False) as progress:
+        places: list[int] = []
+        tokens = 0
+        for place in order:
+            if places and tokens + len(rows[place]) > _BATCH_TOKENS:
+                yield places, [rows[there] for there in places]
+                progress.update(len(places))
+                places, tokens = [], 0
+            places.append(place)
+            tokens += len(rows[place])
+        if places:
+            yield places, [rows[there] for there in places]
