@@ -88,35 +88,33 @@ def _parser() -> argparse.ArgumentParser:
 def _add_eval(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
-        help="measure vectors: similarity",
+        help="measure vectors: similarity, retrieval, probes, MTEB",
         allow_abbrev=False,
-        description="Scores of a server, an encoder, or each stage of making one, as tables; × 100.",
+        description="Scores of a server, an encoder, or each stage of making one. Data files may be .gz.",
     )
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
     what.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
     what.add_argument(
-        "--stages",
-        metavar="RECIPE",
-        help="the recipe's base causal, then bidirectional, then with each of its adapters merged",
+        "--stages", metavar="RECIPE", help="a recipe's base causal, then bidirectional, then with one more adapter each"
     )
-    evaluate.add_argument(
-        "--adapter", metavar="REF", action="append", help="with --stages: these in their order, not the recipe's"
-    )
-    evaluate.add_argument(
-        "--sts",
-        metavar="FILE",
-        type=Path,
-        action="append",
-        default=[],
-        help="similarity: TSV or JSON lines (.gz) with score, sentence1 and sentence2",
-    )
-    evaluate.add_argument("--instruction", default="", help="put before every sentence")
-    evaluate.add_argument("--pooling", choices=_EVALUATED_POOLINGS, action="append", help="several can be compared")
+    several = partial(evaluate.add_argument, action="append", default=[])
+    several("--adapter", metavar="REF", help="with --stages: these in their order, not the recipe's")
+    several("--sts", metavar="FILE", type=Path, help="TSV or JSON lines with score, sentence1 and sentence2")
+    probe = partial(several, nargs=2, type=Path, metavar=("TRAIN", "TEST"))
+    probe("--words", help="word-level probes: CoNLL columns (CoNLL-2000, CoNLL-2003, CoNLL-U, or word and tag)")
+    probe("--classification", help="a probe of text vectors: TSV or JSON lines with text and label")
+    several("--retrieval", metavar="DIR", type=Path, help="corpus.jsonl, queries.jsonl and qrels/test.tsv, as in BEIR")
+    several("--mteb", metavar="TASK", help="a task of MTEB by its name; needs the extra eval")
+    evaluate.add_argument("--instruction", default="", help="put before sentences of --sts and --classification")
+    evaluate.add_argument("--query-instruction", default="", help="put before queries of --retrieval")
+    evaluate.add_argument("--mteb-instructions", metavar="FILE.json", type=Path, help="{task: instruction} for --mteb")
+    evaluate.add_argument("--probe-limit", type=int, metavar="N", help="fit probes to the first N of TRAIN")
+    several("--pooling", choices=_EVALUATED_POOLINGS, help="instead of the encoder's own; several are compared")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     evaluate.add_argument("--dtype", choices=("auto", *get_args(DType)), default="auto")
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores there")
-    evaluate.add_argument("--picture", metavar="FILE.png", type=Path, help="draw them there (.png, .svg, .pdf)")
+    evaluate.add_argument("--picture", metavar="FILE", type=Path, help="draw them there: .png, .svg or .pdf")
     evaluate.set_defaults(run=_evaluate)
 
 

@@ -17,7 +17,7 @@ _TEXTS_AT_ONCE = 64
 
 
 def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArray[np.float32]:
-    """(n, D) vectors of the texts, in order, asked for over `/v1/embeddings`.
+    """(n, D) vectors of the texts, in order, asked for over `/v1/embeddings`; texts that are too long are cut.
 
     Raises:
         ServiceError: if the server can't be reached or refuses.
@@ -26,7 +26,7 @@ def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArra
     remaining = iter(tqdm(texts, unit="text", disable=None, leave=False))
     with httpx.Client(base_url=url, timeout=600.0) as client:
         while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
-            body = {"input": batch, "encoding_format": "base64", "instruction": instruction or None}
+            body = {"input": batch, "encoding_format": "base64", "instruction": instruction or None, "truncate": True}
             try:
                 answer = client.post("/v1/embeddings", json=body)
             except httpx.HTTPError as error:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal, Protocol
 
 from model_store.evaluation.report import Score, draw, table, write_json
-from model_store.evaluation.sts import evaluate_sts, read_pairs
+from model_store.evaluation.retrieval import Retrieval
+from model_store.evaluation.sts import Sts
+from model_store.evaluation.text_vectors import EmbedTexts, ServerVectors
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import RecipeError, load_recipe
+from model_store.recipe import load_recipe
 
 # Poolings that a base which was never trained as an encoder is compared under: those of the paper.
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
@@ -35,51 +34,40 @@ class Asked:
     url: str | None = None
     model: str | None = None
     stages: str | None = None
-    adapter: Sequence[str] | None = None
+    adapter: Sequence[str] = ()
     sts: Sequence[Path] = ()
+    words: Sequence[tuple[Path, Path]] = ()
+    classification: Sequence[tuple[Path, Path]] = ()
+    retrieval: Sequence[Path] = ()
+    mteb: Sequence[str] = ()
     instruction: str = ""
-    pooling: Sequence[PoolingMode] | None = None
+    query_instruction: str = ""
+    mteb_instructions: Path | None = None
+    probe_limit: int | None = None
+    pooling: Sequence[PoolingMode] = ()
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     json: Path | None = None
     picture: Path | None = None
 
 
-class TextVectors(Protocol):
-    """What is evaluated: (n, D) normalised vectors of texts under each of its settings."""
-
-    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]: ...
-
-
 class Task(Protocol):
-    """One file or folder of data, read and checked before any model is loaded."""
+    """Data that is read and checked before any model is loaded."""
 
-    def evaluate(self, model: str, vectors: TextVectors) -> list[Score]: ...
-
-
-@dataclass(frozen=True)
-class ServerVectors:
-    """A running server, by the function that embeds texts with it."""
-
-    embed_texts: Callable[[Sequence[str], str], NDArray[np.float32]]
-
-    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
-        return {"as served": self.embed_texts(texts, instruction)}
+    def evaluate(self, model: str, vectors: Any) -> list[Score]: ...
 
 
-def evaluate(asked: Asked, embed_texts: Callable[[Sequence[str], str], NDArray[np.float32]], models_dir: Path) -> None:
+def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> None:
     """Evaluate and print; scores go to stderr one by one as they are found, the tables to stdout at the end.
 
+    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept.
+
     Raises:
-        EvaluationError, DatasetError: before anything is computed.
+        EvaluationError, DatasetError: before anything is computed, but for data that mteb can't fetch.
         ValueError: what building, loading and embedding raise.
     """
+    _refuse_contradictions(asked)
     tasks = _tasks(asked)
-    if not tasks:
-        raise EvaluationError("there is nothing to evaluate on: give --sts FILE")
-    for path in (asked.json, asked.picture):
-        if path and not path.parent.is_dir():
-            raise EvaluationError(f"{path.parent} is no folder: {path.name} can't be written there")
     scores: list[Score] = []
     for name, load in _models(asked, embed_texts, models_dir):
         vectors = load()
@@ -95,17 +83,48 @@ def evaluate(asked: Asked, embed_texts: Callable[[Sequence[str], str], NDArray[n
         draw(asked.picture, scores)
 
 
+def _refuse_contradictions(asked: Asked) -> None:
+    if not any((asked.sts, asked.words, asked.classification, asked.retrieval, asked.mteb)):
+        raise EvaluationError("nothing to evaluate on: give --sts, --words, --classification, --retrieval or --mteb")
+    if asked.url and (asked.pooling or asked.words):
+        raise EvaluationError(
+            f"{'--pooling' if asked.pooling else '--words'} needs the encoder itself, and a server gives text vectors "
+            "under its own pooling: use --model DIR"
+        )
+    if asked.adapter and not asked.stages:
+        raise EvaluationError("--adapter goes with --stages: for one encoder, build it first, then use --model DIR")
+    for path in (asked.json, asked.picture):
+        if path and not path.parent.is_dir():
+            raise EvaluationError(f"{path.parent} is no folder: {path.name} can't be written there")
+
+
 def _tasks(asked: Asked) -> list[Task]:
-    return [Sts(path, asked.instruction) for path in asked.sts]
+    tasks: list[Task] = [Sts(path, asked.instruction) for path in asked.sts]
+    tasks += [Retrieval(folder, asked.query_instruction) for folder in asked.retrieval]
+    # Probes need torch, and MTEB its package: a server is evaluated on the others without.
+    if asked.words:
+        from model_store.evaluation.words import Words
+
+        tasks += [Words(train, test, asked.probe_limit) for train, test in asked.words]
+    if asked.classification:
+        from model_store.evaluation.classification import Classification
+
+        tasks += [
+            Classification(train, test, asked.instruction, asked.probe_limit) for train, test in asked.classification
+        ]
+    if asked.mteb:
+        try:
+            from model_store.evaluation.mteb_tasks import mteb_tasks
+        except ImportError as error:
+            raise EvaluationError(f"--mteb needs mteb ({error}): pip install 'llm2vec-service[eval]'") from error
+
+        tasks += mteb_tasks(asked.mteb, asked.mteb_instructions)
+    return tasks
 
 
-def _models(
-    asked: Asked, embed_texts: Callable[[Sequence[str], str], NDArray[np.float32]], models_dir: Path
-) -> Iterator[tuple[str, Callable[[], TextVectors]]]:
-    """(name, how to load it) of what is evaluated, one after the other."""
+def _models(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, how to load its vectors) of what is evaluated, one after the other."""
     if asked.url:
-        if asked.pooling or asked.adapter:
-            raise EvaluationError("--url evaluates what the server serves: leave out --pooling and --adapter")
         yield asked.url, partial(ServerVectors, embed_texts)
         return
 
@@ -123,27 +142,10 @@ def _models(
             recipe = recipe.model_copy(update={"adapters": tuple(asked.adapter)})
         yield from each_stage(recipe, load)
         return
-    assert asked.model, "the parser asks for one of the three"
-    if asked.adapter:
-        raise RecipeError("--adapter goes with --stages: for an encoder with other adapters, build it first")
-    if Path(asked.model).is_dir():
-        yield Path(asked.model).resolve().name, partial(load, Path(asked.model))
-        return
-    recipe = load_recipe(asked.model)
-    folder = models_dir / recipe.name
-    ensure_built(recipe, folder)
-    yield recipe.name, partial(load, folder)
-
-
-class Sts:
-    """Spearman's correlation on the pairs of a file."""
-
-    def __init__(self, path: Path, instruction: str) -> None:
-        self._name, self._instruction, self._pairs = f"STS, {path.name}", instruction, read_pairs(path)
-
-    def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
-        texts = [text for pair in self._pairs for text in (pair.first, pair.second)]
-        return [
-            Score(model, self._name, "Spearman", setting, evaluate_sts(self._pairs, found))
-            for setting, found in vectors.embed(texts, self._instruction).items()
-        ]
+    assert asked.model, "the parser wants one of the three"
+    folder = Path(asked.model)
+    if not folder.is_dir():
+        recipe = load_recipe(asked.model)
+        folder = models_dir / recipe.name
+        ensure_built(recipe, folder)
+    yield folder.resolve().name, partial(load, folder)

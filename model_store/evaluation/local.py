@@ -6,7 +6,8 @@ Texts are cut as the official library cuts them, so that scores can be compared 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +75,47 @@ class LocalEncoder:
                 pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(some)], dim=-1)
                 vectors[pooling][places] = pooled.cpu().numpy()
         return vectors
+
+    def embed_words(self, sentences: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float32]]:
+        """(words, D) vectors of every sentence's words end to end: the mean of a word's tokens, and of those before.
+
+        `same_token` and `next_token`: see `words`. Where nothing stands before a word's first token it is left out, or
+        stands for itself if it is the only one. A sentence is read as its words with a space between them.
+
+        Raises:
+            ValueError: for a sentence that the model is too short for, or a word that the tokenizer drops.
+        """
+        rows = [self._with_word_spans(words) for words in sentences]
+        ends = np.cumsum([len(words) for words in sentences])
+        shape = (int(ends[-1]), self.encoder.manifest.width)
+        same, following = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+        for places, some in _batches(rows):
+            batch = self._pack(some, "mean")
+            pooled = iter(pool(self.encoder.hidden(batch), batch).cpu().numpy())
+            for place in places:
+                count = len(sentences[place])
+                there = slice(ends[place] - count, ends[place])
+                same[there] = list(islice(pooled, count))
+                following[there] = list(islice(pooled, count))
+        return {"same_token": same, "next_token": following}
+
+    def _with_word_spans(self, words: Sequence[str]) -> TokenizedText:
+        """The row of a sentence; its spans are each word's tokens, and then each word's tokens one position before."""
+        text = " ".join(words)
+        row, characters = self.tokenizer.locate(text, "")
+        if len(row) > (most := self.encoder.manifest.max_positions):
+            raise ValueError(f"a sentence has {len(row)} tokens and the model reads {most}: leave out {text[:80]!r}")
+        spans = []
+        begin = 0
+        for word in words:
+            end = begin + len(word)
+            own = [place for place, (start, stop) in enumerate(characters) if start < end and begin < stop]
+            if not own:
+                raise ValueError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
+            spans.append((own[0], own[-1] + 1))
+            begin = end + 1
+        before = [(max(start - 1, 0), max(end - 1, 1)) for start, end in spans]
+        return replace(row, spans=(*spans, *before))
 
     def _pack(self, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
         return PackedBatch.pack(rows, pooling).filled_up_to(LEAST_TOKENS).to(self.encoder.device)

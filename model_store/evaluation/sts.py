@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from model_store.evaluation.files import DatasetError, number_field, read_table, text_field
+from model_store.evaluation.report import Score
+from model_store.evaluation.text_vectors import TextVectors
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,21 @@ def read_pairs(path: Path) -> list[ScoredPair]:
     if len({pair.score for pair in pairs}) < 2:
         raise DatasetError(f"{path} holds {len(pairs)} pairs: a correlation needs at least two, of different scores")
     return pairs
+
+
+class Sts:
+    """Spearman's correlation on the pairs of a file; `instruction` is put before every sentence."""
+
+    def __init__(self, path: Path, instruction: str = "") -> None:
+        self._name, self._instruction, self._pairs = f"STS, {path.name}", instruction, read_pairs(path)
+
+    def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
+        """One score for each setting."""
+        texts = [text for pair in self._pairs for text in (pair.first, pair.second)]
+        return [
+            Score(model, self._name, "Spearman", setting, evaluate_sts(self._pairs, found))
+            for setting, found in vectors.embed(texts, self._instruction).items()
+        ]
 
 
 def evaluate_sts(pairs: Sequence[ScoredPair], vectors: NDArray[np.float32]) -> float:
