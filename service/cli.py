@@ -109,7 +109,9 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--instruction", default="", help="put before sentences of --sts and --classification")
     evaluate.add_argument("--query-instruction", default="", help="put before queries of --retrieval")
     evaluate.add_argument("--mteb-instructions", metavar="FILE.json", type=Path, help="{task: instruction} for --mteb")
-    evaluate.add_argument("--probe-limit", type=int, metavar="N", help="fit probes to the first N of TRAIN")
+    evaluate.add_argument(
+        "--probe-limit", type=int, metavar="N", help="fit probes to N of TRAIN, drawn at random but the same each time"
+    )
     several("--pooling", choices=_EVALUATED_POOLINGS, help="instead of the encoder's own; several are compared")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     evaluate.add_argument("--dtype", choices=("auto", *get_args(DType)), default="auto")
@@ -222,7 +224,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
     embed = partial(embed_texts, options.url or "")
-    evaluate(asked, embed, load_settings({}).models_dir.expanduser())
+    evaluate(asked, embed, load_settings({}).models_dir.expanduser(), _ProgressBar("building"))
     return 0
 
 

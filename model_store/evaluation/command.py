@@ -23,6 +23,9 @@ from model_store.recipe import load_recipe
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
 
 
+Progress = Callable[[int, int], None]
+
+
 class EvaluationError(ValueError):
     """An evaluation that makes no sense as asked for."""
 
@@ -57,10 +60,11 @@ class Task(Protocol):
     def evaluate(self, model: str, vectors: Any) -> list[Score]: ...
 
 
-def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> None:
+def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress) -> None:
     """Evaluate and print; scores go to stderr one by one as they are found, the tables to stdout at the end.
 
-    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept.
+    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept; `progress` is told
+    the bytes written and to be written of each encoder that is built.
 
     Raises:
         EvaluationError, DatasetError: before anything is computed, but for data that mteb can't fetch.
@@ -69,18 +73,21 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> None:
     _refuse_contradictions(asked)
     tasks = _tasks(asked)
     scores: list[Score] = []
-    for name, load in _models(asked, embed_texts, models_dir):
-        vectors = load()
-        for task in tasks:
-            found = task.evaluate(name, vectors)
-            for score in found:
-                print(f"{name}: {score.task}, {score.metric}, {score.setting}: {score.value:.4f}", file=sys.stderr)
-            scores += found
+    for name, load in _models(asked, embed_texts, models_dir, progress):
+        scores += _scores(name, load(), tasks)
     print(table(scores))
     if asked.json:
         write_json(asked.json, scores, asdict(asked))
     if asked.picture:
         draw(asked.picture, scores)
+
+
+def _scores(name: str, vectors: Any, tasks: Sequence[Task]) -> Iterator[Score]:
+    """Each task's, of one model, which nothing holds any more when the next is loaded."""
+    for task in tasks:
+        for score in task.evaluate(name, vectors):
+            print(f"{name}: {score.task}, {score.metric}, {score.setting}: {score.value:.4f}", file=sys.stderr)
+            yield score
 
 
 def _refuse_contradictions(asked: Asked) -> None:
@@ -122,7 +129,9 @@ def _tasks(asked: Asked) -> list[Task]:
     return tasks
 
 
-def _models(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _models(
+    asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, how to load its vectors) of what is evaluated, one after the other."""
     if asked.url:
         yield asked.url, partial(ServerVectors, embed_texts)
@@ -140,12 +149,12 @@ def _models(asked: Asked, embed_texts: EmbedTexts, models_dir: Path) -> Iterator
         recipe = load_recipe(asked.stages)
         if asked.adapter:
             recipe = recipe.model_copy(update={"adapters": tuple(asked.adapter)})
-        yield from each_stage(recipe, load)
+        yield from each_stage(recipe, load, progress)
         return
     assert asked.model, "the parser wants one of the three"
     folder = Path(asked.model)
     if not folder.is_dir():
         recipe = load_recipe(asked.model)
         folder = models_dir / recipe.name
-        ensure_built(recipe, folder)
+        ensure_built(recipe, folder, progress)
     yield folder.resolve().name, partial(load, folder)

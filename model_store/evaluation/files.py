@@ -68,8 +68,8 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, dict(zip(header, cells, strict=False))
 
 
-def text_field(path: Path, number: int, row: Mapping[str, Any], name: str) -> str:
-    """A row's string.
+def text_field(path: Path, number: int, row: Mapping[str, Any], name: str, blank: bool = False) -> str:
+    """A row's string, of white space alone only if it may be `blank`.
 
     Raises:
         DatasetError: if it has none of that name.
@@ -77,6 +77,8 @@ def text_field(path: Path, number: int, row: Mapping[str, Any], name: str) -> st
     value = row.get(name)
     if not isinstance(value, str):
         raise DatasetError(f"{path}, line {number}: there is no text {name!r}, only {', '.join(row) or 'nothing'}")
+    if not value.strip() and not blank:
+        raise DatasetError(f"{path}, line {number}: {name} is empty, and an empty text has no vector")
     return value
 
 

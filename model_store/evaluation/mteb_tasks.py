@@ -39,7 +39,7 @@ class MtebEncoder:
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
     ) -> NDArray[np.float32]:
         """(n, D) vectors of the texts in mteb's batches, under the first setting there is."""
-        texts = [text for batch in inputs for text in batch["text"]]
+        texts = [text or " " for batch in inputs for text in batch["text"]]  # an empty text has no vector
         vectors = self._vectors.embed(texts, self._instruction(task_metadata, prompt_type))
         return next(iter(vectors.values()))
 

@@ -5,8 +5,10 @@ Deterministic: features are standardised, and L-BFGS minimises a convex loss fro
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from torch import Tensor
 # N examples, D width, C classes
 
 _MOST_STEPS = 200
+
+Example = TypeVar("Example")
 
 
 class ProbeError(ValueError):
@@ -72,6 +76,13 @@ class Probe:
         inputs = (torch.from_numpy(features) - self.mean) / self.scale
         best = F.linear(inputs, self.weight, self.bias).argmax(1).tolist()
         return [self.classes[number] for number in best]
+
+
+def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """As many of the examples in their order, drawn at random but the same each time; all of them without a limit."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    return [examples[place] for place in sorted(random.Random(0).sample(range(len(examples)), limit))]
 
 
 def accuracy(expected: Sequence[str], found: Sequence[str]) -> float:

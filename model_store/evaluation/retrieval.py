@@ -123,7 +123,7 @@ def _texts(path: Path) -> dict[str, str]:
         if name in texts:
             raise DatasetError(f"{path}, line {number}: {name!r} is there already")
         title = row.get("title") or ""
-        texts[name] = f"{title} {text_field(path, number, row, 'text')}".strip() or " "
+        texts[name] = f"{title} {text_field(path, number, row, 'text', blank=True)}".strip() or " "
     return texts
 
 

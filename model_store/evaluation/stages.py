@@ -17,7 +17,7 @@ from model_store.recipe import Recipe
 
 
 def each_stage(
-    recipe: Recipe, load: Callable[[Path, bool], LocalEncoder], progress: Progress = lambda done, total: None
+    recipe: Recipe, load: Callable[[Path, bool], LocalEncoder], progress: Progress
 ) -> Iterator[tuple[str, Callable[[], LocalEncoder]]]:
     """(name, how to load it) of every stage, to be loaded before the next is asked for.
 

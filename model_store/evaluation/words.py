@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.evaluation.files import DatasetError, read_lines
-from model_store.evaluation.probe import Probe, accuracy
+from model_store.evaluation.probe import Probe, accuracy, sample
 from model_store.evaluation.report import Score
 
 
@@ -87,11 +87,11 @@ def read_conll(path: Path) -> list[TaggedSentence]:
 
 
 class Words:
-    """Linear probes for every layer of tags that the test file has."""
+    """Linear probes for every layer of tags, fitted to `limit` sentences of one file and tried on another."""
 
     def __init__(self, train: Path, test: Path, limit: int | None = None) -> None:
         self._name = f"words, {test.name}"
-        self._train, self._test = read_conll(train)[:limit], read_conll(test)
+        self._train, self._test = sample(read_conll(train), limit), read_conll(test)
         if self._train[0].tags.keys() != self._test[0].tags.keys():
             raise DatasetError(
                 f"{train} has {', '.join(self._train[0].tags)}, but {test} has {', '.join(self._test[0].tags)}"

@@ -13,7 +13,7 @@ TRAIN = "text\tlabel\nthe good mill\tyes\na good river\tyes\nthe bad mill\tno\na
 
 def test_reads_labels_as_text_or_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "1"}\n')
-    assert read_labelled(tmp_path / "a.jsonl") == (["a", "b"], ["1", "1"])
+    assert read_labelled(tmp_path / "a.jsonl") == [("a", "1"), ("b", "1")]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ def test_fields_are_checked(tmp_path: Path) -> None:
     assert number_field(tmp_path, 1, row, "score") == 4.5
     with pytest.raises(DatasetError, match="line 7: there is no text 'list', only text, score, list"):
         text_field(tmp_path, 7, row, "list")
+    with pytest.raises(DatasetError, match="line 7: text is empty"):
+        text_field(tmp_path, 7, {"text": " "}, "text")
+    assert text_field(tmp_path, 7, {"text": ""}, "text", blank=True) == ""
     with pytest.raises(DatasetError, match="line 7: there is no 'rank', only"):
         number_field(tmp_path, 7, row, "rank")
     for name in ("text", "list"):

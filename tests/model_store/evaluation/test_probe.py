@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_store.evaluation.probe import Probe, ProbeError, accuracy, macro_f1
+from model_store.evaluation.probe import Probe, ProbeError, accuracy, macro_f1, sample
 
 
 def examples(seed: int) -> tuple[np.ndarray, list[str]]:
@@ -37,6 +37,14 @@ def test_it_learns_and_what_it_has_not_seen_is_an_error() -> None:
     assert accuracy(expected, Probe.fit(features, labels).predict(others)) > 0.8
     shuffled = np.random.default_rng(2).permutation(labels).tolist()
     assert accuracy(expected, Probe.fit(features, shuffled).predict(others)) < 0.4
+
+
+def test_a_sample_is_the_same_each_time_and_from_everywhere() -> None:
+    drawn = sample(range(1000), 50)
+    assert drawn == sample(range(1000), 50) == sorted(set(drawn))
+    assert len(drawn) == 50
+    assert drawn[0] < 200 < 800 < drawn[-1]
+    assert sample("abc", None) == sample("abc", 7) == ["a", "b", "c"]
 
 
 def test_one_class_is_refused() -> None:
