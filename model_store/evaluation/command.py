@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from model_store.evaluation.report import Score, draw, table, write_json
+from model_store.evaluation.report import Score, check_picture, draw, table, write_json
 from model_store.evaluation.retrieval import Retrieval
 from model_store.evaluation.sts import Sts
 from model_store.evaluation.text_vectors import EmbedTexts, ServerVectors
@@ -67,7 +67,7 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: 
     the bytes written and to be written of each encoder that is built.
 
     Raises:
-        EvaluationError, DatasetError: before anything is computed, but for data that mteb can't fetch.
+        EvaluationError, DatasetError, ReportError: before anything is computed, but for data that mteb can't fetch.
         ValueError: what building, loading and embedding raise.
     """
     _refuse_contradictions(asked)
@@ -103,6 +103,8 @@ def _refuse_contradictions(asked: Asked) -> None:
     for path in (asked.json, asked.picture):
         if path and not path.parent.is_dir():
             raise EvaluationError(f"{path.parent} is no folder: {path.name} can't be written there")
+    if asked.picture:
+        check_picture(asked.picture)
 
 
 def _tasks(asked: Asked) -> list[Task]:

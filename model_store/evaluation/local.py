@@ -5,7 +5,7 @@ Texts are cut as the official library cuts them, so that scores can be compared 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,8 +24,9 @@ from model_store.tokenizer import TextTokenizer, TokenizedText
 
 # D width
 
-# Transformers' causal attention makes a mask of the square of this.
-_BATCH_TOKENS = 2048
+# A GPU wants much at once; on a CPU, and where transformers makes a mask of its square, more only costs.
+_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class LocalEncoder:
     encoder: Encoder
     tokenizer: TextTokenizer
     poolings: tuple[PoolingMode, ...]
+    batch_tokens: int
 
     @classmethod
     def load(
@@ -51,10 +53,13 @@ class LocalEncoder:
             StoreError, DeviceError: as `Encoder.load`.
         """
         encoder = Encoder.load(folder, device, dtype)
+        encoder.pack_weights()
         if causal:
             make_causal(encoder)
         tokenizer = TextTokenizer.load(folder, encoder.manifest, reference=True)
-        return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,))
+        large = encoder.device.type == "cuda" and not causal
+        batch_tokens = _GPU_BATCH_TOKENS if large else _BATCH_TOKENS
+        return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,), batch_tokens)
 
     def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
         """(n, D) normalised vectors for each of the poolings, in the texts' order, from one forward pass.
@@ -68,11 +73,11 @@ class LocalEncoder:
         vectors: dict[str, NDArray[np.float32]] = {
             pooling: np.empty((len(rows), width), dtype=np.float32) for pooling in self.poolings
         }
-        for places, some in _batches(rows):
-            packed = {pooling: self._pack(some, pooling) for pooling in self.poolings}
+        for places in _batches(rows, self.batch_tokens):
+            packed = {pooling: self._pack([rows[place] for place in places], pooling) for pooling in self.poolings}
             hidden = self.encoder.hidden(next(iter(packed.values())))
             for pooling, batch in packed.items():
-                pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(some)], dim=-1)
+                pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(places)], dim=-1)
                 vectors[pooling][places] = pooled.cpu().numpy()
         return vectors
 
@@ -89,8 +94,8 @@ class LocalEncoder:
         ends = np.cumsum([len(words) for words in sentences])
         shape = (int(ends[-1]), self.encoder.manifest.width)
         same, following = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
-        for places, some in _batches(rows):
-            batch = self._pack(some, "mean")
+        for places in _batches(rows, self.batch_tokens):
+            batch = self._pack([rows[place] for place in places], "mean")
             pooled = iter(pool(self.encoder.hidden(batch), batch).cpu().numpy())
             for place in places:
                 count = len(sentences[place])
@@ -109,7 +114,8 @@ class LocalEncoder:
         begin = 0
         for word in words:
             end = begin + len(word)
-            own = [place for place, (start, stop) in enumerate(characters) if start < end and begin < stop]
+            # The space before a word is the word's, whether it is in a token with it or has one of its own.
+            own = [place for place, (start, stop) in enumerate(characters) if start < end and max(begin - 1, 0) < stop]
             if not own:
                 raise ValueError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
             spans.append((own[0], own[-1] + 1))
@@ -131,18 +137,14 @@ def make_causal(encoder: Encoder) -> None:
     encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
 
 
-def _batches(rows: Sequence[TokenizedText]) -> Iterator[tuple[list[int], list[TokenizedText]]]:
-    """(places, rows) of batches, the longest texts first: if memory fails, it does at once."""
-    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-    with tqdm(total=len(rows), unit="text", disable=None, leave=False) as progress:
-        places: list[int] = []
-        tokens = 0
-        for place in order:
-            if places and tokens + len(rows[place]) > _BATCH_TOKENS:
-                yield places, [rows[there] for there in places]
-                progress.update(len(places))
-                places, tokens = [], 0
-            places.append(place)
-            tokens += len(rows[place])
-        if places:
-            yield places, [rows[there] for there in places]
+def _batches(rows: Sequence[TokenizedText], most: int) -> Iterable[list[int]]:
+    """Places of rows in batches of up to `most` tokens, the longest texts first: if memory fails, it does at once."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
+        if not batches or tokens + len(rows[place]) > most:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(place)
+        tokens += len(rows[place])
+    return tqdm(batches, unit="batch", disable=None, leave=False)

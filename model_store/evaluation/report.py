@@ -6,8 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 class ReportError(ValueError):
@@ -52,16 +55,22 @@ def write_json(path: Path, scores: Sequence[Score], asked: dict[str, Any]) -> No
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def draw(path: Path, scores: Sequence[Score]) -> None:
-    """A picture, of the kind that the file's name ends in: a panel for each task and metric, a bar for each figure.
+def check_picture(path: Path) -> None:
+    """See that `draw` can write there, before anything is computed.
 
     Raises:
-        ReportError: if matplotlib is not installed, or can't write such a file.
+        ReportError: if matplotlib is not installed, or the name ends in no kind of picture.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReportError("a picture needs matplotlib: pip install 'llm2vec-service[eval]'") from error
+    if find_spec("matplotlib") is None:
+        raise ReportError("a picture needs matplotlib: pip install 'llm2vec-service[eval]'")
+    if path.suffix not in _PICTURES:
+        raise ReportError(f"{path.name} is no picture: end its name in {', '.join(_PICTURES)}")
+
+
+def draw(path: Path, scores: Sequence[Score]) -> None:
+    """A picture: a panel for each task and metric, a bar for each figure."""
+    from matplotlib.figure import Figure
+
     panels = _by_task(scores)
     rows = max(len(_names(some)[0]) for some in panels.values())
     bars = max(len(_names(some)[0]) * len(_names(some)[1]) for some in panels.values())
@@ -84,10 +93,7 @@ def draw(path: Path, scores: Sequence[Score]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if len(settings) > 1:
             axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise ReportError(f"{path}: {error}") from error
+    figure.savefig(path, dpi=150)
 
 
 def _by_task(scores: Iterable[Score]) -> dict[tuple[str, str], list[Score]]:

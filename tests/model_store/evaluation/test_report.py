@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model_store.evaluation.report import ReportError, Score, draw, table, write_json
+from model_store.evaluation.report import ReportError, Score, check_picture, draw, table, write_json
 
 SCORES = [
     Score("causal", "STS", "Spearman", "mean", 0.5378),
@@ -42,5 +42,6 @@ def test_a_picture(tmp_path: Path) -> None:
     draw(tmp_path / "a.svg", SCORES)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "a.svg").read_text()
-    with pytest.raises(ReportError, match=r"a\.txt"):
-        draw(tmp_path / "a.txt", SCORES)
+    check_picture(tmp_path / "a.pdf")
+    with pytest.raises(ReportError, match=r"a\.txt is no picture: end its name in \.png, \.svg, \.pdf"):
+        check_picture(tmp_path / "a.txt")

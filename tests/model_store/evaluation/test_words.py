@@ -158,7 +158,7 @@ def test_probes_read_tags_off_vectors(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_of_training_sentences(tmp_path: Path) -> None:
-    (tmp_path / "train").write_text("a X\nb Y\n\nc Y\n")
+    (tmp_path / "train").write_text("a X\nb Y\n\nc X\na Y\n")
     (tmp_path / "test").write_text("a X\nb Y\n\nb Y\n")
     asked: list[int] = []
 
