@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel]'
 	@touch $@
 
 serve: install
@@ -77,11 +77,9 @@ audit: install $(AUDIT_VENV)/.installed
 	$(AUDIT_VENV)/bin/cyclonedx-py environment --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
 	@echo "build/sbom.cdx.json: what is installed in $(VENV)"
 	$(BIN)/pip freeze --exclude-editable | grep '==' | sed 's/+[a-z0-9.]*$$//' >build/audit-requirements.txt
-	@$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --requirement build/audit-requirements.txt >build/audit.log 2>&1; \
-	status=$$?; cat build/audit.log; \
-	if [ $$status -ne 0 ] && grep -qE 'ConnectionError|ConnectTimeout|Max retries|Name or service|ServiceError|HTTPError' build/audit.log; then \
-		echo "audit: the advisories could not be fetched, so NOTHING was checked; run it again with a network"; \
-	else exit $$status; fi
+	rm -f build/audit.json
+	-$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --progress-spinner off --requirement build/audit-requirements.txt --format json --output build/audit.json
+	$(PYTHON) .ci/audit.py build/audit.json
 
 $(AUDIT_VENV)/.installed:
 	$(PYTHON) -m venv $(AUDIT_VENV)

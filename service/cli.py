@@ -126,7 +126,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings = load_settings(given)
 
     if settings.several_processes:
-        from service.supervisor import supervise
+        from service.processes.supervisor import supervise
 
         return supervise(settings, _ProgressBar("building"))
 

@@ -22,16 +22,9 @@ from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.tokenizer import TextTokenizer
 from tests.e2e.process import ServerProcess
-from tests.tiny import build_tiny, normalized
+from tests.tiny import normalized
 
 FLOAT32 = ("--dtype", "float32")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction="Find:")
-    return folder
 
 
 @pytest.fixture(scope="module")

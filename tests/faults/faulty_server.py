@@ -25,8 +25,8 @@ from model_store.manifest import read_manifest
 from model_store.pipeline import Pending, Pipeline
 from model_store.tokenizer import TextTokenizer, TokenizedText
 from service.batcher import DevicePlan
-from service.child import Assignment
 from service.metrics import Metrics
+from service.processes.child import Assignment
 from service.settings import Limits, Settings
 from service.worker import EncoderWorker
 
@@ -119,16 +119,16 @@ def faulty_worker(assignment: Assignment, metrics: Metrics) -> FaultyWorker:
 def main() -> int:
     """The command, or, for a module that is run with one number, an engine: as its supervisor starts it."""
     if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        from service.engine import main as engine_main
+        from service.processes.engine import main as engine_main
 
         return engine_main(faulty_worker)
 
-    import service.supervisor
     import service.worker
     from service import cli
+    from service.processes import supervisor
 
     service.worker.EncoderWorker = FaultyWorker  # type: ignore[misc]
-    service.supervisor.supervise = partial(service.supervisor.supervise, engine="tests.faults.faulty_server")
+    supervisor.supervise = partial(supervisor.supervise, engine="tests.faults.faulty_server")
     return cli.main()
 
 
