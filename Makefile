@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,otel]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel]'
 	@touch $@
 
 serve: install
