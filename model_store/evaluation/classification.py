@@ -36,7 +36,7 @@ class Classification:
         expected = [label for _, label in self._test]
         scores = []
         for setting in test:
-            found = Probe.fit(train[setting], [label for _, label in self._train]).predict(test[setting])
+            found = Probe.tuned(train[setting], [label for _, label in self._train]).predict(test[setting])
             scores.append(Score(model, self._name, "accuracy", setting, accuracy(expected, found)))
             scores.append(Score(model, self._name, "macro F1", setting, macro_f1(expected, found)))
         return scores

@@ -1,6 +1,7 @@
 """A linear probe: multinomial logistic regression on frozen vectors, which shows what can be read off them.
 
-Deterministic: features are standardised, and L-BFGS minimises a convex loss from zero.
+Deterministic: features are standardised, L-BFGS minimises a convex loss from zero, and the weight penalty is the one
+that does best on a tenth of the examples, the same each time: too weak a one costs a part-of-speech probe points.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor
 
 _MOST_STEPS = 200
 
+# From strong to weak, as 1/C of scikit-learn.
+_PENALTIES = (1000.0, 100.0, 10.0, 1.0)
+
 Example = TypeVar("Example")
 
 
@@ -38,7 +42,26 @@ class Probe:
     bias: Tensor  # (C,)
 
     @classmethod
-    def fit(cls, features: NDArray[np.float32], labels: Sequence[str], penalty: float = 1.0) -> Probe:
+    def tuned(cls, features: NDArray[np.float32], labels: Sequence[str]) -> Probe:
+        """Fitted to all examples, with the penalty before a weaker one does no better on a tenth held out.
+
+        Raises:
+            ProbeError: for fewer than two classes.
+        """
+        held_out = np.zeros(len(labels), dtype=bool)
+        held_out[sample(range(len(labels)), len(labels) // 10)] = True
+        names = np.asarray(labels)
+        kept, expected = names[~held_out].tolist(), names[held_out].tolist()
+        best, least = _PENALTIES[-1], float("inf")
+        for penalty in _PENALTIES if expected and len(set(kept)) > 1 else ():
+            loss = cls.fit(features[~held_out], kept, penalty)._loss(features[held_out], expected)
+            if not loss < least:
+                break
+            best, least = penalty, loss
+        return cls.fit(features, labels, best)
+
+    @classmethod
+    def fit(cls, features: NDArray[np.float32], labels: Sequence[str], penalty: float) -> Probe:
         """Minimise Σ cross-entropy + penalty/2 · Σ weight², as scikit-learn's LogisticRegression with C = 1/penalty.
 
         `features` are (N, D), and `labels` one for each of them.
@@ -73,9 +96,16 @@ class Probe:
 
     def predict(self, features: NDArray[np.float32]) -> list[str]:
         """The likeliest class of each of (N, D) features."""
-        inputs = (torch.from_numpy(features) - self.mean) / self.scale
-        best = F.linear(inputs, self.weight, self.bias).argmax(1).tolist()
-        return [self.classes[number] for number in best]
+        return [self.classes[number] for number in self._logits(features).argmax(1).tolist()]
+
+    def _logits(self, features: NDArray[np.float32]) -> Tensor:
+        return F.linear((torch.from_numpy(features) - self.mean) / self.scale, self.weight, self.bias)
+
+    def _loss(self, features: NDArray[np.float32], labels: Sequence[str]) -> float:
+        """The mean cross-entropy of the examples whose class is known."""
+        known = [place for place, label in enumerate(labels) if label in self.classes]
+        targets = torch.tensor([self.classes.index(labels[place]) for place in known], dtype=torch.long)
+        return float(F.cross_entropy(self._logits(features[known]), targets))
 
 
 def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:

@@ -105,7 +105,7 @@ class Words:
         for layer in self._test[0].tags:
             expected = [sentence.tags[layer] for sentence in self._test]
             for setting in test:
-                probe = Probe.fit(train[setting], [tag for sentence in self._train for tag in sentence.tags[layer]])
+                probe = Probe.tuned(train[setting], [tag for sentence in self._train for tag in sentence.tags[layer]])
                 answers = iter(probe.predict(test[setting]))
                 found = [tuple(next(answers) for _ in tags) for tags in expected]
                 task = f"{self._name}, {layer}"
