@@ -84,7 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     sts.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
     sts.add_argument("--instruction", default="", help="put before every sentence")
     sts.set_defaults(run=_eval_sts)
+
+    _add_train(commands)
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train an adapter that makes a decoder an encoder")
+    train.add_argument("stage", choices=("mntp", "simcse", "supervised"))
+    train.add_argument("config", type=Path, metavar="CONFIG.json", help="as the official LLM2Vec scripts read it")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in its output_dir")
+    train.set_defaults(run=_train)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -194,6 +204,14 @@ def _eval_sts(options: argparse.Namespace) -> int:
     vectors = embed_texts(options.url, tqdm(texts, unit="text", disable=None), options.instruction)
     spearman = evaluate_sts(pairs, vectors)
     print(json.dumps({"task": "sts", "file": options.file.name, "pairs": len(pairs), "spearman": round(spearman, 4)}))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from model_store.training.config import read_config
+    from model_store.training.run import train
+
+    print(train(read_config(options.stage, options.config), options.resume))
     return 0
 
 

@@ -115,8 +115,6 @@ def test_what_attention_would_ignore_is_refused() -> None:
         attention(None, query, query, query, None, s_aux=torch.zeros(2), **layout)
     with pytest.raises(AttentionError, match="mask"):
         attention(None, query, query, query, torch.zeros(1, 1, 4, 4), **layout)
-    with pytest.raises(AttentionError, match="dropout"):
-        attention(None, query, query, query, None, dropout=0.1, **layout)
 
 
 @pytest.mark.parametrize("window", [None, 16])
