@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -185,3 +187,25 @@ def test_bad_files_are_named(content: str, told: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     with pytest.raises(TrainingConfigError, match="can't be read"):
         read_config("mntp", tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_the_example_s_configurations_are_read(supervised: bool, tmp_path: Path) -> None:
+    """Of examples/train_encoder.py."""
+    options = Namespace(
+        base="org/base",
+        texts=tmp_path / "texts.txt",
+        sentences=None,
+        triplets=tmp_path / "triplets.jsonl" if supervised else None,
+        sts=tmp_path / "pairs.tsv",
+        steps=500,
+    )
+    example = run_path(str(Path(__file__).parents[3] / "examples" / "train_encoder.py"))
+    first = parse_config("mntp", example["mntp"](options, tmp_path / "mntp"))
+    stage: Stage = "supervised" if supervised else "simcse"
+    second = parse_config(stage, example["contrastive"](options, first.output_dir, tmp_path / "second"))
+    for config in (first, second):
+        assert training_arguments(config).max_steps == 500
+    assert isinstance(second, SimcseConfig | SupervisedConfig)
+    assert second.peft_model_name_or_path == str(first.output_dir)
+    assert second.train_file == (options.triplets or options.texts)
