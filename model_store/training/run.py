@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -127,7 +129,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     if ratio and not given.get("warmup_steps"):
         given["warmup_steps"] = ratio  # below 1 it is one
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{
                 "output_dir": str(config.output_dir),
                 "report_to": ["tensorboard"],
@@ -141,6 +143,12 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise TrainingConfigError(str(error)) from error
+    if arguments.n_gpu > 1:
+        raise TrainingConfigError(
+            f"there are {arguments.n_gpu} GPUs: run torchrun --nproc-per-node {arguments.n_gpu} -m service train …, or "
+            "set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
 
 
 _NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
@@ -161,7 +169,13 @@ def _begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) -
     overwrite = bool(config.arguments.get("overwrite_output_dir"))
     resume = resume or asked is True
     with arguments.main_process_first(desc="looking for a checkpoint"):
-        whole = [Path(asked)] if isinstance(asked, str) else whole_checkpoints(folder)
+        whole = whole_checkpoints(folder)
+        if isinstance(asked, str):
+            whole = [path for path in whole_checkpoints(Path(asked).parent) if path.name == Path(asked).name]
+            if not whole:
+                raise TrainingConfigError(
+                    f"resume_from_checkpoint {asked} is no whole checkpoint: set it true or leave it out"
+                )
         if whole and (resume or isinstance(asked, str) or not overwrite):
             _refuse_other_run(config, folder / CONFIG_FILE)
             if main:
@@ -217,7 +231,8 @@ class _Data:
 
 def _read_data(config: TrainingConfig, arguments: TrainingArguments) -> _Data:
     evaluated = arguments.do_eval or arguments.eval_strategy != "no"
-    read = read_triplets if config.stage == "supervised" else read_texts
+    supervised = config.stage == "supervised"
+    read = partial(read_triplets, e5=config.dataset_name == "E5") if supervised else read_texts
     held_out: list[Any] = []
     if config.train_file is not None:
         examples: list[Any] = list(read(config.train_file))
@@ -320,18 +335,18 @@ def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
     return int(found)
 
 
-def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[list[int]]:
-    """Token ids with the special ones; whole texts, in threads."""
+def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[NDArray[np.int32]]:
+    """Token ids with the special ones; whole texts, in threads. Texts without tokens are left out."""
     parts = [texts[start : start + _TOKENIZED_TOGETHER] for start in range(0, len(texts), _TOKENIZED_TOGETHER)]
     bar = tqdm(total=len(texts), desc="tokenizing", unit="text", disable=arguments.disable_tqdm or None)
 
-    def encode(part: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(part)]
+    def encode(part: list[str]) -> list[NDArray[np.int32]]:
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(part)]
 
-    rows: list[list[int]] = []
+    rows: list[NDArray[np.int32]] = []
     with bar, ThreadPoolExecutor() as pool:
         for part in pool.map(encode, parts):
-            rows += part
+            rows += [row for row in part if len(row)]
             bar.update(len(part))
     return rows
 

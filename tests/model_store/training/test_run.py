@@ -231,6 +231,20 @@ def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err.endswith(expected)
 
 
+def test_a_dataset_is_read_by_its_name(tmp_path: Path) -> None:
+    """Of a folder here, which `datasets` reads as it does one on the hub."""
+    given = tiny_config("mntp", tmp_path, max_steps=2, do_eval=True, dataset_name=str(tmp_path / "set"))
+    (tmp_path / "set").mkdir()
+    write_texts(tmp_path / "set" / "train.txt")
+    write_texts(tmp_path / "set" / "validation.txt", 8)
+    del given["train_file"]
+    assert len(losses(train(parse_config("mntp", given | {"cache_dir": str(tmp_path / "cache")})))) == 2
+    with pytest.raises(
+        TrainingDataError, match=r"nowhere-at-all could not be fetched .* or give its texts as train_file"
+    ):
+        train(parse_config("mntp", given | {"dataset_name": "nowhere-at-all", "output_dir": str(tmp_path / "other")}))
+
+
 def test_blocks_of_texts_are_trained_on(tmp_path: Path) -> None:
     write_texts(tmp_path / "data.txt", 300)
     folder = run("mntp", tmp_path, line_by_line=False, max_steps=2)
