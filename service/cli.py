@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     _add_eval(commands)
+    _add_train(commands)
     return parser
 
 
@@ -118,6 +119,14 @@ def _add_eval(commands: Any) -> None:
     evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores there")
     evaluate.add_argument("--picture", metavar="FILE", type=Path, help="draw them there: .png, .svg or .pdf")
     evaluate.set_defaults(run=_evaluate)
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="train an adapter that makes a decoder an encoder")
+    train.add_argument("stage", choices=("mntp", "simcse", "supervised"))
+    train.add_argument("config", type=Path, metavar="CONFIG.json", help="as the official LLM2Vec scripts read it")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in its output_dir")
+    train.set_defaults(run=_train)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -225,6 +234,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
     embed = partial(embed_texts, options.url or "")
     evaluate(asked, embed, load_settings({}).models_dir.expanduser(), _ProgressBar("building"))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from model_store.training.config import read_config
+    from model_store.training.run import train
+
+    print(train(read_config(options.stage, options.config), options.resume))
     return 0
 
 
