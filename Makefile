@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload fuzz bench-simulate bench-gpu peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,otel]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
 	@touch $@
 
 serve: install
@@ -49,9 +49,14 @@ bench-mixed: install
 bench-overload: install
 	$(BIN)/python -m bench.overload $(SAVE)
 
-# Many more cases than `make test` tries: about 100,000.
+# Ten minutes; see bench/soak.py.
+soak: install
+	$(BIN)/python -m bench.soak $(SAVE)
+
+# Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
 	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
+	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/clients/test_openapi.py
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
@@ -59,6 +64,10 @@ bench-simulate: install
 # On a machine with a GPU, in three parts of at most nine minutes each.
 bench-gpu: install
 	for part in kernels forward serve; do $(BIN)/python -m bench.gpu $$part --out build/bench-gpu || exit; done
+
+# Training steps, packed and padded in turn, on the demo encoder (make build).
+bench-train: install
+	$(BIN)/python -m bench.train $(SAVE)
 
 # The environments of the servers that bench-cpu compares with, where they are installed: some minutes, some gigabytes.
 peers:
@@ -91,8 +100,10 @@ GOLDEN_VENV := build/golden-venv
 GOLDEN_PINS := tests/fidelity/golden-constraints.txt
 
 .PHONY: golden
-golden: $(GOLDEN_VENV)/.installed
+golden: install $(GOLDEN_VENV)/.installed
 	$(GOLDEN_VENV)/bin/python -m tests.fidelity.generate
+	$(BIN)/python -m tests.model_store.training.official train
+	$(GOLDEN_VENV)/bin/python -m tests.model_store.training.official vectors
 
 $(GOLDEN_VENV)/.installed: $(GOLDEN_PINS)
 	$(PYTHON) -m venv $(GOLDEN_VENV)

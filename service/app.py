@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +22,8 @@ from service.embedder import Embedder, Tokenizes
 from service.instructions import load_instructions
 from service.metrics import Metrics
 from service.settings import Limits, Settings
-from service.tracing import start_traces
+from service.tracing import Traces
+from service.version import VERSION
 
 # Makes the application, given what it calls when it can't go on.
 MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
@@ -43,11 +43,12 @@ def create_app(
     metrics: Metrics,
     on_fatal: Callable[[BaseException], None],
     on_ready: Callable[[dict[str, object]], None] = lambda facts: None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The application for one encoder. It answers `/livez` at once and requests when the backend has started.
 
     `on_fatal` is called when the backend can't start or ends: the process should then end too. `on_ready` is called
-    once everything that stays is in memory, with facts for the log.
+    once everything that stays is in memory, with facts for the log. `traces` are closed when the application ends.
     """
     served_name = settings.served_name or manifest.name
 
@@ -80,12 +81,12 @@ def create_app(
             embedder.close()
             backend.stop()
             app.state.access.close()
-            if app.state.traces:
-                app.state.traces.close()
+            if traces:
+                traces.close()
 
     app = _Application(
         title="llm2vec-service",
-        version=version("llm2vec-service"),
+        version=VERSION,
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
         lifespan=lifespan,
     )
@@ -101,7 +102,6 @@ def create_app(
     errors = ErrorResponses(_DIALECTS, metrics)
     errors.install(app)
     state.access = access = Access(settings)
-    state.traces = traces = start_traces(app.version)
     context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
     app.entry = cors.allow(context, settings.cors_origins)
     for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):

@@ -30,6 +30,7 @@ from service.errors import DeviceLost, StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
+from service.tracing import start_traces
 
 # Tenths of a second without work in which a request that was on its way has been read and answered.
 _QUIET_TICKS = 3
@@ -81,7 +82,9 @@ def serve(settings: Settings, progress: Progress) -> int:
         return answer(
             settings,
             listener,
-            lambda on_fatal: create_app(settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready),
+            lambda on_fatal: create_app(
+                settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready, start_traces()
+            ),
         )
 
 

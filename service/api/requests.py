@@ -200,15 +200,26 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def read_document(request: Request, limit_bytes: int) -> dict[str, Any]:
+async def read(request: Request, model: type[Body]) -> Body:
+    """The request's body in a dialect's terms, once the server is ready.
+
+    Raises:
+        Unavailable: while it loads or drains.
+        ServiceError: whatever `read_document` and `parse` find wrong.
+    """
+    require_ready(request)
+    return parse(model, await read_document(request))
+
+
+async def read_document(request: Request) -> dict[str, Any]:
     """The request's body, a JSON object.
 
     Raises:
-        RequestTooLarge: past `limit_bytes`.
+        RequestTooLarge: past the settings' limit.
         InvalidRequest: if it is not JSON, or no object.
     """
     try:
-        document = orjson.loads(await read_body(request, limit_bytes))
+        document = orjson.loads(await read_body(request, request.app.state.settings.max_body_bytes))
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", "invalid_json") from error
     if not isinstance(document, dict):

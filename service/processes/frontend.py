@@ -11,6 +11,7 @@ from service.metrics import Metrics
 from service.processes.child import Child, inherited
 from service.processes.remote import RemoteBackend
 from service.server import answer, load_tokenizer, settle
+from service.tracing import start_traces
 from service.watchdog import LEAST_SECONDS
 
 
@@ -38,7 +39,7 @@ def main() -> int:
             settings,
             listener,
             lambda on_fatal: create_app(
-                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready
+                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready, start_traces()
             ),
         )
 

@@ -18,19 +18,11 @@ from numpy.typing import NDArray
 
 from service.processes.supervisor import ENGINE, FRONT_END
 from tests.e2e.process import ServerProcess
-from tests.tiny import build_tiny
 
 FLOAT32 = ("--dtype", "float32")
 SEVERAL = {"LLM2VEC_FRONTENDS": "2", "LLM2VEC_DEVICE": "cpu,cpu"}
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction="Find:")
-    return folder
 
 
 @pytest.fixture(scope="module")

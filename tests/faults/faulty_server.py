@@ -2,7 +2,7 @@
 
 Everything is real but the step from the worker to the device, which misbehaves on batches with a text that begins with
 one of the marks below, and, where FAULTS_SHARE says so, on that share of all batches, in a random order seeded by
-FAULTS_SEED. FAULTS_HANG_START=1 hangs the loading.
+FAULTS_SEED. FAULTS_TOKENS_PER_SECOND is how fast the device is at most. FAULTS_HANG_START=1 hangs the loading.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ class FaultyPipeline(Pipeline):
 
     tokenizer: TextTokenizer | None = None
     share: float = 0.0
-    refuses: threading.Event = field(default_factory=threading.Event)
+    seconds_per_token: float = 0.0
     chance: random.Random = field(default_factory=lambda: random.Random(int(os.environ.get("FAULTS_SEED", "0"))))
+    refuses: threading.Event = field(default_factory=threading.Event)
 
     def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
         """As the real one, unless a mark or chance will have it otherwise."""
+        due = time.perf_counter() + self.seconds_per_token * sum(map(len, rows))
         marks = [self._mark(row) for row in rows]
         present = set(marks)
         if len(rows) > 1 and self.chance.random() < self.share:
@@ -85,6 +87,7 @@ class FaultyPipeline(Pipeline):
         if OUT_OF_MEMORY in present or (company and OUT_OF_MEMORY_IN_COMPANY in present):
             raise torch.OutOfMemoryError("a fault made on purpose")
         pending = super().launch(rows, widths)
+        time.sleep(max(due - time.perf_counter(), 0.0))
         broken = [mark == NOT_FINITE or (company and mark == NOT_FINITE_IN_COMPANY) for mark in marks]
         if NOT_FINITE in present and not any(broken):
             broken[self.chance.randrange(len(rows))] = True
@@ -116,8 +119,9 @@ class FaultyWorker(EncoderWorker):
         plan = super()._start(limits)
         tokenizer = TextTokenizer.load(self._folder, read_manifest(self._folder))
         share = float(os.environ.get("FAULTS_SHARE", "0"))
+        seconds_per_token = 1 / float(os.environ.get("FAULTS_TOKENS_PER_SECOND", "inf"))
         encoder: Encoder = self._pipeline.encoder
-        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share)
+        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share, seconds_per_token)
         return plan
 
 

@@ -15,8 +15,7 @@ from service.api_keys import ApiKeys, hash_keys, read_keys
 from service.errors import StartupError
 from service.processes.child import Assignment
 from service.settings import Settings, load_settings
-from tests.service.fakes import fake_manifest
-from tests.service.test_api import Server
+from tests.service.fakes import Server, fake_manifest
 
 KEY, OTHER = "sk-one-1234567890", "sk-two-0987654321"
 

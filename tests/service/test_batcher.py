@@ -24,16 +24,13 @@ from tests.service.fakes import (
     OUT_OF_MEMORY,
     OUT_OF_MEMORY_IN_COMPANY,
     WIDTH,
-    FakeTokenizer,
     FakeWorker,
     fake_vector,
+    rows_of,
+    until,
 )
 
 Batcher = MicroBatcher[EmbedRow, Vector]
-
-
-def rows_of(*texts: str) -> list[EmbedRow]:
-    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
 
 
 def plan(batch_tokens: int = 100, lead_seconds: float = 0.0, cost: CostModel = COST) -> DevicePlan:
@@ -49,14 +46,6 @@ async def running(worker: FakeWorker, batch_tokens: int = 100) -> AsyncIterator[
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-async def until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 async def test_every_row_gets_its_own_vector() -> None:

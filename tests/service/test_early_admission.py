@@ -14,8 +14,8 @@ from service.errors import Overloaded
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings
-from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest
-from tests.service.test_batcher import plan, until
+from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest, until
+from tests.service.test_batcher import plan
 
 
 class Counting(FakeTokenizer):

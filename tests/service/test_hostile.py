@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.errors import DeadlineExceeded
-from tests.service.fakes import FakeTokenizer
-from tests.service.test_api import Server
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
+from tests.service.fakes import FakeTokenizer, Server
 
 
 class Counting(FakeTokenizer):
