@@ -23,7 +23,9 @@ from model_store.recipe import recipe_from
 from model_store.sources import resolve
 from model_store.tokenizer import TextTokenizer
 from model_store.training.config import Stage, TrainingConfigError, parse_config
-from model_store.training.run import prepare, train, training_arguments, whole_checkpoints
+from model_store.training.corpus import read_examples
+from model_store.training.resume import whole_checkpoints
+from model_store.training.run import prepare, train, training_arguments
 from model_store.training.texts import TrainingDataError
 from service.cli import main
 from tests.model_store.training.runs import texts, tiny_config, write_texts
@@ -125,8 +127,9 @@ def test_what_is_trained_is_what_is_served(family: str, tmp_path: Path) -> None:
     served = normalized(encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling)))
 
     config = parse_config("supervised", tiny_config("supervised", tmp_path, peft_model_name_or_path=str(mntp)))
+    arguments = training_arguments(config)
     with resolve(str(tmp_path / "base")) as base, resolve(str(mntp)) as before:
-        trainer = prepare(config, training_arguments(config), base, (before,))
+        trainer = prepare(config, arguments, read_examples(config, arguments), base, (before,))
     trainer._load_from_checkpoint(str(second))
     trainer.model.eval()
     with torch.no_grad():
