@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,otel]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
 	@touch $@
 
 serve: install
@@ -65,6 +65,10 @@ bench-simulate: install
 bench-gpu: install
 	for part in kernels forward serve; do $(BIN)/python -m bench.gpu $$part --out build/bench-gpu || exit; done
 
+# Training steps, packed and padded in turn, on the demo encoder (make build).
+bench-train: install
+	$(BIN)/python -m bench.train $(SAVE)
+
 # The environments of the servers that bench-cpu compares with, where they are installed: some minutes, some gigabytes.
 peers:
 	bench/make_peers.sh
@@ -96,8 +100,10 @@ GOLDEN_VENV := build/golden-venv
 GOLDEN_PINS := tests/fidelity/golden-constraints.txt
 
 .PHONY: golden
-golden: $(GOLDEN_VENV)/.installed
+golden: install $(GOLDEN_VENV)/.installed
 	$(GOLDEN_VENV)/bin/python -m tests.fidelity.generate
+	$(BIN)/python -m tests.model_store.training.official train
+	$(GOLDEN_VENV)/bin/python -m tests.model_store.training.official vectors
 
 $(GOLDEN_VENV)/.installed: $(GOLDEN_PINS)
 	$(PYTHON) -m venv $(GOLDEN_VENV)

@@ -61,11 +61,14 @@ class Layout:
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    dropout: float = 0.0  # of attention weights, while training
 
 
 def packed_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Any device, any dtype: each text on its own, through torch's scaled-dot-product attention or matrix products."""
     scale = query.shape[-1] ** -0.5 if layout.scale is None else layout.scale
+    if layout.dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return _attend_differentiably(query[0], key[0], value[0], layout, scale)[None]
     attended: Tensor = _attend_each_text(query, key, value, layout.cu_seqlens, scale, layout.window, layout.softcap)
     return attended
 
@@ -82,7 +85,7 @@ def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout
         layout.cu_seqlens,
         layout.longest,
         layout.longest,
-        0.0,
+        layout.dropout,
         False,
         False,
         scale=layout.scale,
@@ -105,6 +108,7 @@ def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout)
         cu_seqlens_k=layout.cu_seqlens,
         max_seqlen_q=layout.longest,
         max_seqlen_k=layout.longest,
+        dropout_p=layout.dropout,
         softmax_scale=layout.scale,
         causal=False,
         window_size=(reach, reach),
@@ -143,10 +147,10 @@ def packed_bidirectional(kernel: Callable[..., Tensor]) -> Callable[..., tuple[T
         **others: Any,
     ) -> tuple[Tensor, None]:
         unknown = {name for name, value in others.items() if value is not None} - _HARMLESS
-        if attention_mask is not None or dropout or unknown:
-            asked = ", ".join(sorted(unknown)) or ("a mask" if attention_mask is not None else "dropout")
+        if attention_mask is not None or unknown:
+            asked = ", ".join(sorted(unknown)) or "a mask"
             raise AttentionError(f"the model passes {asked} to attention, which packed attention would ignore")
-        return kernel(query, key, value, Layout(cu_seqlens, longest, scaling, sliding_window, softcap)), None
+        return kernel(query, key, value, Layout(cu_seqlens, longest, scaling, sliding_window, softcap, dropout)), None
 
     return attention
 
@@ -299,3 +303,66 @@ def _window_mask(queries: int, keys: int, offset: int, window: int, device: torc
     """(queries, keys) bool: which keys each query must not see, where query 0 stands at key `offset`."""
     at = torch.arange(queries, device=device)[:, None] + offset
     return (at - torch.arange(keys, device=device)).abs() > window
+
+
+def _attend_differentiably(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """(T, H, d) with gradients and dropout, of (H, T, d): texts of about one length together, by scores in memory."""
+    heads, tokens, width = query.shape
+    groups = key.shape[0]
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(layout.cu_seqlens.tolist()):
+        by_length.setdefault(-(-(end - start) // _SHORT_STEP) * _SHORT_STEP, []).append((start, end))
+    parts, places = [], []
+    for length, texts in by_length.items():
+        bounds = torch.tensor(texts, device=query.device)
+        at = bounds[:, :1] + torch.arange(length, device=query.device)  # (n, length)
+        there = at < bounds[:, 1:]
+        filled, taken = there.flatten().nonzero()[:, 0], at[there]
+        queries, keys, values = (
+            _spread_rows(part.transpose(0, 1), taken, filled, at.numel()).view(*at.shape, -1, width).transpose(1, 2)
+            for part in (query, key, value)
+        )  # (n, H or G, length, d)
+        by_group = queries.reshape(len(texts) * groups, -1, width)  # (n·G, H/G · length, d)
+        keys, values = keys.reshape(-1, length, width), values.reshape(-1, length, width)
+        scores = torch.baddbmm(query.new_empty(1), by_group, keys.transpose(1, 2), beta=0, alpha=scale)
+        if layout.softcap is not None:
+            scores = layout.softcap * torch.tanh(scores / layout.softcap)
+        unseen = ~there[:, None, :]  # (n, 1 or queries, keys)
+        if layout.window is not None and length > layout.window + 1:
+            # Padding sees the whole text: what sees nothing is NaN, and its gradient everyone's.
+            far = _window_mask(length, length, 0, layout.window, query.device) & there[:, :, None]
+            unseen = unseen | far
+        scores = scores.view(len(texts), -1, unseen.shape[1], length).masked_fill(unseen[:, None], float("-inf"))
+        weights = F.dropout(scores.softmax(-1), layout.dropout).view(len(texts) * groups, -1, length)
+        attended = torch.bmm(weights, values).view(len(texts), heads, length, width)
+        parts.append(_spread_rows(attended.transpose(1, 2).flatten(0, 1), filled, None, len(filled)))
+        places.append(taken)
+    return _spread_rows(torch.cat(parts), None, torch.cat(places), tokens)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows `taken` of x, put at rows `filled` of zeros (rows, …); all of them where None.
+
+    Its gradient is itself with the two exchanged; that of indexing allows for repeated rows, and is much slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taken: Tensor | None, filled: Tensor | None, rows: int) -> Tensor:
+        ctx.rows, ctx.taken, ctx.filled = len(x), taken, filled
+        return _spread(x, taken, filled, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _spread(gradients[0], ctx.filled, ctx.taken, ctx.rows), None, None, None
+
+
+_spread_rows: Callable[..., Tensor] = _Spread.apply
+
+
+def _spread(x: Tensor, taken: Tensor | None, filled: Tensor | None, rows: int) -> Tensor:
+    picked = x if taken is None else x[taken]
+    if filled is None:
+        return picked
+    out = x.new_zeros(rows, *x.shape[1:])
+    out[filled] = picked
+    return out

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -60,7 +60,7 @@ def build_encoder(
     progress: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Build the encoder of a recipe in `folder`, which must not exist yet or be empty.
+    """Build the encoder of a recipe in `folder`, which must not exist yet, be empty, or hold just that, whole.
 
     Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
 
@@ -68,8 +68,8 @@ def build_encoder(
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
             behind, and the message says what to change.
     """
-    with _alone_with(folder):
-        return _build(recipe, folder, progress, shard_bytes)
+    with _alone_with(folder):  # and whoever was alone with it before may have built it
+        return find_built(folder, recipe) or _build(recipe, folder, progress, shard_bytes)
 
 
 def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
@@ -97,10 +97,10 @@ def _build(
         stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
-        shapes = _check_names(recipe, checkpoint, adapters)
+        shapes = check_names(recipe.base, checkpoint, adapters)
         with _appearing_whole(folder) as staging:
             _write_config(checkpoint.config, recipe.dtype, staging)
-            tokenizer_source = _write_tokenizer(base, stages, staging)
+            tokenizer_source = write_tokenizer(base, stages, staging)
             _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
             _write_sentence_transformers_files(recipe, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
@@ -128,17 +128,21 @@ def _repository_name(reference: str) -> str:
     return reference.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
-def _check_names(recipe: Recipe, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
-    """The encoder's tensor names and shapes, once base and adapters are known to fit them."""
+def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
+    """The encoder's tensor names and shapes, once the base (called `reference`) and adapters are known to fit them.
+
+    Raises:
+        BuildError, AdapterError, UnsupportedArchitectureError: if they don't.
+    """
     architecture_of(checkpoint.config.model_type)
     decoder = decoder_on_meta(checkpoint.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
     missing, extra = shapes.keys() - checkpoint.names, checkpoint.names - shapes.keys()
     if missing:
-        raise BuildError(f"the base {recipe.base} lacks {_some(missing)}: its files are incomplete")
+        raise BuildError(f"the base {reference} lacks {_some(missing)}: its files are incomplete")
     if extra:
         raise BuildError(
-            f"the base {recipe.base} holds {_some(extra)}, for which a {checkpoint.config.model_type} encoder "
+            f"the base {reference} holds {_some(extra)}, for which a {checkpoint.config.model_type} encoder "
             "has no place"
         )
     for adapter in adapters:
@@ -164,7 +168,7 @@ def _write_config(config: Any, dtype: str, folder: Path) -> None:
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
-def _write_tokenizer(base: Source, stages: list[Source], folder: Path) -> str:
+def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str:
     """Copy the newest stage's tokenizer.json as it is, or convert the base's; returns where it came from."""
     for source in (*reversed(stages), base):
         if (source.folder / TOKENIZER_FILE).is_file():
@@ -234,7 +238,7 @@ def _write_weights(
     for number, names in enumerate(shards, 1):
         tensors: dict[str, Tensor] = {}
         for name in names:
-            tensors[name] = _merged(checkpoint, adapters, name, shapes[name], torch_dtype)
+            tensors[name] = merged_tensor(checkpoint, adapters, name, shapes[name], torch_dtype)
             done += sizes[name]
             progress(done, total)
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -246,9 +250,14 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _merged(
+def merged_tensor(
     checkpoint: Checkpoint, adapters: list[Adapter], name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
+    """The base's tensor of that name with every adapter's update, rounded to `dtype` once.
+
+    Raises:
+        BuildError: if it has another shape, or is not finite.
+    """
     weight = checkpoint.tensor(name)
     if tuple(weight.shape) != shape:
         raise BuildError(f"the base's {name} has shape {tuple(weight.shape)}, its config.json asks for {shape}")
@@ -291,7 +300,7 @@ def _describe(
     before, _ = special_tokens_around(Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
     if pooling == "bos_token" and not before:
         raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
-    template = recipe.template or template_for(_base_name(base, stages), pooling, architecture_of(config.model_type))
+    template = recipe.template or template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
     return Manifest.model_validate(
         {
             "name": recipe.name,
@@ -316,7 +325,7 @@ def _describe(
     ).sealed()
 
 
-def _base_name(base: Source, stages: list[Source]) -> str:
+def base_name(base: Source, stages: Sequence[Source]) -> str:
     """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's.
 
     As in the official library a base on the hub is called by its id, one in a folder by its own raw config.json.

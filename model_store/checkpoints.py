@@ -20,6 +20,9 @@ from transformers import CONFIG_MAPPING, AutoConfig
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of, decoder_name, is_encoder_tensor
 
+# Under whatever wrapper.
+_OUTPUT_HEAD = "lm_head.weight"
+
 
 class CheckpointError(ValueError):
     """A base model whose files are incomplete, unreadable or of a kind that can't be merged."""
@@ -34,6 +37,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`, on the CPU, in the dtype it is stored in."""
+
+    @abstractmethod
+    def output_head(self) -> Tensor | None:
+        """The (V, D) weights of the output head, where they are stored; an encoder has no use for them."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -109,6 +116,13 @@ class _SafetensorsCheckpoint(Checkpoint):
 
     def tensor(self, name: str) -> Tensor:
         stored = self._stored[name]
+        return self._read(stored)
+
+    def output_head(self) -> Tensor | None:
+        name = next((name for name in self._file_of if name.endswith(_OUTPUT_HEAD)), None)
+        return None if name is None else self._read(name)
+
+    def _read(self, stored: str) -> Tensor:
         tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
         return tensor
 
@@ -120,10 +134,14 @@ class _TorchCheckpoint(Checkpoint):
         for path in _shards(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
             stored.update(load_torch_file(path))
         self._tensors = {name: stored[original] for name, original in _by_decoder_name(stored).items()}
+        self._head = next((tensor for name, tensor in stored.items() if name.endswith(_OUTPUT_HEAD)), None)
         self.names = frozenset(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def output_head(self) -> Tensor | None:
+        return self._head
 
 
 class _GgufCheckpoint(Checkpoint):
@@ -150,17 +168,25 @@ class _GgufCheckpoint(Checkpoint):
         self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
         mapped = get_gguf_hf_weights_map(decoder_on_meta(self.config), self._processor)
         self._tensors = {}
+        self._head: Any = None
         for tensor in reader.tensors:
             # An unmapped tensor keeps its own name, so that the builder reports it; the output head is no encoder's.
             name = decoder_name(mapped.get(tensor.name, tensor.name))
-            if tensor.name != "output.weight":
+            if tensor.name == "output.weight":
+                self._head = tensor
+            else:
                 self._tensors[name] = tensor
         self.names = frozenset(self._tensors)
 
     def tensor(self, name: str) -> Tensor:
+        return self._dequantized(self._tensors[name])
+
+    def output_head(self) -> Tensor | None:
+        return None if self._head is None else self._dequantized(self._head)
+
+    def _dequantized(self, stored: Any) -> Tensor:
         from gguf import dequantize
 
-        stored = self._tensors[name]
         values = dequantize(stored.data, stored.tensor_type)
         return torch.from_numpy(self._processor.process(weights=values, name=stored.name).weights.copy())
 

@@ -41,8 +41,9 @@ _TOKENIZE_HERE = 512
 # Share of the newest request in the running average of tokens a character.
 _NEWEST = 0.02
 
-# How often one that waits for room in the queue looks for it.
+# How often one that waits for room in the queue looks for it, and how many queues full may wait so.
 _ROOM_AGAIN_SECONDS = 0.02
+_WAITING_QUEUES = 8
 
 # Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
 _MOST_NUMBERS = 1 << 26
@@ -289,7 +290,7 @@ class Embedder:
         began = time.perf_counter()
         self._check(request)
         if request.overflow == "error":
-            self._check_context(request.inputs, request.param)
+            self._check_context(request)
         with await self._admitted(request, began):
             texts = await self._tokenize(request)
             fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
@@ -308,8 +309,8 @@ class Embedder:
     async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
         """What to tokenize the request in, once there seems to be room for it: nothing is spent on what is refused.
 
-        Its tokens are guessed from its characters, and it counts as queued while it is tokenized. As many tokens as may
-        be queued may wait for room; a request beyond that does not wait.
+        Its tokens are guessed from its characters, and it counts as queued while it is tokenized. Where so much waits
+        for room that it would fill the queue several times, a request does not wait.
 
         Raises:
             Overloaded: if there is no room.
@@ -325,7 +326,7 @@ class Embedder:
         try:
             return await admit()
         except Overloaded:
-            if self._waiting and self._waiting + tokens > self.settings.max_queued_tokens:
+            if self._waiting and self._waiting + tokens > _WAITING_QUEUES * self.settings.max_queued_tokens:
                 raise
         self._waiting += tokens
         try:
@@ -396,9 +397,9 @@ class Embedder:
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
-        inputs = [EmbedInput(request.text, request.instruction)]
-        self._check(EmbedRequest(inputs, request.dimensions))
-        self._check_context(inputs, "input")
+        whole = EmbedRequest([EmbedInput(request.text, request.instruction)], request.dimensions)
+        self._check(whole)
+        self._check_context(whole)
         loop = asyncio.get_running_loop()
         try:
             text, characters = await loop.run_in_executor(
@@ -470,17 +471,17 @@ class Embedder:
                         where,
                     )
 
-    def _check_context(self, inputs: Sequence[EmbedInput], param: str) -> None:
-        """Refuse a text of which it is certain that it has too many tokens, before time is spent on counting them."""
-        if (per_token := self.tokenizer.characters_per_token) is None:
-            return
+    def _check_context(self, request: EmbedRequest) -> None:
+        """Refuse an input of which it is certain that it has too many tokens, before time is spent on counting them."""
         most = self.limits.max_input_tokens
-        for index, item in enumerate(inputs):
-            text = item.text
-            if isinstance(text, str) and len(text) > most * per_token:
-                tokens = -(-len(text.rstrip()) // per_token)
+        for_texts, for_ids = self.tokenizer.characters_per_token, 1 if request.token_ids == "model" else None
+        for index, (text, _) in enumerate(request.inputs):
+            per_token = for_texts if isinstance(text, str) else for_ids
+            if per_token and len(text) > most * per_token:
+                length = len(text.rstrip()) if isinstance(text, str) else len(text)
+                tokens = -(-length // per_token)
                 if tokens > most:
-                    raise ContextLengthExceeded(most, tokens, index, param, at_least=True)
+                    raise ContextLengthExceeded(most, tokens, index, request.param, at_least=True)
 
     def _check_tokens(self, tokens: int) -> None:
         if tokens > self.settings.max_tokens_per_request:

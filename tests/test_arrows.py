@@ -67,6 +67,7 @@ def test_errors_know_nothing() -> None:
         "service.settings",
         "service.cli",
         "service.client",
+        "model_store.evaluation.command",
         "model_store.manifest",
         "model_store.recipe",
         "model_store.tokenizer",

@@ -107,6 +107,12 @@ class RequestContext:
                 await self._app(scope, receive, send_with_id)
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
+        except asyncio.CancelledError:
+            if status or scope["app"].state.phase != "draining":
+                raise
+            # The grace period is over, for which the server has waited.
+            stopped = Unavailable("the server stopped before it could answer: try again later")
+            await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
         except Exception as error:
             # Where it was and what kind it is: its message may hold a piece of the input.
             state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"

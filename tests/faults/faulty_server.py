@@ -38,6 +38,7 @@ OUT_OF_MEMORY = "[oom]"
 OUT_OF_MEMORY_IN_COMPANY = "[oom in company]"
 SLOW = "[slow]"
 HANGS = "[hangs]"
+REFUSES_FROM_NOW_ON = "[refuses from now on]"
 MARKS = (
     RAISES,
     RAISES_IN_COMPANY,
@@ -47,6 +48,7 @@ MARKS = (
     OUT_OF_MEMORY_IN_COMPANY,
     SLOW,
     HANGS,
+    REFUSES_FROM_NOW_ON,
 )
 
 # Tokens of a text that are looked at for a mark.
@@ -63,6 +65,7 @@ class FaultyPipeline(Pipeline):
     share: float = 0.0
     seconds_per_token: float = 0.0
     chance: random.Random = field(default_factory=lambda: random.Random(int(os.environ.get("FAULTS_SEED", "0"))))
+    refuses: threading.Event = field(default_factory=threading.Event)
 
     def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
         """As the real one, unless a mark or chance will have it otherwise."""
@@ -72,6 +75,9 @@ class FaultyPipeline(Pipeline):
         if len(rows) > 1 and self.chance.random() < self.share:
             present.add(self.chance.choice((RAISES, OUT_OF_MEMORY, NOT_FINITE, SLOW)))
         company = len(rows) > 1
+        if REFUSES_FROM_NOW_ON in present:
+            self.refuses.set()
+        self.probe()
         if HANGS in present:
             threading.Event().wait()
         if SLOW in present:
@@ -90,6 +96,12 @@ class FaultyPipeline(Pipeline):
             vectors[np.flatnonzero(broken)] = torch.nan
             return Pending(vectors, pending.copied)
         return pending
+
+    def probe(self) -> None:
+        """As CUDA after an error that stays."""
+        if self.refuses.is_set():
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        super().probe()
 
     def _mark(self, row: TokenizedText) -> str:
         assert self.tokenizer is not None

@@ -59,24 +59,24 @@ async def test_what_finds_no_room_is_not_tokenized(
     await asyncio.wait({waiting})
 
 
-async def test_no_more_wait_for_room_than_may_be_queued(
+async def test_those_that_wait_for_room_are_limited_too(
     parts: tuple[Embedder, MicroBatcher[EmbedRow, Vector], Counting],
 ) -> None:
     embedder, batcher, tokenizer = parts
     queued = asyncio.create_task(embedder.embed(asked("x" * 90)))
     await until(lambda: batcher.queued_in("bulk"))
     for_ever = 1e9
-    # Guessed to have more than 20 tokens each; a single one could be as large as it likes.
-    waiting = [asyncio.create_task(embedder.embed(asked(letter * 90, for_ever))) for letter in "abcd"]
+    # Guessed to have more than 90 tokens each, and 800 may wait.
+    waiting = [asyncio.create_task(embedder.embed(asked(letter * 360, for_ever))) for letter in "abcdefgh"]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await embedder.embed(asked("e" * 90, for_ever))
+        await embedder.embed(asked("i" * 360, for_ever))
     assert tokenizer.texts == 1
     waiting.pop().cancel()
     await asyncio.sleep(0)
-    waiting.append(asyncio.create_task(embedder.embed(asked("f" * 90, for_ever))))  # in the place of the one that left
+    waiting.append(asyncio.create_task(embedder.embed(asked("j" * 360, for_ever))))  # in the place of the one that left
     computing = asyncio.create_task(batcher.run(plan()))
-    for result in await asyncio.gather(queued, *waiting):
-        assert result.prompt_tokens == 91
+    results = await asyncio.gather(queued, *waiting)
+    assert [result.prompt_tokens for result in results] == [91] + [361] * 8
     computing.cancel()
     await asyncio.wait({computing})

@@ -75,6 +75,16 @@ def test_ten_million_characters_are_refused_before_they_are_tokenized() -> None:
     own.client.__exit__(None, None, None)
 
 
+def test_ten_million_token_ids_are_refused_before_anything_is_made_of_them() -> None:
+    own = with_tokenizer()
+    ids = b"[" + b"5," * 9_999_999 + b"5]"
+    for path, field in (("/v1/embeddings", b"input"), ("/embed", b"inputs")):
+        answer = own.client.post(path, content=b'{"%b": %b}' % (field, ids))
+        assert answer.status_code in (400, 422)
+        assert "requested at least 10000000 tokens" in answer.text
+    own.client.__exit__(None, None, None)
+
+
 def test_what_is_certainly_too_long_is_not_tokenized_and_what_may_fit_is() -> None:
     own = with_tokenizer()
     for path, body in (("/v1/embeddings", {}), ("/v1/chunk_embeddings", {"chunk_size": 5})):

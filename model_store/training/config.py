@@ -1,0 +1,251 @@
+"""A training run's configuration: the JSON files of the official LLM2Vec scripts, read as they are.
+
+Their keys are of two kinds: the scripts' own, and those of transformers' TrainingArguments. What a key asks for is
+done, or refused with the way out; a key that has nothing left to decide here is accepted, and `notes` says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from model_store.pooling_modes import PoolingMode
+
+Stage = Literal["mntp", "simcse", "supervised"]
+
+
+class TrainingConfigError(ValueError):
+    """A configuration that can't be run; the message names the key and the way out."""
+
+
+class _Config(BaseModel):
+    """What every stage has. `arguments` are the keys of TrainingArguments that were given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    stage: ClassVar[Stage]
+
+    model_name_or_path: str = Field(min_length=1)
+    model_revision: str = "main"
+    output_dir: Path
+    torch_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    cache_dir: str | None = None
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    validation_split_percentage: int | None = Field(default=None, ge=0, lt=100)
+    max_train_samples: int | None = Field(default=None, ge=1)
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    max_seq_length: int | None = Field(default=None, ge=2)
+
+    lora_r: int = Field(default=8, ge=1)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    stop_after_n_steps: int | None = Field(default=10000, ge=1)
+    gradient_checkpointing: bool = False
+
+    arguments: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_source_of_texts(self) -> _Config:
+        if self.train_file is None and self.dataset_name is None:
+            raise ValueError("there is nothing to train on: give train_file, or a dataset_name")
+        return self
+
+    @property
+    def base(self) -> str:
+        """The base's reference, as `sources.resolve` reads it."""
+        return self.model_name_or_path + ("" if self.model_revision == "main" else f"@{self.model_revision}")
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn at random."""
+        return int(self.arguments.get("seed", 42))
+
+
+class MntpConfig(_Config):
+    """Masked next token prediction (BehnamGhader et al. 2024)."""
+
+    stage = "mntp"
+
+    mask_token_type: Literal["blank", "eos", "mask"] = "blank"
+    data_collator_type: Literal["default", "all_mask"] = "default"
+    mlm_probability: float = Field(default=0.15, gt=0, le=1)
+    line_by_line: bool = False
+
+
+class _ContrastiveConfig(_Config):
+    peft_model_name_or_path: str | None = None
+    pooling_mode: PoolingMode = "mean"
+    loss_scale: float = Field(default=50.0, gt=0)
+    gradient_cache_chunk_size: int | None = Field(default=None, ge=1)
+    eval_sts_file: Path | None = None
+
+
+class SimcseConfig(_ContrastiveConfig):
+    """Unsupervised SimCSE (Gao et al. 2021): a text and itself under another dropout."""
+
+    stage = "simcse"
+
+    simcse_dropout: float = Field(default=0.1, gt=0, lt=1)
+
+
+class SupervisedConfig(_ContrastiveConfig):
+    """Query, positive and hard negative, with in-batch negatives."""
+
+    stage = "supervised"
+
+
+TrainingConfig = MntpConfig | SimcseConfig | SupervisedConfig
+_STAGES: dict[Stage, type[TrainingConfig]] = {
+    "mntp": MntpConfig,
+    "simcse": SimcseConfig,
+    "supervised": SupervisedConfig,
+}
+
+# Keys that ask for what is so already, or for a way of getting there that packed training has no use for.
+_NOTHING_TO_DECIDE = {
+    "attn_implementation": "packed attention takes the fastest kernel of this device",
+    "low_cpu_mem_usage": "",
+    "overwrite_cache": "tokens are not cached",
+    "pad_to_max_length": "nothing is padded",
+    "preprocessing_num_workers": "texts are tokenized batch by batch",
+    "remove_unused_columns": "",
+    "use_fast_tokenizer": "tokenizer.json is used as it is",
+    "experiment_id": "output_dir is used as given",
+    "dataloader_drop_last": "every batch is a full one",
+    "ddp_find_unused_parameters": "there are none",
+    "ddp_broadcast_buffers": "there are none that change",
+    "group_by_length": "packed batches have no padding to save",
+    "fp16_full_eval": "",
+}
+
+# Keys with one value that is done: the value, and the way out of any other.
+_ONLY: dict[str, tuple[Any, str]] = {
+    "bidirectional": (True, "training is of bidirectional encoders: set it true"),
+    "loss_class": ("HardNegativeNLLLoss", "HardNegativeNLLLoss is the only one"),
+    "do_train": (True, "set it true, or leave it out"),
+    "do_predict": (False, "leave it out"),
+    "trust_remote_code": (False, "remote code never runs: set it false"),
+    "streaming": (False, "write the texts to a train_file"),
+    "fp16": (False, "set torch_dtype to bfloat16: half precision would need scaled losses"),
+    "token": (None, "set the variable HF_TOKEN"),
+    "use_auth_token": (None, "set the variable HF_TOKEN"),
+    "tokenizer_name": (None, "the base's tokenizer is used"),
+    "config_name": (None, "the base's configuration is used"),
+    "config_overrides": (None, "the base's configuration is used"),
+    "model_type": (None, "the base's configuration is used"),
+}
+
+_RENAMED = {
+    "dataset_file_path": "train_file",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+
+# Of TrainingArguments: what the trainer honours here. The rest is for models and optimisers that it does not have.
+_HONOURED = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "ddp_backend", "ddp_bucket_cap_mb", "ddp_timeout"),
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("disable_tqdm", "do_eval", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy", "full_determinism"),
+    *("gradient_accumulation_steps", "greater_is_better", "learning_rate", "load_best_model_at_end", "log_level"),
+    *("log_level_replica", "log_on_each_node", "logging_first_step", "logging_nan_inf_filter", "logging_steps"),
+    *("logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps"),
+    *("metric_for_best_model", "num_train_epochs", "per_device_eval_batch_size", "per_device_train_batch_size"),
+    *("report_to", "run_name", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "seed", "tf32"),
+    *("torch_empty_cache_steps", "use_cpu", "warmup_steps", "weight_decay"),
+)
+_HANDLED_HERE = ("bf16", "optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
+
+
+def read_config(stage: Stage, path: Path) -> TrainingConfig:
+    """The configuration in a JSON file.
+
+    Raises:
+        TrainingConfigError: for bad JSON, an unknown key (naming the nearest), or a value that can't be honoured.
+    """
+    try:
+        given = json.loads(path.read_text())
+    except OSError as error:
+        raise TrainingConfigError(f"{path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise TrainingConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(given, dict):
+        raise TrainingConfigError(f"{path} is not a JSON object")
+    try:
+        return parse_config(stage, given)
+    except TrainingConfigError as error:
+        raise TrainingConfigError(f"{path}: {error}") from error
+
+
+def parse_config(stage: Stage, given: dict[str, Any]) -> TrainingConfig:
+    """The configuration that a JSON object holds; see `read_config`."""
+    config_class = _STAGES[stage]
+    own: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
+    notes: list[str] = []
+    for key, value in _renamed(given):
+        if key in config_class.model_fields and key not in ("arguments", "notes"):
+            own[key] = value
+        elif key in _NOTHING_TO_DECIDE:
+            if reason := _NOTHING_TO_DECIDE[key]:
+                notes.append(f"{key} is not used: {reason}")
+        elif key in _ONLY:
+            only, way_out = _ONLY[key]
+            if value != only:
+                shown = key if "token" in key else f"{key} {json.dumps(value)}"
+                raise TrainingConfigError(f"{shown} is not supported: {way_out}")
+        elif key in _HONOURED or key in _HANDLED_HERE:
+            arguments[key] = value
+        else:
+            _refuse_key(stage, key, value)
+    if "bf16" in arguments and arguments.pop("bf16") and "torch_dtype" not in own:
+        own["torch_dtype"] = "bfloat16"
+        notes.append("bf16 is read as torch_dtype bfloat16: the adapters are updated in float32 copies")
+    if own.get("torch_dtype", "") is None:
+        del own["torch_dtype"]
+    if own.get("torch_dtype") == "float16":
+        raise TrainingConfigError("torch_dtype float16 is not supported: use bfloat16")
+    if arguments.get("optim", "adamw_torch") not in _OPTIMISERS:
+        raise TrainingConfigError(f"optim {arguments['optim']} is not supported: use {_OPTIMISERS[0]}")
+    try:
+        return config_class(**own, arguments=arguments, notes=tuple(notes))
+    except ValidationError as error:
+        problems = (
+            f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}".removeprefix(": ") for issue in error.errors()
+        )
+        raise TrainingConfigError("; ".join(problems)) from error
+
+
+def _renamed(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        name = _RENAMED.get(key, key)
+        if name != key and name in given:
+            raise TrainingConfigError(f"{key} and {name} are the same: leave out {key}")
+        yield name, value
+
+
+def _refuse_key(stage: Stage, key: str, value: Any) -> None:
+    """Raise, unless the key asks for what transformers does by itself."""
+    from transformers import TrainingArguments
+
+    others = [other for other in _STAGES if key in _STAGES[other].model_fields]
+    if others:
+        raise TrainingConfigError(f"{key} is a key of {' and '.join(others)}, not of {stage}: leave it out")
+    fields = TrainingArguments.__dataclass_fields__
+    if key in fields:
+        if value == fields[key].default:
+            return
+        raise TrainingConfigError(f"{key} {json.dumps(value)} is not supported: leave it out")
+    known = {*_STAGES[stage].model_fields, *_HONOURED, *_HANDLED_HERE, *_NOTHING_TO_DECIDE, *_ONLY, *_RENAMED}
+    nearest = get_close_matches(key, known - {"arguments", "notes"}, n=1, cutoff=0)[0]
+    raise TrainingConfigError(f"there is no key {key!r}: the nearest is {nearest!r}")

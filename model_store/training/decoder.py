@@ -1,0 +1,113 @@
+"""A base and the adapters before it → a bidirectional decoder with new LoRA adapters to train, and its output head.
+
+What comes before is merged, as the official recipe has it: the adapters of a second stage are trained on the merged
+weights of the first. Only the new adapters learn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from model_store.adapters import load_adapter
+from model_store.architectures import architecture_of
+from model_store.attention import choose_kernel, implementation_name
+from model_store.build import check_names, merged_tensor
+from model_store.checkpoints import CheckpointError, open_checkpoint
+from model_store.sources import Source
+
+# transformers' names for dropout of attention weights; other dropouts are of pre-training and stay off.
+_ATTENTION_DROPOUT = "attention_dropout"
+
+
+@dataclass(frozen=True)
+class TrainableDecoder:
+    """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None where it is the embeddings'.
+
+    `base_config` is the configuration before it was made bidirectional.
+    """
+
+    adapted: Any
+    head: Tensor | None
+    base_config: Any
+
+    @property
+    def config(self) -> Any:
+        """The decoder's configuration, made bidirectional."""
+        return self.adapted.base_model.model.config
+
+
+def load_trainable(
+    base: Source,
+    before: Sequence[Source],
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    lora_dropout: float,
+    attention_dropout: float,
+    gradient_checkpointing: bool,
+    with_head: bool,
+) -> TrainableDecoder:
+    """The base on the CPU in `dtype`, with `before` merged and a new adapter of `rank` on every linear layer.
+
+    The adapter's B is zero, its A random: seed before. Dropout, too, takes torch's own generator.
+
+    Raises:
+        CheckpointError, AdapterError, UnsupportedArchitectureError: as `build_encoder` does.
+    """
+    checkpoint = open_checkpoint(base.folder)
+    adapters = [load_adapter(source.folder, source.reference) for source in before]
+    shapes = check_names(base.reference, checkpoint, adapters)
+    config = checkpoint.config.from_dict(checkpoint.config.to_dict())
+    if not architecture_of(config.model_type).windowed:
+        config.sliding_window = None
+    config.is_causal = False
+    config.use_cache = False
+    setattr(config, _ATTENTION_DROPOUT, attention_dropout)
+    tensors = {name: merged_tensor(checkpoint, adapters, name, shape, dtype) for name, shape in shapes.items()}
+    head = None
+    if with_head and not getattr(config, "tie_word_embeddings", False):
+        head = checkpoint.output_head()
+        if head is None:
+            raise CheckpointError(
+                f"{base.reference} holds no output head, which MNTP predicts tokens with: give the base itself, not a "
+                "stored encoder of it"
+            )
+        head = head.to(dtype)
+    decoder = _assemble(config, tensors, dtype)
+    softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    decoder.set_attn_implementation(implementation_name(choose_kernel("auto", device, dtype, softcap)))
+    if gradient_checkpointing:
+        # Until transformers 5.20 it has the other name.
+        enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout, target_modules=linear_names(decoder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has given up
+        adapted = get_peft_model(decoder, lora, autocast_adapter_dtype=False)
+    return TrainableDecoder(adapted, head, checkpoint.config)
+
+
+def linear_names(decoder: Any) -> list[str]:
+    """The names of the decoder's linear layers, such as q_proj: the last part alone, each once."""
+    modules = decoder.layers[0].named_modules()
+    return [name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def _assemble(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """The decoder of a configuration around tensors that are there already."""
+    from transformers import AutoModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with torch.device("meta"):
+        decoder_class = type(AutoModel.from_config(config))
+    return decoder_class.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, attn_implementation="eager"
+    )

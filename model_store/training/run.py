@@ -1,0 +1,282 @@
+"""`train`: a configuration in, an adapter in its output_dir out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from model_store.architectures import architecture_of
+from model_store.build import base_name, write_tokenizer
+from model_store.encoder import choose_dtype
+from model_store.evaluation.sts import evaluate_sts, read_pairs
+from model_store.manifest import TOKENIZER_FILE
+from model_store.sources import Source, resolve
+from model_store.templates import template_for
+from model_store.tokenizer import TextTokenizer
+from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
+from model_store.training.corpus import Examples, read_examples
+from model_store.training.curves import draw_curves
+from model_store.training.decoder import TrainableDecoder, load_trainable
+from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, Order, TokenRows, Triplets
+from model_store.training.published import Published
+from model_store.training.resume import begin
+from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
+from model_store.training.texts import TrainingDataError, Triplet
+from model_store.training.trainer import ContrastiveTrainer, Measure, MntpTrainer, PackedTrainer, StopAfter
+
+CURVES_FILE = "curves.png"
+
+# Tokens of a row where a configuration does not say: as the official scripts.
+_DEFAULT_LENGTH = {"mntp": 1024, "simcse": 512, "supervised": 512}
+
+# Texts that are tokenized by one call.
+_TOKENIZED_TOGETHER = 1000
+
+
+def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+    """Train an adapter and save it in `config.output_dir`, which is returned.
+
+    Run by torchrun or `accelerate launch` it is one process of several. With `resume` it goes on from the newest whole
+    checkpoint in output_dir, if there is one, and comes to what the run would have come to.
+    `callbacks` are called by the Trainer.
+
+    Raises:
+        TrainingConfigError, TrainingDataError: and what the readers of base and adapters raise.
+    """
+    arguments = training_arguments(config)
+    checkpoint = begin(config, arguments, resume)
+    examples = read_examples(config, arguments)
+    with ExitStack() as sources:
+        with arguments.main_process_first(desc="fetching the base"):
+            base = sources.enter_context(resolve(config.base))
+            first = None if isinstance(config, MntpConfig) else config.peft_model_name_or_path
+            before = (sources.enter_context(resolve(first)),) if first else ()
+        trainer = prepare(config, arguments, examples, base, before)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        _seed_dropout(arguments)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if arguments.do_eval and arguments.eval_strategy == "no":
+            trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+    return config.output_dir
+
+
+def prepare(
+    config: TrainingConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    base: Source,
+    before: tuple[Source, ...],
+) -> PackedTrainer:
+    """All before the first step: the trainer of a configuration, and the tokenizer in output_dir."""
+    length = config.max_seq_length or _DEFAULT_LENGTH[config.stage]
+    pooling = "mean" if isinstance(config, MntpConfig) else config.pooling_mode
+    with arguments.main_process_first(desc="writing the tokenizer"):
+        if arguments.process_index == 0:
+            write_tokenizer(base, before, config.output_dir)
+    tokenizer = Tokenizer.from_file(str(config.output_dir / TOKENIZER_FILE))
+    set_seed(arguments.seed)
+    decoder = load_trainable(
+        base,
+        before,
+        choose_dtype(config.torch_dtype, arguments.device),
+        arguments.device,
+        rank=config.lora_r,
+        lora_dropout=config.lora_dropout,
+        attention_dropout=config.simcse_dropout if isinstance(config, SimcseConfig) else 0.0,
+        gradient_checkpointing=config.gradient_checkpointing,
+        with_head=isinstance(config, MntpConfig),
+    )
+    published = Published(base, before, decoder.base_config, pooling, length)
+    positions = decoder.config.max_position_embeddings
+    if length > positions:
+        raise TrainingConfigError(f"max_seq_length is {length}, but {config.base} reads {positions} tokens: lower it")
+    if isinstance(config, MntpConfig):
+        trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
+    else:
+        trainer = _contrastive(config, arguments, decoder, published, tokenizer, examples, length)
+    if config.stop_after_n_steps is not None:
+        trainer.add_callback(StopAfter(config.stop_after_n_steps))
+    trainer.add_callback(_Curves())
+    return trainer
+
+
+def training_arguments(config: TrainingConfig) -> TrainingArguments:
+    """What transformers is given of a configuration.
+
+    Raises:
+        TrainingConfigError: for a value that it does not take.
+    """
+    given = {key: value for key, value in config.arguments.items() if key not in _NOT_OF_TRANSFORMERS}
+    ratio = config.arguments.get("warmup_ratio")
+    if ratio and not given.get("warmup_steps"):
+        given["warmup_steps"] = ratio  # below 1 it is one
+    try:
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(config.output_dir),
+                "report_to": ["tensorboard"],
+                "dataloader_pin_memory": torch.cuda.is_available(),
+                **given,
+                "remove_unused_columns": False,
+                "dataloader_drop_last": True,
+                "ddp_find_unused_parameters": False,
+                "ddp_broadcast_buffers": False,
+            }
+        )
+    except (ValueError, TypeError) as error:
+        raise TrainingConfigError(str(error)) from error
+    if arguments.n_gpu > 1:
+        raise TrainingConfigError(
+            f"there are {arguments.n_gpu} GPUs: run torchrun --nproc-per-node {arguments.n_gpu} -m service train …, or "
+            "set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
+
+
+_NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
+
+
+def _seed_dropout(arguments: TrainingArguments) -> None:
+    """Random numbers of a process's own; a checkpoint brings those it had."""
+    torch.manual_seed(arguments.seed + arguments.process_index)
+
+
+def _mntp(
+    config: MntpConfig,
+    arguments: TrainingArguments,
+    decoder: TrainableDecoder,
+    published: Published,
+    tokenizer: Tokenizer,
+    texts: Examples,
+    length: int,
+) -> PackedTrainer:
+    vocabulary = decoder.config.vocab_size
+    special = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    untouched = np.zeros(vocabulary, dtype=bool)
+    untouched[[token_id for token_id in special if token_id < vocabulary]] = True
+    masking = Masking(
+        _mask_token(config, tokenizer, decoder.config),
+        config.mlm_probability,
+        config.data_collator_type == "default",
+        untouched,
+        config.seed,
+    )
+    rows = [_tokenize(tokenizer, part, arguments) for part in (texts.train, texts.held_out)]
+    if config.line_by_line:
+        examples, held_out = (TokenRows([row[:length] for row in part]) for part in rows)
+    else:
+        examples, held_out = (TokenRows.in_blocks(part, length) for part in rows)
+    return MntpTrainer(
+        MaskedNextToken(decoder),
+        arguments,
+        examples,
+        held_out,
+        MaskedBatches(masking),
+        _order([""] * len(examples), config, arguments),
+        published,
+    )
+
+
+def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
+    """The id of what stands for a hidden token.
+
+    Raises:
+        TrainingConfigError: if the base has none of that kind.
+    """
+    if config.mask_token_type == "eos":
+        eos = model.eos_token_id
+        found = eos[0] if isinstance(eos, list) else eos
+    else:
+        found = tokenizer.token_to_id({"blank": "_", "mask": "<mask>"}[config.mask_token_type])
+    if found is None or found >= model.vocab_size:
+        raise TrainingConfigError(
+            f'{config.base} has no token for mask_token_type "{config.mask_token_type}": use one of blank, eos, mask'
+        )
+    return int(found)
+
+
+def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[NDArray[np.int32]]:
+    """Token ids with the special ones; whole texts, in threads. Texts without tokens are left out."""
+    parts = [texts[start : start + _TOKENIZED_TOGETHER] for start in range(0, len(texts), _TOKENIZED_TOGETHER)]
+    bar = tqdm(total=len(texts), desc="tokenizing", unit="text", disable=arguments.disable_tqdm or None)
+
+    def encode(part: list[str]) -> list[NDArray[np.int32]]:
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(part)]
+
+    rows: list[NDArray[np.int32]] = []
+    with bar, ThreadPoolExecutor() as pool:
+        for part in pool.map(encode, parts):
+            rows += [row for row in part if len(row)]
+            bar.update(len(part))
+    return rows
+
+
+def _contrastive(
+    config: Any,
+    arguments: TrainingArguments,
+    decoder: TrainableDecoder,
+    published: Published,
+    tokenizer: Tokenizer,
+    data: Examples,
+    length: int,
+) -> PackedTrainer:
+    template = template_for(
+        base_name(published.base, published.before), config.pooling_mode, architecture_of(decoder.config.model_type)
+    )
+    reader = TextTokenizer(tokenizer, template, skip_instruction=True, vocabulary=decoder.config.vocab_size)
+    simcse = isinstance(config, SimcseConfig)
+    train, held_out = (
+        [Triplet(text, text, None) for text in part] if simcse else part for part in (data.train, data.held_out)
+    )
+    if len({each.negative is None for each in train}) > 1:
+        raise TrainingDataError("some examples have a negative and some have none: give all of them one, or none")
+    batches = ContrastiveBatches(
+        reader, config.pooling_mode, length, config.gradient_cache_chunk_size, "simcse" if simcse else "supervised"
+    )
+    return ContrastiveTrainer(
+        ContrastiveEncoder(decoder),
+        arguments,
+        Triplets(train),
+        Triplets(held_out),
+        batches,
+        _order([each.group for each in train], config, arguments),
+        published,
+        loss_scale=config.loss_scale,
+        dropout_in_evaluation=simcse,
+        measures=[_sts(config.eval_sts_file)] if config.eval_sts_file else [],
+    )
+
+
+def _order(groups: Sequence[str], config: TrainingConfig, arguments: TrainingArguments) -> Order:
+    return Order(groups, arguments.train_batch_size * arguments.world_size, config.seed)
+
+
+def _sts(path: Path) -> Measure:
+    """Spearman's correlation over the pairs of a file, as `eval sts` has it, by the weights of the moment."""
+    pairs = read_pairs(path)
+    texts = [text for pair in pairs for text in (pair.first, pair.second)]
+    return lambda encode: {"spearman": evaluate_sts(pairs, encode(texts))}
+
+
+class _Curves(TrainerCallback):  # type: ignore[misc]
+    """Draws what was logged at each checkpoint and at the end."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called by the Trainer."""
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, Path(args.output_dir) / CURVES_FILE)
+
+    on_train_end = on_save

@@ -1,0 +1,175 @@
+"""Training texts from files: one a line, JSON or JSON lines; a bad line is named by file and number. No torch here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class TrainingDataError(ValueError):
+    """Texts that can't be read or are too few; the message names file and line where there is one."""
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """What a query must find, and what it must not. `group` names the texts among which negatives are drawn.
+
+    `negative` is None in data of pairs. Instructions are "" for none; the negative has the positive's.
+    """
+
+    query: str
+    positive: str
+    negative: str | None
+    instruction: str = ""
+    passage_instruction: str = ""
+    group: str = ""
+
+
+def read_texts(path: Path) -> list[str]:
+    """Texts of a .txt file (one a line), or of a .json, .jsonl file (strings, or objects with "text"); each may be .gz.
+
+    Lines of white space alone are left out.
+
+    Raises:
+        TrainingDataError: for a file that can't be read, or a line that is no text.
+    """
+    texts = []
+    for line, value in _values(path, plain=True):
+        if isinstance(value, dict):
+            if "text" not in value:
+                raise TrainingDataError(f'{path}, {line}: there is no "text" among {", ".join(map(repr, value))}')
+            value = value["text"]
+        if not isinstance(value, str):
+            raise TrainingDataError(f"{path}, {line}: a text must be a string, not {_kind(value)}")
+        if text := value.strip():
+            texts.append(text)
+    return texts
+
+
+_FIELDS = {
+    "query": ("query", "anchor", "question"),
+    "positive": ("positive", "pos", "document", "answer"),
+    "negative": ("negative", "neg"),
+    "instruction": ("instruction", "user_prompt", "prompt"),
+    "passage_instruction": ("passage_instruction",),
+}
+
+
+def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
+    """Triplets or pairs of a .jsonl or .json file (may be .gz), or of every such file in a folder, one group each.
+
+    With `e5` a query without an instruction gets the one that LLM2Vec gave to queries of a file of that name.
+
+    Raises:
+        TrainingDataError: for a file that can't be read, or a line that is no triplet.
+    """
+    if path.is_dir():
+        paths = sorted(child for child in path.iterdir() if child.name.endswith((".jsonl", ".jsonl.gz", ".json")))
+        if not paths:
+            raise TrainingDataError(f"{path} holds no .jsonl file")
+    else:
+        paths = [path]
+    triplets = []
+    for file in paths:
+        group = file.name.partition(".")[0]
+        instructions = e5_instructions(group) if e5 else [""]
+        for number, (line, value) in enumerate(_values(file, plain=False)):
+            triplet = triplet_of(value, f"{file}, {line}", group)
+            instruction = triplet.instruction or instructions[number % len(instructions)]
+            triplets.append(replace(triplet, instruction=instruction))
+    return triplets
+
+
+def e5_instructions(name: str) -> list[str]:
+    """Those for a file of the public E5 data, which its lines take in turn; [""] for any other name."""
+    table = tomllib.loads((files("model_store.training") / "e5_instructions.toml").read_text())
+    found = table.get(name, "")
+    return found if isinstance(found, list) else [found]
+
+
+def triplet_of(value: Any, where: str, group: str) -> Triplet:
+    """The triplet that a JSON object holds.
+
+    Raises:
+        TrainingDataError: if it holds none.
+    """
+    if not isinstance(value, dict):
+        raise TrainingDataError(f"{where}: an example must be an object with query and positive, not {_kind(value)}")
+    found: dict[str, str] = {}
+    for field, names in _FIELDS.items():
+        name = next((name for name in names if value.get(name) is not None), None)
+        if name is None:
+            continue
+        text = value[name]
+        if isinstance(text, list) and field in ("positive", "negative"):  # several to choose from
+            text = text[0] if text else None
+        if not isinstance(text, str):
+            raise TrainingDataError(f"{where}: {name} must be a string, not {_kind(text)}")
+        if field in ("query", "positive", "negative") and not text.strip():
+            raise TrainingDataError(f"{where}: {name} is empty")
+        found[field] = text
+    for field in ("query", "positive"):
+        if field not in found:
+            raise TrainingDataError(f"{where}: there is no {field!r} among {', '.join(map(repr, value))}")
+    return Triplet(
+        found["query"],
+        found["positive"],
+        found.get("negative"),
+        found.get("instruction", ""),
+        found.get("passage_instruction", ""),
+        group,
+    )
+
+
+def _values(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
+    """(place, value) of each line of a file, or of each item of a JSON array."""
+    name = path.name.removesuffix(".gz")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            if name.endswith(".jsonl"):
+                yield from _json_lines(path, file)
+            elif name.endswith(".json"):
+                yield from _json(path, file)
+            elif plain and name.endswith((".txt", ".text")):
+                yield from ((f"line {number}", line) for number, line in enumerate(file, 1))
+            else:
+                kinds = ".txt, .json or .jsonl" if plain else ".json or .jsonl"
+                raise TrainingDataError(f"{path} is of no known kind: name it {kinds} (or one of them with .gz)")
+    except UnicodeDecodeError as error:
+        raise TrainingDataError(f"{path} is not UTF-8: {error}") from error
+    except (OSError, EOFError) as error:
+        raise TrainingDataError(f"{path} can't be read: {error}") from error
+
+
+def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise TrainingDataError(f"{path}, line {number} is not valid JSON: {error}") from error
+
+
+def _json(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    """A JSON array, or what many call .json: JSON lines."""
+    content = file.read()
+    try:
+        whole = json.loads(content)
+    except ValueError as error:
+        if not content.lstrip().startswith("{"):
+            raise TrainingDataError(f"{path} is not valid JSON: {error}") from error
+        yield from _json_lines(path, iter(content.splitlines()))  # type: ignore[arg-type]
+        return
+    if not isinstance(whole, list):
+        raise TrainingDataError(f"{path} holds {_kind(whole)}: an array is needed, or JSON lines")
+    yield from ((f"item {number}", value) for number, value in enumerate(whole, 1))
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} ({json.dumps(value)[:40]})"

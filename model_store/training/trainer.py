@@ -1,0 +1,193 @@
+"""transformers' Trainer over packed batches.
+
+Its own are the training loop, schedules, checkpoints, logs and processes; ours the order of examples, the losses, an
+optimiser for 16-bit adapters, and what a checkpoint holds of the model: the adapter alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from model_store.training.examples import EVALUATION, Place
+from model_store.training.losses import contrastive_loss, in_batch_loss
+from model_store.training.optimizer import MasterAdamW
+from model_store.training.published import Published, load_weights
+
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+# Adds to the metrics of an evaluation, given what encodes texts as rows of length 1; called in every process.
+Measure = Callable[[Callable[[Sequence[str]], NDArray[np.float32]]], dict[str, float]]
+
+
+class PackedTrainer(Trainer):  # type: ignore[misc]
+    """A stage's module, its examples in their order, and how they become batches."""
+
+    optimizer: Any
+    control: Any
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        arguments: TrainingArguments,
+        examples: Dataset[Any],
+        held_out: Dataset[Any],
+        collate: Collate,
+        order: Sampler[Place],
+        published: Published,
+    ) -> None:
+        super().__init__(stage, arguments, data_collator=collate, train_dataset=examples, eval_dataset=held_out)
+        self._order, self._published = order, published
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Place]:
+        return self._order
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with float32 copies of the adapters."""
+        if self.optimizer is None:
+            arguments = self.args
+            self.optimizer = MasterAdamW(
+                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+                lr=arguments.learning_rate,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+                weight_decay=arguments.weight_decay,
+            )
+        return self.optimizer  # type: ignore[no-any-return]
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss over the held-out examples, and what the measures add; logged, and told to the callbacks."""
+        began = time.perf_counter()
+        self.model.eval()
+        metrics: dict[str, float] = {}
+        with torch.no_grad():
+            if len(self.eval_dataset):
+                metrics |= self._held_out_metrics()
+            metrics |= self._measured()
+        self.model.train()
+        metrics["runtime"] = round(time.perf_counter() - began, 3)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _held_out_metrics(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def _measured(self) -> dict[str, float]:
+        return {}
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        """This process's share of the held-out examples, collated."""
+        size = self.args.eval_batch_size
+        own = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        for start in range(0, len(own), size):
+            batch = self.data_collator([self.eval_dataset[(EVALUATION, index)] for index in own[start : start + size]])
+            yield self._prepare_inputs(batch)
+
+    def _summed(self, sums: Tensor) -> list[float]:
+        """Over all processes."""
+        total: list[float] = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        return total
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self._published.save(self.model.adapted, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.model.adapted, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        load_weights(self.model.adapted, Path(self.state.best_model_checkpoint))
+
+
+class MntpTrainer(PackedTrainer):
+    """The mean loss of all hidden tokens of a step, whatever batches and processes they are in."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.model_accepts_loss_kwargs = True  # so that a step's hidden tokens are counted
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """This batch's share of the step's loss."""
+        losses, _ = model(**inputs)
+        # Data parallelism takes the mean over processes.
+        loss: Tensor = losses.sum() * self.args.world_size / max(int(num_items_in_batch), 1)
+        return loss
+
+    def _held_out_metrics(self) -> dict[str, float]:
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in self._held_out_batches():
+            losses, hits = self.model(**batch)
+            sums += torch.tensor([losses.sum().item(), hits.sum().item(), len(losses)])
+        loss, hits, tokens = self._summed(sums)
+        return {"loss": loss / max(tokens, 1), "accuracy": hits / max(tokens, 1)}
+
+
+class ContrastiveTrainer(PackedTrainer):
+    """InfoNCE over the texts of a batch of all processes."""
+
+    def __init__(
+        self, *arguments: Any, loss_scale: float, dropout_in_evaluation: bool, measures: Sequence[Measure]
+    ) -> None:
+        super().__init__(*arguments)
+        self._loss_scale, self._dropout_in_evaluation, self._measures = loss_scale, dropout_in_evaluation, measures
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of this batch, of all processes."""
+        return contrastive_loss(model(inputs["chunks"]).split(inputs["queries"]), self._loss_scale)
+
+    def _held_out_metrics(self) -> dict[str, float]:
+        """With dropout where the loss is about it; its random numbers are the same each time, and no one else's."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            self.model.train(self._dropout_in_evaluation)
+            for batch in self._held_out_batches():
+                batch_loss = in_batch_loss(self.model(batch["chunks"]).split(batch["queries"]), self._loss_scale)
+                sums += torch.tensor([batch_loss.item() * batch["queries"], batch["queries"]])
+        self.model.eval()
+        loss, queries = self._summed(sums)
+        return {"loss": loss / max(queries, 1)}
+
+    def _measured(self) -> dict[str, float]:
+        return {name: value for measure in self._measures for name, value in measure(self.encode).items()}
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(B, D), each of length 1, as they would be served; texts of about one length together."""
+        size = self.args.eval_batch_size
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = np.empty((len(texts), self.model.adapted.base_model.model.config.hidden_size), dtype=np.float32)
+        for start in range(0, len(texts), size):
+            own = order[start : start + size]
+            inputs = self._prepare_inputs(self.data_collator.of_texts([texts[index] for index in own]))
+            vectors[own] = normalize(self.model(**inputs)).cpu().numpy()
+        return vectors
+
+
+class StopAfter(TrainerCallback):  # type: ignore[misc]
+    """Ends a run after so many steps, with a learning rate that was planned for all of it: as the official scripts."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called by the Trainer."""
+        if state.global_step >= self._steps:
+            control.should_training_stop = True

@@ -1,0 +1,254 @@
+"""Whole runs: what they leave, how they go on after a kill, and that what is trained is what is served."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from model_store.build import build_encoder
+from model_store.encoder import Encoder
+from model_store.packing import PackedBatch
+from model_store.recipe import recipe_from
+from model_store.sources import resolve
+from model_store.tokenizer import TextTokenizer
+from model_store.training.config import Stage, TrainingConfigError, parse_config
+from model_store.training.corpus import read_examples
+from model_store.training.resume import whole_checkpoints
+from model_store.training.run import prepare, train, training_arguments
+from model_store.training.texts import TrainingDataError
+from service.cli import main
+from tests.model_store.training.runs import texts, tiny_config, write_texts
+from tests.tiny import FAMILIES, normalized
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(stage: Stage, folder: Path, resume: bool = False, **changes: Any) -> Path:
+    return train(parse_config(stage, tiny_config(stage, folder, **changes)), resume)
+
+
+def losses(folder: Path) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_a_killed_run_goes_on_to_the_very_same_adapter(stage: Stage, tmp_path: Path) -> None:
+    """Killed after step 6, going on from the checkpoint of step 4; in bfloat16, in the second epoch of 32 examples.
+
+    The control is a run with another seed.
+    """
+    changes: dict[str, Any] = {"torch_dtype": "bfloat16", "max_train_samples": 32, "gradient_cache_chunk_size": 3}
+    if stage == "mntp":
+        del changes["gradient_cache_chunk_size"]
+    whole = run(stage, tmp_path, **changes, output_dir=str(tmp_path / "whole"))
+    given = tiny_config(stage, tmp_path, **changes, output_dir=str(tmp_path / "killed"))
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    command = [sys.executable, "-m", "tests.model_store.training.runs", stage, str(tmp_path / "config.json"), "6"]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [path.name for path in whole_checkpoints(tmp_path / "killed")] == ["checkpoint-4"]
+    assert main(["train", stage, str(tmp_path / "config.json"), "--resume"]) == 0
+
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (whole, tmp_path / "killed"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert losses(tmp_path / "killed") == losses(whole)
+    other = run(stage, tmp_path, **changes, seed=7, output_dir=str(tmp_path / "other"))
+    assert losses(other) != losses(whole)
+
+
+def test_a_checkpoint_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    folder = run("mntp", tmp_path)
+    assert [path.name for path in whole_checkpoints(folder)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    (folder / "checkpoint-12" / "trainer_state.json").unlink()
+    assert whole_checkpoints(folder)[-1].name == "checkpoint-8"
+
+
+def test_a_run_goes_on_with_its_own_configuration_only(tmp_path: Path) -> None:
+    run("mntp", tmp_path)
+    with pytest.raises(TrainingConfigError, match=r"begun with another mlm_probability, learning_rate: put it back"):
+        run("mntp", tmp_path, resume=True, mlm_probability=0.4, learning_rate=1e-4)
+    run("mntp", tmp_path, resume=True, logging_steps=5, save_total_limit=2)
+
+
+def test_an_output_dir_in_use_is_refused_or_begun_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "mntp"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(TrainingConfigError, match="is not empty: set overwrite_output_dir true"):
+        run("mntp", tmp_path)
+    run("mntp", tmp_path, overwrite_output_dir=True)
+    first = losses(folder)
+    run("mntp", tmp_path, overwrite_output_dir=True, seed=5)
+    assert losses(folder) != first
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse", "supervised"])
+def test_it_learns(stage: Stage, tmp_path: Path) -> None:
+    folder = run(stage, tmp_path, lora_dropout=0.0, max_steps=40, save_strategy="no")
+    found = losses(folder)
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+
+
+def test_steps_to_stop_after_leave_the_learning_rate_as_planned(tmp_path: Path) -> None:
+    folder = run("mntp", tmp_path, stop_after_n_steps=6)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry]
+    assert rates[-1] == pytest.approx(3e-3 * (12 - 5) / 10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained_is_what_is_served(family: str, tmp_path: Path) -> None:
+    """MNTP, then supervised on top; the trainer's own vectors are those of the encoder that `build` makes of both."""
+    short: dict[str, Any] = {"max_steps": 3, "save_strategy": "no", "family": family}
+    mntp = run("mntp", tmp_path, **short)
+    second = run("supervised", tmp_path, **short, peft_model_name_or_path=str(mntp))
+    build_encoder(
+        recipe_from("tiny", base=str(tmp_path / "base"), adapters=[str(mntp), str(second)], dtype="float32"),
+        tmp_path / "encoder",
+    )
+    encoder = Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
+    given = texts(9)
+    rows = TextTokenizer.load(tmp_path / "encoder", encoder.manifest).encode_batch(given, [""] * len(given))
+    served = normalized(encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling)))
+
+    config = parse_config("supervised", tiny_config("supervised", tmp_path, peft_model_name_or_path=str(mntp)))
+    arguments = training_arguments(config)
+    with resolve(str(tmp_path / "base")) as base, resolve(str(mntp)) as before:
+        trainer = prepare(config, arguments, read_examples(config, arguments), base, (before,))
+    trainer._load_from_checkpoint(str(second))
+    trainer.model.eval()
+    with torch.no_grad():
+        trained = torch.from_numpy(trainer.encode(given))
+    assert (served - trained).abs().max() < 1e-5
+    without = build_encoder(
+        recipe_from("tiny", base=str(tmp_path / "base"), adapters=[str(mntp)], dtype="float32"), tmp_path / "first"
+    )
+    first = Encoder.load(tmp_path / "first", device="cpu", dtype="float32")
+    assert without.pooling == "mean"
+    control = normalized(first.encode(PackedBatch.pack(rows, "mean")))
+    assert (served - control).abs().max() > 1e-3
+
+
+def test_files_have_the_published_shape(tmp_path: Path) -> None:
+    mntp = run("mntp", tmp_path, max_steps=2)
+    second = run("simcse", tmp_path, max_steps=2, peft_model_name_or_path=str(mntp))
+    tensors = load_file(mntp / "adapter_model.safetensors")
+    assert "base_model.model.layers.0.self_attn.q_proj.lora_A.weight" in tensors
+    assert len(tensors) == 3 * 7 * 2
+    config = json.loads((mntp / "config.json").read_text())
+    assert config["_name_or_path"] == str(tmp_path / "base")
+    assert "auto_map" not in config
+    adapter = json.loads((second / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "base")
+    assert (adapter["r"], adapter["lora_alpha"], adapter["task_type"]) == (4, 8, None)
+    assert sorted(adapter["target_modules"]) == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert not (second / "config.json").exists()
+    assert json.loads((second / "llm2vec_config.json").read_text())["pooling_mode"] == "mean"
+    base_tokenizer = (tmp_path / "base" / "tokenizer.json").read_bytes()
+    assert (mntp / "tokenizer.json").read_bytes() == base_tokenizer
+
+
+def test_evaluation_is_logged_and_drawn(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    sentences = texts(12)
+    lines = [f"{n % 5}\t{one}\t{other}" for n, (one, other) in enumerate(pairwise(sentences))]
+    pairs.write_text("score\tsentence1\tsentence2\n" + "\n".join(lines) + "\n")
+    evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4, "validation_split_percentage": 25}
+    best: dict[str, Any] = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "spearman",
+        "greater_is_better": True,
+    }
+    folder = run("simcse", tmp_path, **evaluated, **best, eval_sts_file=str(pairs))
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found = [entry for entry in log if "eval_loss" in entry]
+    assert [entry["step"] for entry in found] == [4, 8, 12]
+    assert all(-1 <= entry["eval_spearman"] <= 1 for entry in found)
+    best_step = max(found, key=lambda entry: entry["eval_spearman"])["step"]
+    kept, chosen = (
+        load_file(path / "adapter_model.safetensors") for path in (folder, folder / f"checkpoint-{best_step}")
+    )
+    assert all(torch.equal(kept[name], chosen[name]) for name in kept)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (events,) = folder.glob("runs/*")
+    scalars = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/spearman"} <= set(scalars)
+
+
+def test_mntp_is_evaluated_on_the_same_masks_each_time(tmp_path: Path) -> None:
+    folder = run("mntp", tmp_path, do_eval=True, eval_strategy="steps", eval_steps=6, learning_rate=0.0)
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found = [(entry["eval_loss"], entry["eval_accuracy"]) for entry in log if "eval_loss" in entry]
+    assert len(found) == 2
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "told"),
+    [
+        ("mntp", {"max_seq_length": 5000}, "max_seq_length is 5000, but .* reads 512 tokens: lower it"),
+        ("mntp", {"mask_token_type": "mask"}, 'no token for mask_token_type "mask": use one of blank, eos, mask'),
+        ("mntp", {"per_device_train_batch_size": 100}, "64 examples don't fill a batch of 100"),
+        ("simcse", {"eval_strategy": "steps", "eval_steps": 2}, "evaluation is asked for, but nothing is held out"),
+        ("simcse", {"peft_model_name_or_path": "nowhere"}, "'nowhere' is no folder and no hub id"),
+    ],
+)
+def test_what_can_not_be_run_is_refused_before_it_begins(
+    stage: Stage, changes: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        run(stage, tmp_path, **changes)
+
+
+def test_some_negatives_are_none_and_refused(tmp_path: Path) -> None:
+    given = tiny_config("supervised", tmp_path)
+    lines = Path(given["train_file"]).read_text().splitlines()
+    Path(given["train_file"]).write_text("\n".join([*lines[1:], '{"query": "q", "positive": "p"}']))
+    with pytest.raises(TrainingDataError, match="give all of them one, or none"):
+        train(parse_config("supervised", given))
+
+
+def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tiny_config("mntp", tmp_path) | {"train_file": str(tmp_path / "data.jsonl")}
+    (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n{"text": 7}\n')
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    assert main(["train", "mntp", str(tmp_path / "config.json")]) == 1
+    expected = f"llm2vec-service: {tmp_path / 'data.jsonl'}, line 2: a text must be a string, not int (7)\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_dataset_is_read_by_its_name(tmp_path: Path) -> None:
+    """Of a folder here, which `datasets` reads as it does one on the hub."""
+    given = tiny_config("mntp", tmp_path, max_steps=2, do_eval=True, dataset_name=str(tmp_path / "set"))
+    (tmp_path / "set").mkdir()
+    write_texts(tmp_path / "set" / "train.txt")
+    write_texts(tmp_path / "set" / "validation.txt", 8)
+    del given["train_file"]
+    assert len(losses(train(parse_config("mntp", given | {"cache_dir": str(tmp_path / "cache")})))) == 2
+    with pytest.raises(
+        TrainingDataError, match=r"nowhere-at-all could not be fetched .* or give its texts as train_file"
+    ):
+        train(parse_config("mntp", given | {"dataset_name": "nowhere-at-all", "output_dir": str(tmp_path / "other")}))
+
+
+def test_blocks_of_texts_are_trained_on(tmp_path: Path) -> None:
+    write_texts(tmp_path / "data.txt", 300)
+    folder = run("mntp", tmp_path, line_by_line=False, max_steps=2)
+    assert len(losses(folder)) == 2

@@ -1,0 +1,126 @@
+"""Texts and triplets from files, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from model_store.training.texts import TrainingDataError, Triplet, read_texts, read_triplets
+
+
+def write(path: Path, content: str) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content.encode()))
+    else:
+        path.write_text(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("texts.txt", "  one\n\n two \r\n"),
+        ("texts.txt.gz", "one\n \ntwo"),
+        ("texts.jsonl", '{"text": "one", "id": 7}\n\n{"text": "two"}\n{"text": " "}\n'),
+        ("texts.jsonl.gz", '"one"\n"two"\n'),
+        ("texts.json", '[{"text": "one"}, "two"]'),
+        ("texts.json", '{"text": "one"}\n{"text": "two"}\n'),
+    ],
+)
+def test_texts_are_read(name: str, content: str, tmp_path: Path) -> None:
+    assert read_texts(write(tmp_path / name, content)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("texts.jsonl", '{"text": "one"}\n{"text": 2}\n', "line 2: a text must be a string, not int (2)"),
+        ("texts.jsonl", '{"text": "one"}\n{"txt": "two"}\n', "line 2: there is no \"text\" among 'txt'"),
+        ("texts.jsonl", '{"text": "one"}\n{"text": "two"\n', "line 2 is not valid JSON"),
+        ("texts.json", '[{"text": "one"}, {"text": null}]', "item 2: a text must be a string, not nothing"),
+        ("texts.json", "[1", "is not valid JSON"),
+        ("texts.json", '"one"', "an array is needed"),
+        ("texts.csv", "one", "is of no known kind: name it .txt, .json or .jsonl"),
+        ("texts.gz", "one", "is of no known kind"),
+    ],
+)
+def test_a_bad_text_is_named_by_file_and_line(name: str, content: str, told: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(TrainingDataError) as caught:
+        read_texts(path)
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(TrainingDataError, match="can't be read"):
+        read_texts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(TrainingDataError, match="is not UTF-8"):
+        read_texts(tmp_path / "latin.txt")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"one\n" * 1000)[:-9])
+    with pytest.raises(TrainingDataError, match="can't be read"):
+        read_texts(tmp_path / "torn.txt.gz")
+
+
+def test_triplets_of_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"query": "q", "positive": "p", "negative": "n"},
+        {"anchor": "q", "pos": ["p", "other"], "neg": ["n"], "user_prompt": "Find it:"},
+        {"query": "q", "positive": "p", "instruction": "Find it:", "passage_instruction": "Passage:"},
+    ]
+    path = write(tmp_path / "pairs.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read_triplets(path) == [
+        Triplet("q", "p", "n", group="pairs"),
+        Triplet("q", "p", "n", "Find it:", group="pairs"),
+        Triplet("q", "p", None, "Find it:", "Passage:", group="pairs"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ('{"query": "q"}', "line 2: there is no 'positive' among 'query'"),
+        ('{"query": "q", "positive": ""}', "line 2: positive is empty"),
+        ('{"query": "q", "positive": "p", "negative": 3}', "line 2: negative must be a string, not int (3)"),
+        ('{"query": "q", "positive": []}', "line 2: positive must be a string, not nothing"),
+        ('["q", "p"]', "line 2: an example must be an object"),
+        ("{", "line 2 is not valid JSON"),
+    ],
+)
+def test_a_bad_triplet_is_named_by_file_and_line(row: str, told: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", f'{{"query": "q", "positive": "p"}}\n{row}\n')
+    with pytest.raises(TrainingDataError) as caught:
+        read_triplets(path)
+    assert told in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_a_group_a_file(tmp_path: Path) -> None:
+    for name in ("nq", "fever"):
+        write(tmp_path / f"{name}.jsonl", '{"query": "q", "positive": "p", "negative": "n"}\n' * 2)
+    assert [each.group for each in read_triplets(tmp_path)] == ["fever", "fever", "nq", "nq"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingDataError, match=r"holds no \.jsonl file"):
+        read_triplets(tmp_path / "empty")
+
+
+def test_e5_files_get_their_instructions(tmp_path: Path) -> None:
+    own = '{"query": "q", "positive": "p", "negative": "n", "instruction": "My own:"}\n'
+    for name in ("fever", "allnli", "other"):
+        write(tmp_path / f"{name}.jsonl", '{"query": "q", "positive": "p", "negative": "n"}\n' * 2 + own)
+    found = [(each.group, each.instruction, each.passage_instruction) for each in read_triplets(tmp_path, e5=True)]
+    claim = "Given a claim, retrieve documents that support or refute the claim;"
+    assert found == [
+        ("allnli", "Given a premise, retrieve a hypothesis that is entailed by the premise;", ""),
+        ("allnli", "Retrieve semantically similar text;", ""),
+        ("allnli", "My own:", ""),
+        *[("fever", claim, "")] * 2,
+        ("fever", "My own:", ""),
+        *[("other", "", "")] * 2,
+        ("other", "My own:", ""),
+    ]
+    assert {each.instruction for each in read_triplets(tmp_path)} == {"", "My own:"}
