@@ -6,6 +6,7 @@ weights of the first. Only the new adapters learn.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,10 @@ _ATTENTION_DROPOUT = "attention_dropout"
 
 @dataclass(frozen=True)
 class TrainableDecoder:
-    """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None where there is none."""
+    """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None where it is the embeddings'.
+
+    `base_config` is the configuration before it was made bidirectional.
+    """
 
     adapted: Any
     head: Tensor | None
@@ -68,14 +72,14 @@ def load_trainable(
     setattr(config, _ATTENTION_DROPOUT, attention_dropout)
     tensors = {name: merged_tensor(checkpoint, adapters, name, shape, dtype) for name, shape in shapes.items()}
     head = None
-    if with_head:
+    if with_head and not getattr(config, "tie_word_embeddings", False):
         head = checkpoint.output_head()
-        if head is None and not getattr(checkpoint.config, "tie_word_embeddings", False):
+        if head is None:
             raise CheckpointError(
                 f"{base.reference} holds no output head, which MNTP predicts tokens with: give the base itself, not a "
                 "stored encoder of it"
             )
-        head = tensors["embed_tokens.weight"] if head is None else head.to(dtype)
+        head = head.to(dtype)
     decoder = _assemble(config, tensors, dtype)
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     decoder.set_attn_implementation(implementation_name(choose_kernel("auto", device, dtype, softcap)))
@@ -83,11 +87,10 @@ def load_trainable(
         # Until transformers 5.20 it has the other name.
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    adapted = get_peft_model(
-        decoder,
-        LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout, target_modules=linear_names(decoder)),
-        autocast_adapter_dtype=False,
-    )
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout, target_modules=linear_names(decoder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has given up
+        adapted = get_peft_model(decoder, lora, autocast_adapter_dtype=False)
     return TrainableDecoder(adapted, head, checkpoint.config)
 
 

@@ -100,12 +100,12 @@ class Masking:
 class TokenRows(Dataset[tuple[NDArray[np.int64], Place]]):
     """Rows of token ids, end to end in one array of 32-bit integers."""
 
-    def __init__(self, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, rows: Sequence[NDArray[np.int32]]) -> None:
         self._ends = np.cumsum([0, *map(len, rows)])
-        self._tokens = np.fromiter((token for row in rows for token in row), dtype=np.int32, count=self._ends[-1])
+        self._tokens = np.concatenate([np.empty(0, dtype=np.int32), *rows])
 
     @classmethod
-    def in_blocks(cls, rows: Sequence[Sequence[int]], length: int) -> TokenRows:
+    def in_blocks(cls, rows: Sequence[NDArray[np.int32]], length: int) -> TokenRows:
         """All rows end to end, cut into blocks of `length`; what is left at the end goes."""
         whole = cls(rows)
         whole._ends = np.arange(0, len(whole._tokens) + 1, length)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -27,24 +24,20 @@ from model_store.sources import Source, resolve
 from model_store.templates import template_for
 from model_store.tokenizer import TextTokenizer
 from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
+from model_store.training.corpus import Examples, read_examples
 from model_store.training.curves import draw_curves
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, Order, TokenRows, Triplets
 from model_store.training.published import Published
+from model_store.training.resume import begin
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
-from model_store.training.texts import TrainingDataError, Triplet, read_texts, read_triplets, triplet_of
+from model_store.training.texts import TrainingDataError, Triplet
 from model_store.training.trainer import ContrastiveTrainer, Measure, MntpTrainer, PackedTrainer, StopAfter
 
-CONFIG_FILE = "training_config.json"
 CURVES_FILE = "curves.png"
 
-# Tokens of a row, and the percentage of texts held out, where a configuration does not say: as the official scripts.
+# Tokens of a row where a configuration does not say: as the official scripts.
 _DEFAULT_LENGTH = {"mntp": 1024, "simcse": 512, "supervised": 512}
-_DEFAULT_HELD_OUT = {"mntp": 5, "simcse": 0, "supervised": 0}
-
-# Keys that don't change what a run comes to.
-_FREE_TO_CHANGE = ("notes", "output_dir", "cache_dir")
-_FREE_ARGUMENTS = re.compile(r"(logging|log|save|eval|dataloader|ddp)_.*|(report_to|run_name|disable_tqdm|overwrite.*)")
 
 # Texts that are tokenized by one call.
 _TOKENIZED_TOGETHER = 1000
@@ -61,13 +54,14 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
         TrainingConfigError, TrainingDataError: and what the readers of base and adapters raise.
     """
     arguments = training_arguments(config)
-    checkpoint = _begin(config, arguments, resume)
+    checkpoint = begin(config, arguments, resume)
+    examples = read_examples(config, arguments)
     with ExitStack() as sources:
         with arguments.main_process_first(desc="fetching the base"):
             base = sources.enter_context(resolve(config.base))
             first = None if isinstance(config, MntpConfig) else config.peft_model_name_or_path
             before = (sources.enter_context(resolve(first)),) if first else ()
-        trainer = prepare(config, arguments, base, before)
+        trainer = prepare(config, arguments, examples, base, before)
         for callback in callbacks:
             trainer.add_callback(callback)
         _seed_dropout(arguments)
@@ -80,16 +74,18 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
 
 
 def prepare(
-    config: TrainingConfig, arguments: TrainingArguments, base: Source, before: tuple[Source, ...]
+    config: TrainingConfig,
+    arguments: TrainingArguments,
+    examples: Examples,
+    base: Source,
+    before: tuple[Source, ...],
 ) -> PackedTrainer:
     """All before the first step: the trainer of a configuration, and the tokenizer in output_dir."""
-    length = config.max_seq_length or _DEFAULT_LENGTH[config.stage]
     pooling = "mean" if isinstance(config, MntpConfig) else config.pooling_mode
     with arguments.main_process_first(desc="writing the tokenizer"):
         if arguments.process_index == 0:
             write_tokenizer(base, before, config.output_dir)
     tokenizer = Tokenizer.from_file(str(config.output_dir / TOKENIZER_FILE))
-    texts = _read_data(config, arguments)
     set_seed(arguments.seed)
     decoder = load_trainable(
         base,
@@ -102,14 +98,15 @@ def prepare(
         gradient_checkpointing=config.gradient_checkpointing,
         with_head=isinstance(config, MntpConfig),
     )
-    published = Published(base, before, decoder.base_config, pooling, length)
     positions = decoder.config.max_position_embeddings
+    length = config.max_seq_length or min(_DEFAULT_LENGTH[config.stage], positions)
     if length > positions:
         raise TrainingConfigError(f"max_seq_length is {length}, but {config.base} reads {positions} tokens: lower it")
+    published = Published(base, before, decoder.base_config, pooling, length)
     if isinstance(config, MntpConfig):
-        trainer = _mntp(config, arguments, decoder, published, tokenizer, texts, length)
+        trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
     else:
-        trainer = _contrastive(config, arguments, decoder, published, tokenizer, texts, length)
+        trainer = _contrastive(config, arguments, decoder, published, tokenizer, examples, length)
     if config.stop_after_n_steps is not None:
         trainer.add_callback(StopAfter(config.stop_after_n_steps))
     trainer.add_callback(_Curves())
@@ -127,7 +124,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     if ratio and not given.get("warmup_steps"):
         given["warmup_steps"] = ratio  # below 1 it is one
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             **{
                 "output_dir": str(config.output_dir),
                 "report_to": ["tensorboard"],
@@ -141,129 +138,20 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
         )
     except (ValueError, TypeError) as error:
         raise TrainingConfigError(str(error)) from error
+    if arguments.n_gpu > 1:
+        raise TrainingConfigError(
+            f"there are {arguments.n_gpu} GPUs: run torchrun --nproc-per-node {arguments.n_gpu} -m service train …, or "
+            "set CUDA_VISIBLE_DEVICES to one of them"
+        )
+    return arguments
 
 
 _NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
 
 
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints from which a run can go on, oldest first: one that was cut off while written is left out."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
-    whole = [path for path in found if all((path / name).is_file() for name in needed)]
-    return sorted(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) -> str | None:
-    """Make output_dir ready; the checkpoint to go on from, or None."""
-    folder, main = config.output_dir, arguments.process_index == 0
-    asked = config.arguments.get("resume_from_checkpoint")
-    overwrite = bool(config.arguments.get("overwrite_output_dir"))
-    resume = resume or asked is True
-    with arguments.main_process_first(desc="looking for a checkpoint"):
-        whole = [Path(asked)] if isinstance(asked, str) else whole_checkpoints(folder)
-        if whole and (resume or isinstance(asked, str) or not overwrite):
-            _refuse_other_run(config, folder / CONFIG_FILE)
-            if main:
-                print(f"going on from {whole[-1]}")
-            return str(whole[-1])
-        if not main:
-            return None
-        if folder.is_dir() and any(folder.iterdir()) and not (overwrite or resume):
-            raise TrainingConfigError(f"{folder} is not empty: set overwrite_output_dir true, or choose another place")
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
-        for note in config.notes:
-            print(note)
-    return None
-
-
-def _refuse_other_run(config: TrainingConfig, path: Path) -> None:
-    """A checkpoint goes on exactly only with the configuration it was begun with."""
-    if not path.is_file():
-        return
-    then, now = json.loads(path.read_text()), json.loads(config.model_dump_json())
-    changed = [key for key in now if key not in ("arguments", *_FREE_TO_CHANGE) and now[key] != then.get(key)]
-    before, given = then.get("arguments", {}), now["arguments"]
-    changed += [
-        key
-        for key in sorted(before.keys() | given.keys())
-        if before.get(key) != given.get(key) and not _FREE_ARGUMENTS.fullmatch(key)
-    ]
-    if changed:
-        raise TrainingConfigError(
-            f"the run in {path.parent} was begun with another {', '.join(changed)}: put it back to go on, or set "
-            "overwrite_output_dir true and leave out --resume to begin anew"
-        )
-
-
 def _seed_dropout(arguments: TrainingArguments) -> None:
     """Random numbers of a process's own; a checkpoint brings those it had."""
     torch.manual_seed(arguments.seed + arguments.process_index)
-
-
-# ---------------------------------------------------------------- texts
-
-
-@dataclass(frozen=True)
-class _Data:
-    """Examples to train on and to hold out: texts or triplets."""
-
-    train: list[Any]
-    held_out: list[Any]
-
-
-def _read_data(config: TrainingConfig, arguments: TrainingArguments) -> _Data:
-    evaluated = arguments.do_eval or arguments.eval_strategy != "no"
-    read = read_triplets if config.stage == "supervised" else read_texts
-    held_out: list[Any] = []
-    if config.train_file is not None:
-        examples: list[Any] = list(read(config.train_file))
-    else:
-        with arguments.main_process_first(desc="fetching the dataset"):
-            examples, held_out = _fetch_dataset(config, evaluated)
-    if evaluated and config.validation_file is not None:
-        held_out = list(read(config.validation_file))
-    elif evaluated and not held_out:
-        percentage = config.validation_split_percentage
-        percentage = _DEFAULT_HELD_OUT[config.stage] if percentage is None else percentage
-        first = len(examples) * percentage // 100
-        held_out, examples = examples[:first], examples[first:]
-        if not held_out and (config.stage == "mntp" or getattr(config, "eval_sts_file", None) is None):
-            raise TrainingConfigError(
-                "evaluation is asked for, but nothing is held out: give validation_file, validation_split_percentage "
-                'or eval_sts_file, or set eval_strategy to "no" and do_eval false'
-            )
-    return _Data(examples[: config.max_train_samples], held_out[: config.max_eval_samples])
-
-
-def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], list[Any]]:
-    """(train, validation) of a dataset on the hub."""
-    from datasets import load_dataset
-
-    try:
-        splits = load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
-    except Exception as error:  # whatever the hub's client and the dataset's reader raise
-        raise TrainingDataError(
-            f"the dataset {config.dataset_name} could not be fetched ({error}): check its name and the network, or "
-            "give its texts as train_file"
-        ) from error
-
-    def examples(split: str) -> list[Any]:
-        if split not in splits:
-            return []
-        rows, where = splits[split], f"{config.dataset_name}, {split}"
-        if config.stage == "supervised":
-            return [triplet_of(row, f"{where}, row {number}", "") for number, row in enumerate(rows, 1)]
-        column = "text" if "text" in rows.column_names else rows.column_names[0]
-        return [text.strip() for text in rows[column] if text and text.strip()]
-
-    return examples("train"), examples("validation") if evaluated else []
-
-
-# ---------------------------------------------------------------- stages
 
 
 def _mntp(
@@ -272,7 +160,7 @@ def _mntp(
     decoder: TrainableDecoder,
     published: Published,
     tokenizer: Tokenizer,
-    texts: _Data,
+    texts: Examples,
     length: int,
 ) -> PackedTrainer:
     vocabulary = decoder.config.vocab_size
@@ -320,18 +208,18 @@ def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
     return int(found)
 
 
-def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[list[int]]:
-    """Token ids with the special ones; whole texts, in threads."""
+def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[NDArray[np.int32]]:
+    """Token ids with the special ones; whole texts, in threads. Texts without tokens are left out."""
     parts = [texts[start : start + _TOKENIZED_TOGETHER] for start in range(0, len(texts), _TOKENIZED_TOGETHER)]
     bar = tqdm(total=len(texts), desc="tokenizing", unit="text", disable=arguments.disable_tqdm or None)
 
-    def encode(part: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(part)]
+    def encode(part: list[str]) -> list[NDArray[np.int32]]:
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in tokenizer.encode_batch_fast(part)]
 
-    rows: list[list[int]] = []
+    rows: list[NDArray[np.int32]] = []
     with bar, ThreadPoolExecutor() as pool:
         for part in pool.map(encode, parts):
-            rows += part
+            rows += [row for row in part if len(row)]
             bar.update(len(part))
     return rows
 
@@ -342,7 +230,7 @@ def _contrastive(
     decoder: TrainableDecoder,
     published: Published,
     tokenizer: Tokenizer,
-    data: _Data,
+    data: Examples,
     length: int,
 ) -> PackedTrainer:
     template = template_for(

@@ -40,11 +40,10 @@ class _Stage(nn.Module):
 class MaskedNextToken(_Stage):
     """MNTP: the token hidden at i is predicted from the hidden state at i − 1, as the head was trained to."""
 
-    head: Tensor
+    head: Tensor | None
 
     def __init__(self, decoder: TrainableDecoder) -> None:
         super().__init__(decoder)
-        assert decoder.head is not None
         self.register_buffer("head", decoder.head, persistent=False)
         self._softcap = getattr(decoder.config, "final_logit_softcapping", None)
 
@@ -52,7 +51,8 @@ class MaskedNextToken(_Stage):
         """(N,) float32 losses of the hidden tokens, and (N,) bool which were found; `labels` is (T,)."""
         hidden = self._hidden(**inputs)
         places = (labels != NO_LABEL).nonzero()[:, 0]
-        return token_losses(hidden[places - 1], self.head, labels[places], self._softcap)
+        head = self.adapted.base_model.model.embed_tokens.weight if self.head is None else self.head
+        return token_losses(hidden[places - 1], head, labels[places], self._softcap)
 
 
 class ContrastiveEncoder(_Stage):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,27 +61,40 @@ _FIELDS = {
 }
 
 
-def read_triplets(path: Path) -> list[Triplet]:
+def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
     """Triplets or pairs of a .jsonl or .json file (may be .gz), or of every such file in a folder, one group each.
+
+    With `e5` a query without an instruction gets the one that LLM2Vec gave to queries of a file of that name.
 
     Raises:
         TrainingDataError: for a file that can't be read, or a line that is no triplet.
     """
     if path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.name.endswith((".jsonl", ".jsonl.gz", ".json")))
-        if not files:
+        paths = sorted(child for child in path.iterdir() if child.name.endswith((".jsonl", ".jsonl.gz", ".json")))
+        if not paths:
             raise TrainingDataError(f"{path} holds no .jsonl file")
     else:
-        files = [path]
-    return [
-        triplet_of(value, f"{file}, {line}", group=file.name.partition(".")[0], place=place)
-        for file in files
-        for place, (line, value) in enumerate(_values(file, plain=False))
-    ]
+        paths = [path]
+    triplets = []
+    for file in paths:
+        group = file.name.partition(".")[0]
+        instructions = e5_instructions(group) if e5 else [""]
+        for number, (line, value) in enumerate(_values(file, plain=False)):
+            triplet = triplet_of(value, f"{file}, {line}", group)
+            instruction = triplet.instruction or instructions[number % len(instructions)]
+            triplets.append(replace(triplet, instruction=instruction))
+    return triplets
 
 
-def triplet_of(value: Any, where: str, group: str, place: int = 0) -> Triplet:
-    """The triplet that a JSON object holds; `place` is its number in its group.
+def e5_instructions(name: str) -> list[str]:
+    """Those for a file of the public E5 data, which its lines take in turn; [""] for any other name."""
+    table = tomllib.loads((files("model_store.training") / "e5_instructions.toml").read_text())
+    found = table.get(name, "")
+    return found if isinstance(found, list) else [found]
+
+
+def triplet_of(value: Any, where: str, group: str) -> Triplet:
+    """The triplet that a JSON object holds.
 
     Raises:
         TrainingDataError: if it holds none.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_store.attention import choose_kernel
+from model_store.attention import Layout, choose_kernel, packed_sdpa, packed_torch_flash
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from tests.tiny import FAMILIES, build_tiny, normalized, random_rows
@@ -53,3 +53,22 @@ def test_neighbours_do_not_matter(encoder: Path) -> None:
     alone = vectors(encoder, "cuda", "bfloat16", [40])[0]
     among = vectors(encoder, "cuda", "bfloat16", [40, 512, *[7] * 63])[0]
     assert alone @ among > 0.9999
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_gradients_of_the_flash_kernel_are_those_of_scores_in_memory(window: int | None) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    layout = Layout(torch.tensor([0, 7, 40, 41, 100], dtype=torch.int32, device="cuda"), 59, window=window)
+    found = []
+    for kernel in (packed_torch_flash, packed_sdpa):
+        generator.manual_seed(0)
+        query, key, value = (
+            torch.randn(1, heads, 100, 64, generator=generator, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            for heads in (8, 2, 2)
+        )
+        kernel(query, key, value, layout).float().square().sum().backward()
+        found.append([part.grad for part in (query, key, value)])
+    for flash, slow in zip(*found, strict=True):
+        assert flash is not None
+        assert slow is not None
+        torch.testing.assert_close(flash, slow, rtol=0.05, atol=0.05)  # bfloat16 rounds to 1/256

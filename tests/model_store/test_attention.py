@@ -136,3 +136,29 @@ def test_a_kernel_that_can_not_serve_is_refused_with_the_way_out() -> None:
     for kernel in ("torch-flash", "flash-attn"):
         with pytest.raises(AttentionError, match="LLM2VEC_ATTENTION=auto"):
             choose_kernel(kernel, cpu, torch.bfloat16, softcap=False)
+
+
+def attend(dropout: float, seed: int, window: int | None = None, requires_grad: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 60, 8, generator=generator) for heads in (4, 2, 2))
+    query.requires_grad_(requires_grad)
+    layout = Layout(torch.tensor([0, 7, 40, 41, 60], dtype=torch.int32), 33, window=window, dropout=dropout)
+    torch.manual_seed(seed)
+    return packed_sdpa(query, key, value, layout).detach()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_for_training_is_that_for_serving(window: int | None) -> None:
+    served = attend(0.0, 0, window, requires_grad=False)
+    torch.testing.assert_close(attend(0.0, 0, window), served, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_of_attention_weights_and_right_in_the_mean() -> None:
+    """What is left of a weight is scaled up, so that the mean over many draws is the value without dropout."""
+    without, draws = attend(0.0, 0), torch.stack([attend(0.3, seed) for seed in range(1, 801)])
+    spread = draws.std(0) / 800**0.5
+    assert ((draws.mean(0) - without).abs() < 5 * spread + 1e-6).all()
+    # A text of one token has one weight: it is kept, at 1/0.7 of its size, or it is not.
+    alone = draws[:, 0, 40] / without[0, 40]
+    assert set(alone.flatten().mul(0.7).round().long().tolist()) == {0, 1}
+    assert 0.65 < (alone > 0.5).float().mean() < 0.75

@@ -103,13 +103,14 @@ def test_masking_is_a_function_of_the_place() -> None:
 
 def test_rows_and_blocks() -> None:
     rows = [[1, 5, 6], [1, 7], [1, 8, 9, 10, 11]]
-    assert [TokenRows(rows)[(0, index)][0].tolist() for index in range(3)] == rows
-    blocks = TokenRows.in_blocks(rows, 4)
+    arrays = [np.array(row, dtype=np.int32) for row in rows]
+    assert [TokenRows(arrays)[(0, index)][0].tolist() for index in range(3)] == rows
+    blocks = TokenRows.in_blocks(arrays, 4)
     assert [blocks[(0, index)][0].tolist() for index in range(len(blocks))] == [[1, 5, 6, 1], [7, 1, 8, 9]]
 
 
 def test_rows_are_packed_with_their_labels() -> None:
-    rows = TokenRows([list(range(10, 30)), list(range(40, 45))])
+    rows = TokenRows([np.arange(10, 30, dtype=np.int32), np.arange(40, 45, dtype=np.int32)])
     batch = MaskedBatches(masking(probability=0.5))([rows[(2, 0)], rows[(2, 1)]])
     assert batch["cu_seqlens"].tolist() == [0, 20, 25]
     assert batch["position_ids"].tolist() == [*range(20), *range(5)]

@@ -23,7 +23,9 @@ from model_store.recipe import recipe_from
 from model_store.sources import resolve
 from model_store.tokenizer import TextTokenizer
 from model_store.training.config import Stage, TrainingConfigError, parse_config
-from model_store.training.run import prepare, train, training_arguments, whole_checkpoints
+from model_store.training.corpus import read_examples
+from model_store.training.resume import whole_checkpoints
+from model_store.training.run import prepare, train, training_arguments
 from model_store.training.texts import TrainingDataError
 from service.cli import main
 from tests.model_store.training.runs import texts, tiny_config, write_texts
@@ -125,8 +127,9 @@ def test_what_is_trained_is_what_is_served(family: str, tmp_path: Path) -> None:
     served = normalized(encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling)))
 
     config = parse_config("supervised", tiny_config("supervised", tmp_path, peft_model_name_or_path=str(mntp)))
+    arguments = training_arguments(config)
     with resolve(str(tmp_path / "base")) as base, resolve(str(mntp)) as before:
-        trainer = prepare(config, training_arguments(config), base, (before,))
+        trainer = prepare(config, arguments, read_examples(config, arguments), base, (before,))
     trainer._load_from_checkpoint(str(second))
     trainer.model.eval()
     with torch.no_grad():
@@ -229,6 +232,23 @@ def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, capsys: pyt
     assert main(["train", "mntp", str(tmp_path / "config.json")]) == 1
     expected = f"llm2vec-service: {tmp_path / 'data.jsonl'}, line 2: a text must be a string, not int (7)\n"
     assert capsys.readouterr().err.endswith(expected)
+
+
+def test_a_dataset_is_read_by_its_name(tmp_path: Path) -> None:
+    """Of a folder here, which `datasets` reads as it does one on the hub."""
+    given = tiny_config("mntp", tmp_path, max_steps=2, do_eval=True, dataset_name=str(tmp_path / "set"))
+    (tmp_path / "set").mkdir()
+    write_texts(tmp_path / "set" / "train.txt")
+    write_texts(tmp_path / "set" / "validation.txt", 8)
+    del given["train_file"]
+    assert len(losses(train(parse_config("mntp", given | {"cache_dir": str(tmp_path / "cache")})))) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingDataError, match=r"empty could not be fetched .* or give its texts as train_file"):
+        train(
+            parse_config(
+                "mntp", given | {"dataset_name": str(tmp_path / "empty"), "output_dir": str(tmp_path / "other")}
+            )
+        )
 
 
 def test_blocks_of_texts_are_trained_on(tmp_path: Path) -> None:

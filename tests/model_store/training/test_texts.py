@@ -106,3 +106,21 @@ def test_a_folder_is_a_group_a_file(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingDataError, match=r"holds no \.jsonl file"):
         read_triplets(tmp_path / "empty")
+
+
+def test_e5_files_get_their_instructions(tmp_path: Path) -> None:
+    own = '{"query": "q", "positive": "p", "negative": "n", "instruction": "My own:"}\n'
+    for name in ("fever", "allnli", "other"):
+        write(tmp_path / f"{name}.jsonl", '{"query": "q", "positive": "p", "negative": "n"}\n' * 2 + own)
+    found = [(each.group, each.instruction, each.passage_instruction) for each in read_triplets(tmp_path, e5=True)]
+    claim = "Given a claim, retrieve documents that support or refute the claim;"
+    assert found == [
+        ("allnli", "Given a premise, retrieve a hypothesis that is entailed by the premise;", ""),
+        ("allnli", "Retrieve semantically similar text;", ""),
+        ("allnli", "My own:", ""),
+        *[("fever", claim, "")] * 2,
+        ("fever", "My own:", ""),
+        *[("other", "", "")] * 2,
+        ("other", "My own:", ""),
+    ]
+    assert {each.instruction for each in read_triplets(tmp_path)} == {"", "My own:"}
