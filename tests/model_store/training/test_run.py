@@ -252,6 +252,5 @@ def test_a_dataset_is_read_by_its_name(tmp_path: Path) -> None:
 
 
 def test_blocks_of_texts_are_trained_on(tmp_path: Path) -> None:
-    write_texts(tmp_path / "data.txt", 300)
     folder = run("mntp", tmp_path, line_by_line=False, max_steps=2)
     assert len(losses(folder)) == 2
