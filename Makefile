@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,train,dev,clients]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
 	@touch $@
 
 serve: install
@@ -49,9 +49,14 @@ bench-mixed: install
 bench-overload: install
 	$(BIN)/python -m bench.overload $(SAVE)
 
-# Many more cases than `make test` tries: about 100,000.
+# Ten minutes; see bench/soak.py.
+soak: install
+	$(BIN)/python -m bench.soak $(SAVE)
+
+# Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
 	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
+	FUZZ_EXAMPLES=1000 $(BIN)/pytest tests/clients/test_openapi.py
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
@@ -81,11 +86,9 @@ audit: install $(AUDIT_VENV)/.installed
 	$(AUDIT_VENV)/bin/cyclonedx-py environment --output-format JSON --output-file build/sbom.cdx.json $(BIN)/python
 	@echo "build/sbom.cdx.json: what is installed in $(VENV)"
 	$(BIN)/pip freeze --exclude-editable | grep '==' | sed 's/+[a-z0-9.]*$$//' >build/audit-requirements.txt
-	@$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --requirement build/audit-requirements.txt >build/audit.log 2>&1; \
-	status=$$?; cat build/audit.log; \
-	if [ $$status -ne 0 ] && grep -qE 'ConnectionError|ConnectTimeout|Max retries|Name or service|ServiceError|HTTPError' build/audit.log; then \
-		echo "audit: the advisories could not be fetched, so NOTHING was checked; run it again with a network"; \
-	else exit $$status; fi
+	rm -f build/audit.json
+	-$(AUDIT_VENV)/bin/pip-audit --no-deps --disable-pip --progress-spinner off --requirement build/audit-requirements.txt --format json --output build/audit.json
+	$(PYTHON) .ci/audit.py build/audit.json
 
 $(AUDIT_VENV)/.installed:
 	$(PYTHON) -m venv $(AUDIT_VENV)

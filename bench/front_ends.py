@@ -29,8 +29,8 @@ import uvloop
 from bench.http_path import CASES, Case, ReadyWorker, check_answer, distinct_texts, load, request_bytes
 from bench.report import finish
 from model_store.manifest import Manifest
-from service.child import Assignment
 from service.metrics import Metrics
+from service.processes.child import Assignment
 from service.server import prepare_store
 from service.settings import Settings
 
@@ -136,9 +136,9 @@ def serve(folder: Path, manifest: Manifest, front_ends: int, cores: Sequence[int
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does
 
     import service.server
-    import service.supervisor
+    from service.processes import supervisor
 
-    for module in (service.server, service.supervisor):
+    for module in (service.server, supervisor):
         module.prepare_store = lambda settings, progress: (folder, manifest)  # type: ignore[attr-defined]
     settings = Settings(
         model=str(folder),
@@ -154,7 +154,7 @@ def serve(folder: Path, manifest: Manifest, front_ends: int, cores: Sequence[int
         import service.worker
 
         service.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width)  # type: ignore[assignment, misc]
-    sys.exit(service.supervisor.supervise(settings, lambda done, total: None, engine="bench.front_ends"))
+    sys.exit(supervisor.supervise(settings, lambda done, total: None, engine="bench.front_ends"))
 
 
 def ready_worker(assignment: Assignment, metrics: Metrics) -> ReadyWorker:
@@ -163,9 +163,9 @@ def ready_worker(assignment: Assignment, metrics: Metrics) -> ReadyWorker:
 
 
 if __name__ == "__main__":
-    # Its supervisor runs an engine as a module with one number, as it does with service.engine.
+    # Its supervisor runs an engine as a module with one number, as it does with service.processes.engine.
     if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        from service.engine import main as engine_main
+        from service.processes.engine import main as engine_main
 
         sys.exit(engine_main(ready_worker))
     main()

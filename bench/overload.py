@@ -5,7 +5,7 @@
 A server process as `llm2vec-service serve` starts it, real tokenizer included, before a stand-in device of fixed speed,
 so that what refusing costs the HTTP side is seen and not how a CPU is shared. It has one core, the clients the other.
 Requests arrive at random (Poisson), whatever was answered; a client of so many connections sends them, and counts what
-finds none of them free as unsent. Capacity is what the server answers to clients that wait for their answers.
+finds none of them free as unsent. Capacity is what that device could do, were all else free.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ import httptools
 import numpy as np
 import uvloop
 
-from bench.http_path import Case, ReadyWorker, distinct_texts, load, request_bytes
+from bench.http_path import Case, ReadyWorker, distinct_texts, request_bytes
 from bench.report import finish
 from model_store.manifest import Manifest
+from model_store.tokenizer import TextTokenizer
 from service.batcher import DevicePlan
 from service.cost_model import CostModel
 from service.rows import EmbedRow, Vector
@@ -40,6 +41,7 @@ from service.settings import Limits, Settings
 FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
 INPUTS = 16
 
+_TEXTS = 8192
 _TOKENS_PER_SECOND = 10_000.0
 _BATCH_TOKENS = 1024
 # About two seconds' work: what is admitted is answered in that time.
@@ -61,7 +63,11 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         parser.error("the server and its clients need a core each")
-    requests = request_bytes(Case(manifest.width, "base64", INPUTS), distinct_texts(8192), manifest.name)
+    texts = distinct_texts(_TEXTS)
+    requests = request_bytes(Case(manifest.width, "base64", INPUTS), texts, manifest.name)
+    tokens = sum(map(len, TextTokenizer.load(folder, manifest).encode_batch(texts, [""] * _TEXTS)))
+    capacity = _TOKENS_PER_SECOND / (tokens / len(requests))
+    print(f"capacity: {capacity:.1f} requests of {INPUTS} texts a second", flush=True)
     context = multiprocessing.get_context("spawn")
     control, theirs = context.Pipe()
     process = context.Process(target=serve, args=(folder, manifest, cores[0], theirs), daemon=True)
@@ -69,9 +75,6 @@ def main() -> None:
     os.sched_setaffinity(0, {cores[1]})
     try:
         port = control.recv()
-        measured = uvloop.run(load(port, requests, 48, options.seconds))
-        capacity = len(measured.latencies) / measured.seconds
-        print(f"capacity: {capacity:.1f} requests of {INPUTS} texts a second", flush=True)
         rows = []
         for factor in FACTORS:
             rows.append({"factor": factor, **uvloop.run(offer(port, requests, factor * capacity, options.seconds))})
@@ -196,26 +199,33 @@ async def offer(port: int, requests: Sequence[bytes], rate: float, seconds: floa
     }
 
 
-def draw(rows: Sequence[dict[str, Any]], capacity: float) -> None:
-    """docs/overload.svg."""
+def draw(rows: Sequence[dict[str, Any]], capacity: float, picture: Path = _PICTURE) -> None:
+    """docs/overload.svg: of the same figures the same bytes."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
     factors = [row["factor"] for row in rows]
-    left.plot(factors, [row["goodput"] / capacity for row in rows], marker="o", label="answered")
-    left.plot(factors, [min(factor, 1.0) for factor in factors], linestyle=":", color="grey", label="ideal")
-    left.set(xscale="log", xlabel="offered load / capacity", ylabel="goodput / capacity", ylim=(0, 1.2))
-    left.legend()
-    right.plot(factors, [row["p50_ms"] for row in rows], marker="o", label="answered, p50")
-    right.plot(factors, [row["p99_ms"] for row in rows], marker="o", label="answered, p99")
-    right.plot(factors, [row["refused_p50_ms"] for row in rows], marker="x", label="refused, p50")
-    right.set(xscale="log", yscale="log", xlabel="offered load / capacity", ylabel="ms")
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(_PICTURE)
+    with pyplot.rc_context({"svg.hashsalt": "overload", "svg.fonttype": "none", "font.size": 9}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+        left.plot(factors, [row["goodput"] / capacity for row in rows], marker="o", label="answered")
+        left.plot(factors, [min(factor, 1.0) for factor in factors], linestyle=":", color="grey", label="ideal")
+        left.set(ylabel="goodput / capacity", ylim=(0, 1.2))
+        for name, style in (("p50_ms", "o-"), ("p99_ms", "o-"), ("refused_p50_ms", "x-")):
+            found = [(row["factor"], row[name]) for row in rows if row[name]]
+            label = ("refused, " if name.startswith("refused") else "answered, ") + name.removeprefix("refused_")[:3]
+            right.plot(*zip(*found, strict=True), style, label=label)
+        right.set(yscale="log", ylabel="ms from sending to answer")
+        right.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
+        for axes in (left, right):
+            axes.set(xscale="log", xlabel="offered load / capacity")
+            axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.tight_layout()
+        figure.savefig(picture, metadata={"Date": None})
 
 
 # The server.

@@ -60,7 +60,7 @@ def build_encoder(
     progress: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Build the encoder of a recipe in `folder`, which must not exist yet or be empty.
+    """Build the encoder of a recipe in `folder`, which must not exist yet, be empty, or hold just that, whole.
 
     Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
 
@@ -68,8 +68,8 @@ def build_encoder(
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
             behind, and the message says what to change.
     """
-    with _alone_with(folder):
-        return _build(recipe, folder, progress, shard_bytes)
+    with _alone_with(folder):  # and whoever was alone with it before may have built it
+        return find_built(folder, recipe) or _build(recipe, folder, progress, shard_bytes)
 
 
 def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:

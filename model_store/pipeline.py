@@ -121,6 +121,14 @@ class Pipeline:
         copied.record(torch.cuda.current_stream(encoder.device))
         return Pending(host, copied)
 
+    def probe(self) -> None:
+        """See that the device computes anything at all.
+
+        Raises:
+            RuntimeError: if not. After some errors CUDA refuses everything until the process ends.
+        """
+        torch.zeros(1, device=self.encoder.device).item()
+
 
 def forward(encoder: Encoder, batch: PackedBatch, widths: Tensor) -> Tensor:
     """(B, D) finished vectors, the first of a batch, B being the number of widths; all on the device."""

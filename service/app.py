@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.manifest import Manifest
 from service.api import chunks, cohere, cors, ollama, openai, operations, prompts, tei
@@ -21,7 +22,8 @@ from service.embedder import Embedder, Tokenizes
 from service.instructions import load_instructions
 from service.metrics import Metrics
 from service.settings import Limits, Settings
-from service.tracing import start_traces
+from service.tracing import Traces
+from service.version import VERSION
 
 # Makes the application, given what it calls when it can't go on.
 MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
@@ -41,11 +43,12 @@ def create_app(
     metrics: Metrics,
     on_fatal: Callable[[BaseException], None],
     on_ready: Callable[[dict[str, object]], None] = lambda facts: None,
+    traces: Traces | None = None,
 ) -> FastAPI:
     """The application for one encoder. It answers `/livez` at once and requests when the backend has started.
 
     `on_fatal` is called when the backend can't start or ends: the process should then end too. `on_ready` is called
-    once everything that stays is in memory, with facts for the log.
+    once everything that stays is in memory, with facts for the log. `traces` are closed when the application ends.
     """
     served_name = settings.served_name or manifest.name
 
@@ -78,12 +81,12 @@ def create_app(
             embedder.close()
             backend.stop()
             app.state.access.close()
-            if app.state.traces:
-                app.state.traces.close()
+            if traces:
+                traces.close()
 
-    app = FastAPI(
+    app = _Application(
         title="llm2vec-service",
-        version=version("llm2vec-service"),
+        version=VERSION,
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
         lifespan=lifespan,
     )
@@ -99,12 +102,24 @@ def create_app(
     errors = ErrorResponses(_DIALECTS, metrics)
     errors.install(app)
     state.access = access = Access(settings)
-    state.traces = traces = start_traces(app.version)
-    app.add_middleware(RequestContext, metrics=metrics, errors=errors, direct=_DIRECT, access=access, traces=traces)
-    cors.install(app, settings.cors_origins)
+    context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
+    app.entry = cors.allow(context, settings.cors_origins)
     for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
         app.include_router(routes.router)
     return app
+
+
+class _Application(FastAPI):
+    """FastAPI behind an `entry` that may answer a request without it."""
+
+    def __init__(self, **about: Any) -> None:
+        super().__init__(**about)
+        self.entry: ASGIApp = super().__call__
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Called by the server."""
+        scope["app"] = self
+        await self.entry(scope, receive, send)
 
 
 def drain(app: FastAPI) -> None:

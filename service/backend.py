@@ -1,6 +1,6 @@
 """What stands behind the HTTP side: something that computes rows, with a life of its own.
 
-Two do: `LocalBackend`, a worker and a batcher in this process, and `service.remote.RemoteBackend`, engine processes.
+Two do: `LocalBackend`, a worker and a batcher in this process, and `RemoteBackend`, engine processes.
 The HTTP side can't tell them apart. No HTTP, no torch.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Protocol
 
 from model_store.manifest import Manifest
@@ -19,6 +18,7 @@ from service.rows import EmbedRow, Vector
 from service.scheduling import Lane
 from service.settings import Limits, Settings
 from service.vector_cache import VectorCache
+from service.version import VERSION
 
 
 class Batcher(Protocol):
@@ -140,7 +140,7 @@ class LocalBackend:
             raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
         model, pooling = self._model
         info = self._metrics.build_info
-        info.labels(version("llm2vec-service"), model, worker.device, worker.dtype, pooling).set(1)
+        info.labels(VERSION, model, worker.device, worker.dtype, pooling).set(1)
         return {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
 
     async def run(self) -> None:

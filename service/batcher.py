@@ -458,19 +458,20 @@ class MicroBatcher(Generic[Row, Vector]):
     async def _after_failure(
         self, batch: list[_Input[Row, Vector]], plan: DevicePlan, error: Exception, again: bool
     ) -> None:
-        wanted = [item for item in batch if item.wanted]
-        for item in batch:
-            if not item.wanted:
-                self._end(item)
-        if len(wanted) > 1:
-            self._metrics.oom_splits.inc(isinstance(error, OutOfMemory))
-            half = len(wanted) // 2
-            await self._compute(wanted[:half], plan, False, again)
-            await self._compute(wanted[half:], plan, False, again)
-        elif wanted:
-            self._end(wanted[0])
+        if len(batch) == 1:
+            self._end(batch[0])
             known = error if isinstance(error, EncodingError) else EncodingError("the device failed on this input")
-            wanted[0].fail(known)
+            batch[0].fail(known)
+            return
+        self._metrics.oom_splits.inc(isinstance(error, OutOfMemory))
+        half = len(batch) // 2
+        for part in (batch[:half], batch[half:]):
+            wanted = [item for item in part if item.wanted]
+            for item in part:
+                if not item.wanted:
+                    self._end(item)
+            if wanted:
+                await self._compute(wanted, plan, False, again)
 
     def _observe(self, batch: list[_Input[Row, Vector]], given: float, seconds: float, limits: BatchLimits) -> None:
         tokens = sum(item.tokens for item in batch)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +22,9 @@ from service.settings import PREFIX, SECRETS, Settings, load_settings
 # Beside its weights a GPU holds a batch's activations, the CUDA context and torch's reserve. An estimate for the
 # default token budget: 16384 tokens by the widest layer of a 7B model, a few tensors of that, and 1 GB.
 _WORKING_BYTES = 3_000_000_000
+
+# eos_token is last_token behind another template, which the encoder has or has not.
+_EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,16 +81,44 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
 
-    evaluate = commands.add_parser("eval", help="measure a running server's vectors")
-    tasks = evaluate.add_subparsers(required=True, metavar="TASK")
-    sts = tasks.add_parser("sts", help="Spearman correlation with human judgements of sentence pairs")
-    sts.add_argument("file", type=Path, help="TSV (.gz) with the columns score, sentence1 and sentence2")
-    sts.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default %(default)s)")
-    sts.add_argument("--instruction", default="", help="put before every sentence")
-    sts.set_defaults(run=_eval_sts)
-
+    _add_eval(commands)
     _add_train(commands)
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure vectors: similarity, retrieval, probes, MTEB",
+        allow_abbrev=False,
+        description="Scores of a server, an encoder, or each stage of making one. Data files may be .gz.",
+    )
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
+    what.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
+    what.add_argument(
+        "--stages", metavar="RECIPE", help="a recipe's base causal, then bidirectional, then with one more adapter each"
+    )
+    several = partial(evaluate.add_argument, action="append", default=[])
+    several("--adapter", metavar="REF", help="with --stages: these in their order, not the recipe's")
+    several("--sts", metavar="FILE", type=Path, help="TSV or JSON lines with score, sentence1 and sentence2")
+    probe = partial(several, nargs=2, type=Path, metavar=("TRAIN", "TEST"))
+    probe("--words", help="word-level probes: CoNLL columns (CoNLL-2000, CoNLL-2003, CoNLL-U, or word and tag)")
+    probe("--classification", help="a probe of text vectors: TSV or JSON lines with text and label")
+    several("--retrieval", metavar="DIR", type=Path, help="corpus.jsonl, queries.jsonl and qrels/test.tsv, as in BEIR")
+    several("--mteb", metavar="TASK", help="a task of MTEB by its name; needs the extra eval")
+    evaluate.add_argument("--instruction", default="", help="put before sentences of --sts and --classification")
+    evaluate.add_argument("--query-instruction", default="", help="put before queries of --retrieval")
+    evaluate.add_argument("--mteb-instructions", metavar="FILE.json", type=Path, help="{task: instruction} for --mteb")
+    evaluate.add_argument(
+        "--probe-limit", type=int, metavar="N", help="fit probes to N of TRAIN, drawn at random but the same each time"
+    )
+    several("--pooling", choices=_EVALUATED_POOLINGS, help="instead of the encoder's own; several are compared")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    evaluate.add_argument("--dtype", choices=("auto", *get_args(DType)), default="auto")
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores there")
+    evaluate.add_argument("--picture", metavar="FILE", type=Path, help="draw them there: .png, .svg or .pdf")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_train(commands: Any) -> None:
@@ -103,7 +135,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings = load_settings(given)
 
     if settings.several_processes:
-        from service.supervisor import supervise
+        from service.processes.supervisor import supervise
 
         return supervise(settings, _ProgressBar("building"))
 
@@ -195,15 +227,13 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _eval_sts(options: argparse.Namespace) -> int:
-    from model_store.evaluation.sts import evaluate_sts, read_pairs
+def _evaluate(options: argparse.Namespace) -> int:
+    from model_store.evaluation.command import Asked, evaluate
     from service.client import embed_texts
 
-    pairs = read_pairs(options.file)
-    texts = [text for pair in pairs for text in (pair.first, pair.second)]
-    vectors = embed_texts(options.url, tqdm(texts, unit="text", disable=None), options.instruction)
-    spearman = evaluate_sts(pairs, vectors)
-    print(json.dumps({"task": "sts", "file": options.file.name, "pairs": len(pairs), "spearman": round(spearman, 4)}))
+    asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
+    embed = partial(embed_texts, options.url or "")
+    evaluate(asked, embed, load_settings({}).models_dir.expanduser(), _ProgressBar("building"))
     return 0
 
 

@@ -9,6 +9,7 @@ from itertools import islice
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from service.errors import ServiceError
 
@@ -16,16 +17,16 @@ _TEXTS_AT_ONCE = 64
 
 
 def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArray[np.float32]:
-    """(n, D) vectors of the texts, in order, asked for over `/v1/embeddings`.
+    """(n, D) vectors of the texts, in order, asked for over `/v1/embeddings`; texts that are too long are cut.
 
     Raises:
         ServiceError: if the server can't be reached or refuses.
     """
     vectors: list[NDArray[np.float32]] = []
-    remaining = iter(texts)
+    remaining = iter(tqdm(texts, unit="text", disable=None, leave=False))
     with httpx.Client(base_url=url, timeout=600.0) as client:
         while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
-            body = {"input": batch, "encoding_format": "base64", "instruction": instruction or None}
+            body = {"input": batch, "encoding_format": "base64", "instruction": instruction or None, "truncate": True}
             try:
                 answer = client.post("/v1/embeddings", json=body)
             except httpx.HTTPError as error:

@@ -24,6 +24,9 @@ MOST_HEADER_BYTES = 1 << 16
 # How long a connection that was told why it ends may take to end.
 _END_SECONDS = 5.0
 
+# How long a connection on which nothing was asked yet is kept by a server that stops: its request is on its way.
+_FIRST_REQUEST_SECONDS = 0.5
+
 
 class _HeaderTooLarge(Exception):
     pass
@@ -60,6 +63,7 @@ class Connection(HttpToolsProtocol):
         self._reading_since: float | None = None  # of a request that has not all come
         self._unsent_since: float | None = None  # of bytes that the client does not take
         self._ends_at: float | None = None
+        self._last = False  # whether it ends with what is being asked
         self._in_header = True  # or before it
         self._header_bytes = 0
         self._unparsed_bytes = 0  # since the last whole piece of a request
@@ -130,6 +134,20 @@ class Connection(HttpToolsProtocol):
         self._in_header = True
         self._header_bytes = self._unparsed_bytes = 0
         super().on_message_complete()
+        if self._last:
+            self._end_with_answer()
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when the server stops: an answer to what is being asked, and then the end.
+
+        Not before all that was asked has been read: what comes after a close resets the connection, and with it goes
+        the answer that the client has not read yet.
+        """
+        self._last = True
+        if self._reading_since is None:
+            self._end_with_answer()
+        elif not self._asking:
+            self.loop.call_later(_FIRST_REQUEST_SECONDS, self._end_unasked)
 
     def look(self, now: float, read_seconds: float, write_seconds: float) -> None:
         """End it if it takes too long, with an answer where there is none yet."""
@@ -155,10 +173,25 @@ class Connection(HttpToolsProtocol):
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def _asking(self) -> bool:
+        return not self._in_header or bool(self._header_bytes or self._unparsed_bytes)
+
+    def _end_with_answer(self) -> None:
+        """End now, or with the answer that is under way."""
+        if self._answering:
+            self.cycle.keep_alive = False
+        else:
+            self.transport.close()
+
+    def _end_unasked(self) -> None:
+        if not self._asking:
+            self._end_with_answer()
+
     def _too_late(self, now: float) -> None:
         cycle = self.cycle
         if self._in_header:
-            if self._header_bytes or self._unparsed_bytes:
+            if self._asking:
                 self._refuse(408, "request_timeout", "the request did not arrive in time", "slow_request")
             else:  # nothing was asked
                 self._guard.dropped("slow_request")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import resource
@@ -10,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -28,6 +30,7 @@ from service.errors import DeviceLost, StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
+from service.tracing import start_traces
 
 # Tenths of a second without work in which a request that was on its way has been read and answered.
 _QUIET_TICKS = 3
@@ -79,7 +82,9 @@ def serve(settings: Settings, progress: Progress) -> int:
         return answer(
             settings,
             listener,
-            lambda on_fatal: create_app(settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready),
+            lambda on_fatal: create_app(
+                settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready, start_traces()
+            ),
         )
 
 
@@ -234,3 +239,32 @@ class _Server(uvicorn.Server):
                 self.config.timeout_graceful_shutdown = max(1, round(left))
                 self.should_exit = True
         return self.should_exit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after its main loop: no new connections, but those that wait to be accepted are answered.
+
+        The kernel has made them, so their clients are sending already; closing the socket alone would reset them.
+        """
+        loop = asyncio.get_running_loop()
+        listeners = [listener.dup() for listener in sockets or ()]
+        for server in self.servers:
+            server.close()  # the event loop accepts no more
+        for connection in [one for listener in listeners for one in _waiting(listener)]:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        return cast(asyncio.Protocol, make(self.config, self.server_state, self.lifespan.state))
+
+
+def _waiting(listener: socket.socket) -> list[socket.socket]:
+    """The connections that wait to be accepted; closes the socket that they wait at."""
+    connections = []
+    with listener, suppress(OSError):
+        listener.setblocking(False)
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            connections.append(connection)
+    return connections

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.logs import log, request_id
+from service.version import VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -99,7 +100,7 @@ class Traces:
 _CARRIED = ("traceparent", "tracestate")
 
 
-def start_traces(version: str) -> Traces | None:
+def start_traces() -> Traces | None:
     """Traces to the endpoint that is set; None where none is, or the extra is not installed."""
     if not any(os.environ.get(name) for name in _ENDPOINTS) or os.environ.get("OTEL_SDK_DISABLED", "") == "true":
         return None
@@ -111,7 +112,7 @@ def start_traces(version: str) -> Traces | None:
     except ImportError:
         log.warning("no traces: %s is set, but pip install 'llm2vec-service[otel]' was not run", _ENDPOINTS[0])
         return None
-    own = {"service.name": os.environ.get("OTEL_SERVICE_NAME", _NAME), "service.version": version}
+    own = {"service.name": os.environ.get("OTEL_SERVICE_NAME", _NAME), "service.version": VERSION}
     provider = TracerProvider(resource=Resource.create(own))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Traces(provider)

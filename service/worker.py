@@ -236,17 +236,15 @@ class EncoderWorker:
         raise OutOfMemory("the device has too little memory for this input")
 
     def _check_device(self) -> None:
-        """After an error on CUDA the device often refuses everything from then on, until the process ends.
+        """After an error, see whether the device goes on.
 
         Raises:
-            DeviceLost: if it does.
+            DeviceLost: if it does not.
         """
-        device = self._pipeline.encoder.device
-        if device.type == "cuda":
-            try:
-                torch.zeros(1, device=device).item()
-            except RuntimeError as error:
-                raise DeviceLost(f"the device can't compute any more: {error}") from error
+        try:
+            self._pipeline.probe()
+        except RuntimeError as error:
+            raise DeviceLost(f"the device can't compute any more: {error}") from error
 
     def _finish(self, rows: list[EmbedRow], pending: Pending, given: float) -> list[Vector | EncodingError]:
         try:

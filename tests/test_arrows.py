@@ -35,8 +35,14 @@ def test_fastapi_is_only_in_app_and_api() -> None:
     assert used <= allowed
 
 
+def test_only_the_command_knows_that_there_may_be_several_processes() -> None:
+    others = set(files("service")) - set(files("service/processes"))
+    knowing = {path for path in others if any(name.startswith("service.processes") for name in imports(path))}
+    assert knowing == {ROOT / "service" / "cli.py"}
+
+
 def test_policies_know_no_event_loop() -> None:
-    for name in ("scheduling", "dispatch", "cost_model", "wire"):
+    for name in ("scheduling", "cost_model", "processes/dispatch", "processes/wire"):
         assert "asyncio" not in imports(ROOT / "service" / f"{name}.py"), name
 
 
@@ -50,17 +56,18 @@ def test_errors_know_nothing() -> None:
         "service.app",
         "service.backend",
         "service.batcher",
-        "service.child",
-        "service.devices",
-        "service.engine",
-        "service.frontend",
-        "service.remote",
-        "service.supervisor",
-        "service.wire",
+        "service.processes.child",
+        "service.processes.devices",
+        "service.processes.engine",
+        "service.processes.frontend",
+        "service.processes.remote",
+        "service.processes.supervisor",
+        "service.processes.wire",
         "service.embedder",
         "service.settings",
         "service.cli",
         "service.client",
+        "model_store.evaluation.command",
         "model_store.manifest",
         "model_store.recipe",
         "model_store.tokenizer",

@@ -5,9 +5,6 @@ Spearman's rank correlation of cosine and score, as the STS benchmark (Cer et al
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-
-class DatasetError(ValueError):
-    """An evaluation file that can't be read; the message names file and line."""
+from model_store.evaluation.files import DatasetError, number_field, read_table, text_field
+from model_store.evaluation.report import Score
+from model_store.evaluation.text_vectors import TextVectors
 
 
 @dataclass(frozen=True)
@@ -31,29 +28,39 @@ class ScoredPair:
 
 
 def read_pairs(path: Path) -> list[ScoredPair]:
-    """Pairs from a tab-separated file (may be .gz) with a header naming score, sentence1 and sentence2.
+    """Pairs from a file that names score, sentence1 and sentence2, and may be gzipped.
+
+    It is tab-separated with a header and no quoting, as the STS benchmark is distributed with GLUE, or JSON lines.
 
     Raises:
-        DatasetError: for a missing file or column, or a line that has no score.
+        DatasetError: for a line that lacks one of them, or fewer than two pairs.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path} can't be read: {error.strerror}") from error
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    reader = csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-    missing = {"score", "sentence1", "sentence2"} - set(reader.fieldnames or ())
-    if missing:
-        raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}")
-    pairs = []
-    for row in reader:
-        try:
-            pairs.append(ScoredPair(row["sentence1"], row["sentence2"], float(row["score"])))
-        except (TypeError, ValueError) as error:
-            raise DatasetError(f"{path}, line {reader.line_num}: {error}") from error
-    if len(pairs) < 2:
-        raise DatasetError(f"{path} holds {len(pairs)} pairs: a correlation needs at least two")
+    pairs = [
+        ScoredPair(
+            text_field(path, number, row, "sentence1"),
+            text_field(path, number, row, "sentence2"),
+            number_field(path, number, row, "score"),
+        )
+        for number, row in read_table(path)
+    ]
+    if len({pair.score for pair in pairs}) < 2:
+        raise DatasetError(f"{path} holds {len(pairs)} pairs: a correlation needs at least two, of different scores")
     return pairs
+
+
+class Sts:
+    """Spearman's correlation on the pairs of a file; `instruction` is put before every sentence."""
+
+    def __init__(self, path: Path, instruction: str = "") -> None:
+        self._name, self._instruction, self._pairs = f"STS, {path.name}", instruction, read_pairs(path)
+
+    def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
+        """One score for each setting."""
+        texts = [text for pair in self._pairs for text in (pair.first, pair.second)]
+        return [
+            Score(model, self._name, "Spearman", setting, evaluate_sts(self._pairs, found))
+            for setting, found in vectors.embed(texts, self._instruction).items()
+        ]
 
 
 def evaluate_sts(pairs: Sequence[ScoredPair], vectors: NDArray[np.float32]) -> float:

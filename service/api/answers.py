@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +68,11 @@ def json_array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:
         yield before + b",".join(part)
         before = b","
     yield b"]" if before == b"," else b"[]"
+
+
+def json_answer(content: Any, headers: Mapping[str, str] | None = None) -> Response:
+    """A small answer, which may hold arrays."""
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), 200, headers, "application/json")
 
 
 class AnswerWriter:

@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors
-from service.api.common import Text, answer_headers, choose_instruction, ignored_fields, instructions_of
-from service.api.openai import EmbedFields, documented, usage
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.common import Text, alias_of, answer_headers, choose_instruction, ignored_fields
+from service.api.openai import ERRORS, EmbedFields, documented, usage
+from service.api.requests import read, while_connected
 from service.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
 from service.errors import InvalidRequest
 
-router = APIRouter(tags=["late chunking"])
+router = APIRouter(tags=["late chunking"], responses={401: ERRORS[401]})
 
 _Place = Annotated[int, Field(strict=True, ge=0, le=1 << 31)]
 
@@ -67,11 +67,9 @@ class ChunkEmbeddingsAnswer(BaseModel):
 async def create_chunk_embeddings(request: Request) -> Response:
     """Embed one text with all of its context, and give a vector for each chunk of it."""
     began = time.perf_counter()
-    require_ready(request)
+    body = await read(request, ChunkEmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(ChunkEmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
-    served: str = request.app.state.served_name
-    alias = instructions_of(request).alias_of(body.model, served)
+    alias = alias_of(request, body.model)
     more = ignored_fields(embedder, body.model_extra or {})
     if (body.chunk_size is None) == (body.spans is None):
         raise InvalidRequest("send either chunk_size or spans", "invalid_value", "chunk_size")
@@ -89,7 +87,9 @@ async def create_chunk_embeddings(request: Request) -> Response:
         body.timeout_seconds(),
     )
     result = await while_connected(request, embedder.embed_chunks(asked))
-    slices = write_answer(result, served, body.encoding_format or "float", body.embed_dtype or "float32")
+    slices = write_answer(
+        result, request.app.state.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+    )
     inputs = [EmbedInput(asked.text, asked.instruction)]
     headers = answer_headers(embedder, inputs, result.embedded, time.perf_counter() - began)
     writer: AnswerWriter = request.app.state.writer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -15,21 +16,19 @@ from service.api.answers import AnswerWriter, encode_vectors, json_array
 from service.api.common import (
     Name,
     Text,
+    alias_of,
     answer_headers,
     choose_instruction,
     ignored_fields,
-    instructions_of,
     truncation,
     with_instruction,
 )
-from service.api.error_responses import Dialect
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.error_responses import Dialect, described
+from service.api.requests import read, while_connected
 from service.embedder import Embedder, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.logs import request_id
 from service.rows import Vector
-
-router = APIRouter(tags=["Cohere"])
 
 Version = Literal["1", "2"]
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -185,14 +184,11 @@ def _error_body(message: str, status: int, code: str, param: str | None = None) 
 
 
 _DIALECT = Dialect(_error_body)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**about, "model": CohereErrorAnswer} for status, about in openai.ERRORS.items()
-}
+_ERRORS = described(CohereErrorAnswer)
+router = APIRouter(tags=["Cohere"], responses={401: _ERRORS[401]})
 
 
-def _documented(answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
-    about = openai.documented(CohereEmbedBody, CohereByTypeAnswer, *examples)
-    return {**about, "responses": {200: {"model": answer}, **_ERRORS}}
+_documented = partial(openai.documented, CohereEmbedBody, errors=_ERRORS)
 
 
 @router.post(
@@ -232,10 +228,9 @@ DIALECTS = {path: _DIALECT for _, path in DIRECT}
 
 async def _embed(request: Request, version: Version) -> Response:
     began = time.perf_counter()
-    require_ready(request)
+    body = await read(request, CohereEmbedBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(CohereEmbedBody, await read_document(request, embedder.settings.max_body_bytes))
-    alias = instructions_of(request).alias_of(body.model, request.app.state.served_name)
+    alias = alias_of(request, body.model)
     more = ignored_fields(embedder, body.model_extra or {})
     texts, param = _texts(body)
     asked = to_embed_request(request, body, alias, texts, param, version)

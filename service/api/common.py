@@ -40,6 +40,21 @@ def instructions_of(request: Request) -> Instructions:
     return instructions
 
 
+def model_names(request: Request) -> list[str]:
+    """What clients may call the one model that is served."""
+    served: str = request.app.state.served_name
+    return [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
+
+
+def alias_of(request: Request, model: str | None) -> str:
+    """The role or prompt that a model's name asks for.
+
+    Raises:
+        ModelNotFound: if no model here has that name.
+    """
+    return instructions_of(request).alias_of(model, request.app.state.served_name)
+
+
 def choose_instruction(
     request: Request, instruction: str | None = None, names: Mapping[str, str | None] | None = None, alias: str = ""
 ) -> Chosen:
@@ -139,7 +154,7 @@ def as_items(value: Any) -> list[Any]:
 
 def are_ids(value: Any) -> bool:
     """Whether this is one text's token ids: a list of whole numbers, and at least one."""
-    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 @lru_cache(maxsize=1024)

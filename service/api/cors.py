@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,23 +13,22 @@ from service.api.common import ANSWER_HEADERS
 _ERROR_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
 
 
-def install(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let pages of these origins read answers and errors; all of them if one is `*`.
+def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """An application whose answers and errors pages of these origins may read; all pages if one is `*`.
 
     Cookies and the like are never asked for: a page sends its key itself, in a header.
     """
     if not origins:
-        return
-    app.add_middleware(
-        CORSMiddleware,
+        return app
+    allowing = CORSMiddleware(
+        app,
         allow_origins=origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),  # OpenAI's SDK sends a dozen of its own
         allow_credentials=False,
         expose_headers=(*ANSWER_HEADERS, *_ERROR_HEADERS),
     )
-    if "*" not in origins:
-        app.add_middleware(VaryByOrigin)
+    return allowing if "*" in origins else VaryByOrigin(allowing)
 
 
 class VaryByOrigin:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import errors
@@ -29,6 +30,20 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.OutOfMemory: 503,
     errors.EncodingError: 500,
     errors.ServiceError: 500,
+}
+
+# What each status means, for the documentation.
+MEANINGS = {
+    400: "the request can't be served as it is; `code` and `param` say why",
+    401: "no API key, or one that is not valid",
+    404: "there is no such model",
+    408: "the request did not arrive in time",
+    413: "the body is too large",
+    415: "the body is compressed",
+    429: "overloaded: come again after `Retry-After` seconds",
+    500: "the model gave no finite vector",
+    503: "loading, draining, or out of memory",
+    504: "the deadline passed in the queue",
 }
 
 # Codes of refused requests that are counted by themselves.
@@ -60,6 +75,11 @@ def openai_error_body(message: str, status: int, code: str, param: str | None = 
 OPENAI = Dialect(openai_error_body)
 
 
+def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of the errors of a dialect that words them in this shape."""
+    return {status: {"model": shape, "description": about} for status, about in meanings.items()}
+
+
 class ErrorResponses:
     """Errors → answers, each in the words of the API that was asked: by path, OpenAI's where there is no other."""
 
@@ -81,12 +101,16 @@ class ErrorResponses:
             message = f"{request.method} {request.url.path}: {error.detail}"
             return self._answer(request.url.path, message, error.status_code, code, None, dict(error.headers or {}))
 
+        async def bug(request: Request, error: Exception) -> Response:
+            return self.unexpected(request.scope["path"])
+
+        app.add_exception_handler(Exception, bug)
         app.add_exception_handler(errors.ServiceError, service_error)
         app.add_exception_handler(HTTPException, http_error)
 
     def of(self, request: Request, error: errors.ServiceError) -> Response:
         """The answer to one of our own errors, counted; its code and reason are left in the request's state."""
-        path = request.url.path
+        path = request.scope["path"]
         status = self._dialect(path).status_for(error)
         request.state.code = error.code
         self._count_rejection(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
@@ -13,22 +14,21 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from model_store.manifest import Manifest
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors, json_array
+from service.api.answers import AnswerWriter, encode_vectors, json_answer, json_array
 from service.api.common import (
     Text,
     answer_headers,
     choose_instruction,
     ignored_fields,
     instructions_of,
+    model_names,
     with_instruction,
 )
-from service.api.error_responses import Dialect
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.error_responses import Dialect, described
+from service.api.requests import parse, read, read_document, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.settings import Settings
-
-router = APIRouter(tags=["Ollama"])
 
 # The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
 _API_VERSION = "0.33.0"
@@ -166,14 +166,11 @@ def _error_body(message: str, status: int, code: str, param: str | None = None) 
 
 
 _DIALECT = Dialect(_error_body)
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {**about, "model": OllamaErrorAnswer} for status, about in openai.ERRORS.items()
-}
+_ERRORS = described(OllamaErrorAnswer)
+router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
 
-def _documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[str, Any]) -> dict[str, Any]:
-    about = openai.documented(body, answer, *examples)
-    return {**about, "responses": {200: {"model": answer}, **_ERRORS}}
+_documented = partial(openai.documented, errors=_ERRORS)
 
 
 @router.post(
@@ -188,9 +185,8 @@ def _documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[
 async def embed(request: Request) -> Response:
     """Embed texts."""
     began = time.perf_counter()
-    require_ready(request)
+    body = await read(request, OllamaEmbedBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(OllamaEmbedBody, await read_document(request, embedder.settings.max_body_bytes))
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
     chosen = choose_instruction(request, alias=alias)
@@ -216,9 +212,8 @@ async def embed(request: Request) -> Response:
 async def embeddings(request: Request) -> Response:
     """Embed one text. Superseded by `/api/embed`."""
     began = time.perf_counter()
-    require_ready(request)
+    body = await read(request, OllamaEmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(OllamaEmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
     chosen = choose_instruction(request, alias=alias)
@@ -251,7 +246,8 @@ async def list_models(request: Request) -> Response:
         "digest": manifest.embedding_space,
         **_description(request),
     }
-    return _json({"models": [{"name": name, "model": name, **about} for name in _names(request)]})
+    names = [name if ":" in name else name + _LATEST for name in model_names(request)]
+    return json_answer({"models": [{"name": name, "model": name, **about} for name in names]})
 
 
 @router.post(
@@ -261,7 +257,7 @@ async def list_models(request: Request) -> Response:
 async def show_model(request: Request) -> Response:
     """What the served model is, by one of its names."""
     embedder: Embedder = request.app.state.embedder
-    body = parse(OllamaShowBody, await read_document(request, embedder.settings.max_body_bytes))
+    body = parse(OllamaShowBody, await read_document(request))
     _alias_of(request, body.model or body.name)
     manifest: Manifest = request.app.state.manifest
     family = manifest.model_type
@@ -272,13 +268,13 @@ async def show_model(request: Request) -> Response:
         f"{family}.embedding_length": manifest.width,
         f"{family}.vocab_size": manifest.vocabulary,
     }
-    return _json({**_description(request), "model_info": about, "modified_at": _modified_at(request)})
+    return json_answer({**_description(request), "model_info": about, "modified_at": _modified_at(request)})
 
 
 @router.get("/api/version", responses={200: {"model": OllamaVersionAnswer}})
 async def version() -> Response:
     """The release of Ollama that these endpoints follow."""
-    return _json({"version": _API_VERSION})
+    return json_answer({"version": _API_VERSION})
 
 
 DIRECT = {("POST", "/api/embed"): embed, ("POST", "/api/embeddings"): embeddings}
@@ -327,12 +323,6 @@ def _alias_of(request: Request, model: str | None) -> str:
     return known.alias_of(model, served)
 
 
-def _names(request: Request) -> list[str]:
-    served: str = request.app.state.served_name
-    names = [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
-    return [name if ":" in name else name + _LATEST for name in names]
-
-
 def _description(request: Request) -> dict[str, Any]:
     manifest: Manifest = request.app.state.manifest
     millions = manifest.parameters / 1e6
@@ -358,7 +348,3 @@ def _answer(request: Request, slices: Iterator[bytes], result: EmbedResult, head
         return Response(b"".join(slices), 200, headers, "application/json")
     writer: AnswerWriter = request.app.state.writer
     return writer.answer(slices, result.vectors, headers)
-
-
-def _json(content: Any) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")

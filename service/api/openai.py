@@ -10,25 +10,26 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors
+from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors, json_answer
 from service.api.common import (
     Name,
     Text,
+    alias_of,
     answer_headers,
     are_ids,
     choose_instruction,
     ignored_fields,
     instructions_of,
+    model_names,
     split_text,
     truncation,
 )
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.error_responses import described
+from service.api.requests import read, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, Overflow, TokenIds
 from service.errors import InvalidRequest
 from service.instructions import ROLES, Chosen
 from service.scheduling import Lane
-
-router = APIRouter(tags=["OpenAI"])
 
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; or token ids, one text's or a list of such; or pairs "
@@ -147,26 +148,18 @@ class ErrorAnswer(BaseModel):
     error: _Error
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": about}
-    for status, about in {
-        400: "the request can't be served as it is; `code` and `param` say why",
-        404: "there is no such model",
-        413: "the body is too large",
-        429: "overloaded: come again after `Retry-After` seconds",
-        500: "the model gave no finite vector",
-        503: "loading, draining, or out of memory",
-        504: "the deadline passed in the queue",
-    }.items()
-}
+ERRORS = described(ErrorAnswer)
+router = APIRouter(tags=["OpenAI"], responses={401: ERRORS[401]})
 
 
-def documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[str, Any]) -> dict[str, Any]:
+def documented(
+    body: type[BaseModel], answer: Any, *examples: dict[str, Any], errors: dict[int | str, dict[str, Any]] = ERRORS
+) -> dict[str, Any]:
     """What OpenAPI says of an endpoint that reads its body and writes its answer itself."""
     content: dict[str, Any] = {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}
     content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
     return {
-        "responses": {200: {"model": answer}, **ERRORS},
+        "responses": {200: {"model": answer}, **errors},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
     }
 
@@ -184,18 +177,18 @@ def documented(body: type[BaseModel], answer: type[BaseModel], *examples: dict[s
 async def create_embeddings(request: Request) -> Response:
     """Embed texts."""
     began = time.perf_counter()
-    require_ready(request)
+    body = await read(request, EmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(EmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
-    served: str = request.app.state.served_name
-    alias = instructions_of(request).alias_of(body.model, served)
+    alias = alias_of(request, body.model)
     more = ignored_fields(embedder, body.model_extra or {})
     asked = to_embed_request(request, body, alias)
     if asked.token_ids != "model":
         more["x-token-ids-decoded"] = asked.token_ids
     result = await while_connected(request, embedder.embed(asked))
 
-    slices = write_answer(result, served, body.encoding_format or "float", body.embed_dtype or "float32")
+    slices = write_answer(
+        result, request.app.state.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+    )
     headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
     writer: AnswerWriter = request.app.state.writer
     return writer.answer(slices, result.vectors, {**headers, **more})
@@ -208,14 +201,14 @@ DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/emb
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
-    return _json({"object": "list", "data": [_model(request, name) for name in _names(request)]})
+    return json_answer({"object": "list", "data": [_model(request, name) for name in model_names(request)]})
 
 
 @router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
 async def get_model(request: Request, name: str) -> Response:
     """The served model by one of its names."""
-    instructions_of(request).alias_of(name, request.app.state.served_name)
-    return _json(_model(request, name))
+    alias_of(request, name)
+    return json_answer(_model(request, name))
 
 
 def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> EmbedRequest:
@@ -347,11 +340,6 @@ def _by_openai_sdk(request: Request) -> bool:
     return "x-stainless-lang" in headers or agent.startswith(("OpenAI/", "AsyncOpenAI/"))
 
 
-def _names(request: Request) -> list[str]:
-    served = request.app.state.served_name
-    return [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
-
-
 def _model(request: Request, name: str) -> dict[str, Any]:
     state = request.app.state
     return {
@@ -364,7 +352,3 @@ def _model(request: Request, name: str) -> dict[str, Any]:
         "max_input_tokens": state.limits.max_input_tokens,
         "embedding_space": state.manifest.embedding_space,
     }
-
-
-def _json(content: Any) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")

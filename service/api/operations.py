@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
+from service.api.answers import json_answer
+from service.api.openai import ERRORS
 from service.errors import Unavailable
 from service.metrics import with_tei_names
 
@@ -20,11 +21,11 @@ _PROBE_SECONDS = 30.0
 @router.get("/livez")
 async def livez() -> Response:
     """The process runs and its event loop turns."""
-    return _json({"status": "alive"})
+    return json_answer({"status": "alive"})
 
 
-@router.get("/readyz")
-@router.get("/health")
+@router.get("/readyz", responses={503: ERRORS[503]})
+@router.get("/health", responses={503: ERRORS[503]})
 @router.get("/ping", include_in_schema=False)
 async def readyz(request: Request) -> Response:
     """The server takes requests. Where the last batch failed, one token is encoded to find out."""
@@ -35,10 +36,10 @@ async def readyz(request: Request) -> Response:
             await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
         except Exception as error:
             raise Unavailable("the device fails on every input") from error
-    return _json({"status": "ready"})
+    return json_answer({"status": "ready"})
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     state = request.app.state
@@ -48,11 +49,11 @@ async def metrics(request: Request) -> Response:
     return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@router.get("/version")
+@router.get("/version", responses={401: ERRORS[401]})
 async def version(request: Request) -> Response:
     """The server's version and what it serves."""
     state = request.app.state
-    return _json(
+    return json_answer(
         {
             "version": state.version,
             "model": state.served_name,
@@ -60,7 +61,3 @@ async def version(request: Request) -> Response:
             "phase": state.phase,
         }
     )
-
-
-def _json(content: object) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from service.api.common import instructions_of
-from service.api.openai import EmbeddingsBody, documented, to_embed_request
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.answers import json_answer
+from service.api.common import alias_of, instructions_of
+from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
+from service.api.requests import read, while_connected
 from service.embedder import Embedder
 from service.instructions import ROLES
 
-router = APIRouter(tags=["prompts"])
+router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 
 
 class PromptsAnswer(BaseModel):
@@ -62,7 +62,7 @@ async def list_prompts(request: Request) -> Response:
         },
         "default": known.default_name,
     }
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return json_answer(answer)
 
 
 @router.post(
@@ -71,10 +71,9 @@ async def list_prompts(request: Request) -> Response:
 )
 async def preview(request: Request) -> Response:
     """The tokens of each input of an embeddings request, and which of them are pooled. Nothing is computed."""
-    require_ready(request)
+    body = await read(request, EmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(EmbeddingsBody, await read_document(request, embedder.settings.max_body_bytes))
-    alias = instructions_of(request).alias_of(body.model, request.app.state.served_name)
+    alias = alias_of(request, body.model)
     asked = to_embed_request(request, body, alias)
     previews = await while_connected(request, embedder.preview(asked))
     rows: list[dict[str, Any]] = []
@@ -94,4 +93,4 @@ async def preview(request: Request) -> Response:
             }
         )
     answer = {"data": rows, "max_input_tokens": embedder.limits.max_input_tokens}
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return json_answer(answer)

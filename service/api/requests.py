@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import orjson
 from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access import Access
@@ -50,8 +49,8 @@ LATE = "late"
 
 
 class RequestContext:
-    """ASGI middleware: gives each request an id, asks for its key, and measures, counts, logs and traces it when it has
-    been answered.
+    """ASGI middleware around all of FastAPI: gives each request an id, asks for its key, and measures, counts, logs and
+    traces it when it has been answered.
 
     `direct` are functions by method and path that it calls itself: finding a route and entering it costs FastAPI as
     much as all the rest of a short request.
@@ -85,13 +84,15 @@ class RequestContext:
         token = request_id.set(own_id)
         lane_of_request.set("")
         state = scope.setdefault("state", {})
-        status, started = 0, 0.0
+        status, started, whole = 0, 0.0, False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, started
-            if message["type"] == "http.response.start":
+            nonlocal status, started, whole
+            if message["type"] == "http.response.body":
+                whole = not message.get("more_body", False)
+            elif message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = own_id
+                message["headers"].append((b"x-request-id", own_id.encode()))
                 if self._traces:
                     started, state["answer_headers"] = time.perf_counter(), message["headers"]
             await send(message)
@@ -106,13 +107,20 @@ class RequestContext:
                 await self._app(scope, receive, send_with_id)
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
+        except asyncio.CancelledError:
+            if status or scope["app"].state.phase != "draining":
+                raise
+            # The grace period is over, for which the server has waited.
+            stopped = Unavailable("the server stopped before it could answer: try again later")
+            await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
         except Exception as error:
             # Where it was and what kind it is: its message may hold a piece of the input.
             state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"
             log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
-            if status:
+            if status and not whole:
                 raise RuntimeError("an answer broke off: see the line before") from None
-            await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
+            if not status:
+                await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
             self._metrics.inflight.dec()
             ended = time.perf_counter()
@@ -124,7 +132,7 @@ class RequestContext:
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
-        request.state.route = request.url.path
+        request.scope["state"]["route"] = request.scope["path"]
         try:
             response = await endpoint(request)
         except ServiceError as error:
@@ -192,15 +200,26 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
-async def read_document(request: Request, limit_bytes: int) -> dict[str, Any]:
+async def read(request: Request, model: type[Body]) -> Body:
+    """The request's body in a dialect's terms, once the server is ready.
+
+    Raises:
+        Unavailable: while it loads or drains.
+        ServiceError: whatever `read_document` and `parse` find wrong.
+    """
+    require_ready(request)
+    return parse(model, await read_document(request))
+
+
+async def read_document(request: Request) -> dict[str, Any]:
     """The request's body, a JSON object.
 
     Raises:
-        RequestTooLarge: past `limit_bytes`.
+        RequestTooLarge: past the settings' limit.
         InvalidRequest: if it is not JSON, or no object.
     """
     try:
-        document = orjson.loads(await read_body(request, limit_bytes))
+        document = orjson.loads(await read_body(request, request.app.state.settings.max_body_bytes))
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}", "invalid_json") from error
     if not isinstance(document, dict):

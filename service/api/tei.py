@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,8 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from service.api.answers import AnswerWriter, encode_vectors, json_array
+from service.api import openai
+from service.api.answers import AnswerWriter, encode_vectors, json_answer, json_array
 from service.api.common import (
     Name,
     Text,
@@ -28,14 +30,12 @@ from service.api.common import (
     instructions_of,
     with_instruction,
 )
-from service.api.error_responses import Dialect
-from service.api.requests import parse, read_document, require_ready, while_connected
+from service.api.error_responses import MEANINGS, Dialect, described
+from service.api.requests import parse, read, read_document, require_ready, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, LocatedTokens
 from service.errors import EncodingError, InvalidRequest, OutOfMemory
 from service.instructions import NONE, Chosen
 from service.rows import Vector
-
-router = APIRouter(tags=["text-embeddings-inference"])
 
 _UNSUPPORTED = "unsupported_by_model"
 
@@ -234,27 +234,21 @@ _PATHS = (
 )
 DIALECTS = dict.fromkeys(_PATHS, TEI)
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": TEIErrorAnswer, "description": about}
-    for status, about in {
+_ERRORS = described(
+    TEIErrorAnswer,
+    {
+        **{status: about for status, about in MEANINGS.items() if status not in (404, 500)},
         400: "there is nothing to work on",
-        413: "the body is too large",
         422: "the request can't be served as it is",
         424: "the model gave no finite vector or ran out of memory, or it is not one that can do this",
         429: "overloaded, and still so after a wait: come again after `Retry-After` seconds",
         503: "loading or draining",
-        504: "the deadline passed in the queue",
-    }.items()
-}
+    },
+)
+router = APIRouter(tags=["text-embeddings-inference"], responses={401: _ERRORS[401]})
 
 
-def _documented(body: type[BaseModel], answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"schema": body.model_json_schema()}
-    content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
-    return {
-        "responses": {200: {"model": answer}, **_ERRORS},
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
-    }
+_documented = partial(openai.documented, errors=_ERRORS)
 
 
 @router.post(
@@ -270,16 +264,18 @@ def _documented(body: type[BaseModel], answer: Any, *examples: dict[str, Any]) -
 async def embed(request: Request) -> Response:
     """A vector for each text. `POST /` does the same."""
     began = time.perf_counter()
-    return await _embed(request, await _read(request), began)
+    return await _embed(request, await read(request, EmbedBody), began)
 
 
 @router.post("/", include_in_schema=False)
 async def embed_at_root(request: Request) -> Response:
     """What huggingface_hub asks of a bare URL: vectors, or how close sentences are."""
     began = time.perf_counter()
-    document = await _read(request)
-    of_sentences = isinstance(document.get("inputs"), dict)
-    return await (_compare if of_sentences else _embed)(request, document, began)
+    require_ready(request)
+    document = await read_document(request)
+    if isinstance(document.get("inputs"), dict):
+        return await _compare(request, parse(SimilarityBody, document), began)
+    return await _embed(request, parse(EmbedBody, document), began)
 
 
 # Called for these without FastAPI in between.
@@ -292,8 +288,8 @@ DIRECT = {("POST", "/embed"): embed, ("POST", "/"): embed_at_root}
 async def embed_all(request: Request) -> Response:
     """A vector for each token of each text, special ones and instruction included, as the model gives it."""
     began = time.perf_counter()
+    body = await read(request, EmbedAllBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(EmbedAllBody, await _read(request))
     more = ignored_fields(embedder, body.model_extra or {})
     asked = _asked(request, _inputs(request, body), body, normalize=False, each_token=True)
     result = await while_connected(request, embedder.embed(asked))
@@ -320,7 +316,7 @@ async def embed_all(request: Request) -> Response:
 async def similarity(request: Request) -> Response:
     """The cosine of each sentence and the source sentence, which a message calls the input after the last sentence."""
     began = time.perf_counter()
-    return await _compare(request, await _read(request), began)
+    return await _compare(request, await read(request, SimilarityBody), began)
 
 
 @router.post(
@@ -343,8 +339,8 @@ async def rerank(request: Request) -> Response:
     order the same. A message calls the query the input after the last text.
     """
     began = time.perf_counter()
+    body = await read(request, RerankBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(RerankBody, await _read(request))
     more = ignored_fields(embedder, body.model_extra or {})
     if not body.texts:
         raise InvalidRequest("texts is empty: send at least one", "empty_input", "texts")
@@ -362,7 +358,7 @@ async def rerank(request: Request) -> Response:
     for index in np.argsort(-scores, kind="stable").tolist():
         text = {"text": body.texts[index]} if body.return_text else {}
         ranks.append({"index": index, **text, "score": scores[index]})
-    return _json(ranks, {**_headers(request, asked, result, began), **more})
+    return json_answer(ranks, {**_headers(request, asked, result, began), **more})
 
 
 @router.post(
@@ -371,8 +367,8 @@ async def rerank(request: Request) -> Response:
 )
 async def tokenize(request: Request) -> Response:
     """The tokens of each text, before anything is cut, and the bytes of prompt and text that each stands for."""
+    body = await read(request, TokenizeBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(TokenizeBody, await _read(request))
     more = ignored_fields(embedder, body.model_extra or {})
     chosen = choose_instruction(request, names={"prompt_name": body.prompt_name})
     inputs = with_instruction(as_items(body.inputs), chosen, embedder.settings.instruction_separator)
@@ -386,14 +382,14 @@ async def tokenize(request: Request) -> Response:
 @router.post("/decode", **_documented(DecodeBody, list[str], {"ids": [[1, 2, 3]]}))
 async def decode(request: Request) -> Response:
     """The texts of token ids."""
+    body = await read(request, DecodeBody)
     embedder: Embedder = request.app.state.embedder
-    body = parse(DecodeBody, await _read(request))
     more = ignored_fields(embedder, body.model_extra or {})
     ids = [body.ids] if are_ids(body.ids) else body.ids
     if not isinstance(ids, list) or not all(item == [] or are_ids(item) for item in ids):
         raise InvalidRequest("ids must be a list of token ids, or a list of such lists", "invalid_value", "ids")
     texts = await while_connected(request, embedder.decode(ids, body.skip_special_tokens is not False))
-    return _json(texts, more)
+    return json_answer(texts, more)
 
 
 @router.get("/info", responses={200: {"model": TEIInfo}, 503: _ERRORS[503]})
@@ -402,7 +398,7 @@ async def info(request: Request) -> Response:
     require_ready(request)
     state = request.app.state
     settings = state.embedder.settings
-    return _json(
+    return json_answer(
         {
             "model_id": state.served_name,
             "model_sha": state.manifest.embedding_space,
@@ -452,14 +448,8 @@ def write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
     yield b"]"
 
 
-async def _read(request: Request) -> dict[str, Any]:
-    require_ready(request)
-    return await read_document(request, request.app.state.embedder.settings.max_body_bytes)
-
-
-async def _embed(request: Request, document: dict[str, Any], began: float) -> Response:
+async def _embed(request: Request, body: EmbedBody, began: float) -> Response:
     embedder: Embedder = request.app.state.embedder
-    body = parse(EmbedBody, document)
     more = ignored_fields(embedder, body.model_extra or {})
     normalize = body.normalize is not False
     asked = _asked(request, _inputs(request, body), body, normalize=normalize, dimensions=body.dimensions)
@@ -469,9 +459,8 @@ async def _embed(request: Request, document: dict[str, Any], began: float) -> Re
     return writer.answer(write_vectors(result.vectors), result.vectors, {**headers, **more})
 
 
-async def _compare(request: Request, document: dict[str, Any], began: float) -> Response:
+async def _compare(request: Request, body: SimilarityBody, began: float) -> Response:
     embedder: Embedder = request.app.state.embedder
-    body = parse(SimilarityBody, document)
     parameters = body.parameters or _SimilarityParameters()
     more = ignored_fields(embedder, [*(body.model_extra or {}), *(parameters.model_extra or {})])
     sentences = body.inputs.sentences
@@ -483,7 +472,7 @@ async def _compare(request: Request, document: dict[str, Any], began: float) -> 
     inputs = with_instruction([*sentences, body.inputs.source_sentence], chosen, separator)
     asked = _asked(request, inputs, parameters)
     result = await while_connected(request, embedder.embed(asked))
-    return _json(_cosines(result), {**_headers(request, asked, result, began), **more})
+    return json_answer(_cosines(result), {**_headers(request, asked, result, began), **more})
 
 
 def _inputs(request: Request, body: EmbedAllBody) -> list[EmbedInput]:
@@ -567,7 +556,3 @@ def _write_tokens(embedder: Embedder, rows: Iterable[LocatedTokens], around: boo
 
 def _headers(request: Request, asked: EmbedRequest, result: EmbedResult, began: float) -> dict[str, str]:
     return answer_headers(request.app.state.embedder, asked.inputs, result, time.perf_counter() - began)
-
-
-def _json(content: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), 200, headers, "application/json")

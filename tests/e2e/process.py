@@ -17,10 +17,18 @@ import httpx
 
 
 class ServerProcess:
-    """`llm2vec-service serve` on a free port, from start to exit status; its layers not compiled unless asked for."""
+    """`llm2vec-service serve` on a free port, from start to exit status; its layers not compiled unless asked for.
+
+    Of its log it remembers the lines that `keeps` says.
+    """
 
     def __init__(
-        self, model: Path | str, environment: dict[str, str] | None = None, *options: str, module: str = "service"
+        self,
+        model: Path | str,
+        environment: dict[str, str] | None = None,
+        *options: str,
+        module: str = "service",
+        keeps: Callable[[str], bool] = lambda line: True,
     ) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("LLM2VEC_")}
         self.process = subprocess.Popen(
@@ -30,6 +38,7 @@ class ServerProcess:
             text=True,
         )
         self.lines: list[str] = []
+        self._keeps = keeps
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -90,5 +99,5 @@ class ServerProcess:
 
     def _read(self) -> None:
         assert self.process.stderr
-        for line in self.process.stderr:
+        for line in filter(self._keeps, self.process.stderr):
             self.lines.append(line.rstrip("\n"))

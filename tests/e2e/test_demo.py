@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def test_a_text_has_the_same_bits_in_any_company(demo: Path, dtype: Any, packed:
         assert torch.equal(alone, beside)
 
 
-def test_sts_of_a_few_pairs(server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sts_of_a_few_pairs(server: ServerProcess, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     pairs.write_text(
         "score\tsentence1\tsentence2\n"
@@ -93,7 +93,6 @@ def test_sts_of_a_few_pairs(server: ServerProcess, tmp_path: Path, capsys: pytes
         "0.5\tA man is smoking.\tA man is skating.\n"
         "0.0\tThe stock market fell on Friday.\tA cat is playing a piano.\n"
     )
-    assert main(["eval", "sts", str(pairs), "--url", server.base_url]) == 0
-    found = re.search(r'"spearman": (-?[\d.]+)', capsys.readouterr().out)
-    assert found
-    assert float(found[1]) > 0.5
+    assert main(["eval", "--sts", str(pairs), "--url", server.base_url, "--json", str(tmp_path / "s.json")]) == 0
+    (score,) = json.loads((tmp_path / "s.json").read_text())["scores"]
+    assert score["value"] > 0.5

@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from tests.e2e.process import ServerProcess
-from tests.tiny import build_tiny
 
 MEGABYTE = 1 << 20
 LIMITS = {
@@ -25,13 +24,6 @@ LIMITS = {
     "LLM2VEC_KEEP_ALIVE_SECONDS": "2",
     "LLM2VEC_MAX_CONNECTIONS": "8",
 }
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from service.processes.supervisor import ENGINE, FRONT_END
 from tests.e2e.process import ServerProcess
-from tests.tiny import build_tiny
 
 FLOAT32 = ("--dtype", "float32")
 SEVERAL = {"LLM2VEC_FRONTENDS": "2", "LLM2VEC_DEVICE": "cpu,cpu"}
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction="Find:")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +76,12 @@ def all_end(pids: list[int], seconds: float = 30.0) -> bool:
 
 
 def test_the_processes_are_what_was_asked_for(server: ServerProcess) -> None:
-    assert sorted(children(server).values()) == ["service.engine"] * 2 + ["service.frontend"] * 2
+    assert sorted(children(server).values()) == [ENGINE] * 2 + [FRONT_END] * 2
     assert {"front_ends": 2, "engines": 2}.items() <= server.wait_for("ready").items()
 
 
 def test_front_ends_and_the_supervisor_hold_no_torch(server: ServerProcess) -> None:
-    pids = [pid for pid, module in children(server).items() if module == "service.frontend"]
+    pids = [pid for pid, module in children(server).items() if module == FRONT_END]
     for pid in [server.process.pid, *pids]:
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
 
@@ -150,7 +143,7 @@ def test_a_device_that_is_not_here_refuses_to_start(encoder: Path) -> None:
 
 def test_one_device_and_one_front_end_are_one_process(encoder: Path) -> None:
     with ServerProcess(encoder, {"LLM2VEC_FRONTENDS": "2", "LLM2VEC_DEVICE": "cpu"}, *FLOAT32) as several:
-        assert sorted(children(several).values()) == ["service.engine", "service.frontend", "service.frontend"]
+        assert sorted(children(several).values()) == [ENGINE, FRONT_END, FRONT_END]
         assert several.embed("a").status_code == 200
         pids = list(children(several))
         assert several.stop(signal.SIGINT) == 0
@@ -180,7 +173,7 @@ def test_sigterm_answers_what_was_accepted_and_ends_with_0(encoder: Path) -> Non
     assert not [record for record in running.records() if record["level"] in ("error", "critical")]
 
 
-@pytest.mark.parametrize("module", ["service.engine", "service.frontend"])
+@pytest.mark.parametrize("module", [ENGINE, FRONT_END])
 def test_a_process_that_dies_ends_the_server(encoder: Path, module: str) -> None:
     running = ServerProcess(encoder, SEVERAL, *FLOAT32)
     with running, httpx.Client() as client, ThreadPoolExecutor(48) as pool:
@@ -198,7 +191,7 @@ def test_a_process_that_dies_ends_the_server(encoder: Path, module: str) -> None
             except httpx.TransportError:
                 outcomes.append(0)  # its front end died, or it was never accepted
     assert set(outcomes) <= {200, 503, 0}
-    if module == "service.engine":
+    if module == ENGINE:
         assert 503 in outcomes
         assert 200 in outcomes  # what the other engine had
     else:
@@ -226,12 +219,12 @@ def test_a_kernel_that_can_not_serve_ends_the_server_with_the_way_out(encoder: P
 
 def test_it_stops_while_it_loads(encoder: Path) -> None:
     running = ServerProcess(encoder, SEVERAL, *FLOAT32)
-    running.eventually(lambda: "service.engine" in children(running).values())
+    running.eventually(lambda: ENGINE in children(running).values())
     pids = list(children(running))
     assert running.stop() == 0
     assert alive(pids) == []
 
 
 def test_devices_printed_one_a_line() -> None:
-    command = [sys.executable, "-m", "service.devices", "cpu", "cpu"]
+    command = [sys.executable, "-m", "service.processes.devices", "cpu", "cpu"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["cpu", "cpu"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -22,16 +21,9 @@ from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.tokenizer import TextTokenizer
 from tests.e2e.process import ServerProcess
-from tests.tiny import build_tiny, normalized
+from tests.tiny import normalized
 
 FLOAT32 = ("--dtype", "float32")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction="Find:")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +131,6 @@ def test_a_wrong_setting_refuses_to_start(encoder: Path) -> None:
     assert "there is no recipe 'nonesuch'" in fails_to_start("nonesuch")
 
 
-def test_a_damaged_store_refuses_to_start(encoder: Path, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(encoder, tmp_path / "damaged"))
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert "model.safetensors" in fails_to_start(damaged)
-    assert "not a stored encoder" in fails_to_start(tmp_path)
-
-
 def test_a_taken_port_refuses_to_start(encoder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -185,13 +169,22 @@ def test_the_query_and_document_example(server: ServerProcess, tmp_path: Path) -
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_sts_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
+def test_eval_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.tsv"
     lines = ["score\tsentence1\tsentence2", "5\tthe same\tthe same", "2\ta river\ta valley", "0\tflute\tprotein a day"]
     pairs.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "service", "eval", "sts", str(pairs), "--url", server.base_url]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert '"pairs": 3' in ran.stdout
-    unreachable = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True)
+    (tmp_path / "few" / "qrels").mkdir(parents=True)
+    (tmp_path / "few" / "corpus.jsonl").write_text('{"_id": "1", "text": "a river"}\n{"_id": "2", "text": ""}\n')
+    (tmp_path / "few" / "queries.jsonl").write_text('{"_id": "3", "text": "a river"}\n')
+    (tmp_path / "few" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n3\t1\t1\n")
+    command = [sys.executable, "-m", "service", "eval", "--sts", str(pairs), "--retrieval", str(tmp_path / "few")]
+    command += ["--json", str(tmp_path / "a.json"), "--url"]
+    ran = subprocess.run([*command, server.base_url], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("STS, pairs.tsv: Spearman × 100")
+    scores = json.loads((tmp_path / "a.json").read_text())["scores"]
+    found = {score["metric"]: score["value"] for score in scores}
+    assert found["Spearman"] >= 0.5 - 1e-9  # the pair of the same texts is sure to be the nearest
+    assert found["MRR"] == 1  # and so is the query's own text
+    unreachable = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True)
     assert unreachable.returncode == 1
     assert "is the server running" in unreachable.stderr

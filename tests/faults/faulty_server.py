@@ -2,7 +2,7 @@
 
 Everything is real but the step from the worker to the device, which misbehaves on batches with a text that begins with
 one of the marks below, and, where FAULTS_SHARE says so, on that share of all batches, in a random order seeded by
-FAULTS_SEED. FAULTS_HANG_START=1 hangs the loading.
+FAULTS_SEED. FAULTS_TOKENS_PER_SECOND is how fast the device is at most. FAULTS_HANG_START=1 hangs the loading.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from model_store.manifest import read_manifest
 from model_store.pipeline import Pending, Pipeline
 from model_store.tokenizer import TextTokenizer, TokenizedText
 from service.batcher import DevicePlan
-from service.child import Assignment
 from service.metrics import Metrics
+from service.processes.child import Assignment
 from service.settings import Limits, Settings
 from service.worker import EncoderWorker
 
@@ -38,6 +38,7 @@ OUT_OF_MEMORY = "[oom]"
 OUT_OF_MEMORY_IN_COMPANY = "[oom in company]"
 SLOW = "[slow]"
 HANGS = "[hangs]"
+REFUSES_FROM_NOW_ON = "[refuses from now on]"
 MARKS = (
     RAISES,
     RAISES_IN_COMPANY,
@@ -47,6 +48,7 @@ MARKS = (
     OUT_OF_MEMORY_IN_COMPANY,
     SLOW,
     HANGS,
+    REFUSES_FROM_NOW_ON,
 )
 
 # Tokens of a text that are looked at for a mark.
@@ -61,15 +63,21 @@ class FaultyPipeline(Pipeline):
 
     tokenizer: TextTokenizer | None = None
     share: float = 0.0
+    seconds_per_token: float = 0.0
     chance: random.Random = field(default_factory=lambda: random.Random(int(os.environ.get("FAULTS_SEED", "0"))))
+    refuses: threading.Event = field(default_factory=threading.Event)
 
     def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
         """As the real one, unless a mark or chance will have it otherwise."""
+        due = time.perf_counter() + self.seconds_per_token * sum(map(len, rows))
         marks = [self._mark(row) for row in rows]
         present = set(marks)
         if len(rows) > 1 and self.chance.random() < self.share:
             present.add(self.chance.choice((RAISES, OUT_OF_MEMORY, NOT_FINITE, SLOW)))
         company = len(rows) > 1
+        if REFUSES_FROM_NOW_ON in present:
+            self.refuses.set()
+        self.probe()
         if HANGS in present:
             threading.Event().wait()
         if SLOW in present:
@@ -79,6 +87,7 @@ class FaultyPipeline(Pipeline):
         if OUT_OF_MEMORY in present or (company and OUT_OF_MEMORY_IN_COMPANY in present):
             raise torch.OutOfMemoryError("a fault made on purpose")
         pending = super().launch(rows, widths)
+        time.sleep(max(due - time.perf_counter(), 0.0))
         broken = [mark == NOT_FINITE or (company and mark == NOT_FINITE_IN_COMPANY) for mark in marks]
         if NOT_FINITE in present and not any(broken):
             broken[self.chance.randrange(len(rows))] = True
@@ -87,6 +96,12 @@ class FaultyPipeline(Pipeline):
             vectors[np.flatnonzero(broken)] = torch.nan
             return Pending(vectors, pending.copied)
         return pending
+
+    def probe(self) -> None:
+        """As CUDA after an error that stays."""
+        if self.refuses.is_set():
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        super().probe()
 
     def _mark(self, row: TokenizedText) -> str:
         assert self.tokenizer is not None
@@ -104,8 +119,9 @@ class FaultyWorker(EncoderWorker):
         plan = super()._start(limits)
         tokenizer = TextTokenizer.load(self._folder, read_manifest(self._folder))
         share = float(os.environ.get("FAULTS_SHARE", "0"))
+        seconds_per_token = 1 / float(os.environ.get("FAULTS_TOKENS_PER_SECOND", "inf"))
         encoder: Encoder = self._pipeline.encoder
-        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share)
+        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share, seconds_per_token)
         return plan
 
 
@@ -119,16 +135,16 @@ def faulty_worker(assignment: Assignment, metrics: Metrics) -> FaultyWorker:
 def main() -> int:
     """The command, or, for a module that is run with one number, an engine: as its supervisor starts it."""
     if len(sys.argv) == 2 and sys.argv[1].isdigit():
-        from service.engine import main as engine_main
+        from service.processes.engine import main as engine_main
 
         return engine_main(faulty_worker)
 
-    import service.supervisor
     import service.worker
     from service import cli
+    from service.processes import supervisor
 
     service.worker.EncoderWorker = FaultyWorker  # type: ignore[misc]
-    service.supervisor.supervise = partial(service.supervisor.supervise, engine="tests.faults.faulty_server")
+    supervisor.supervise = partial(supervisor.supervise, engine="tests.faults.faulty_server")
     return cli.main()
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.process import ServerProcess
+from tests.e2e.test_limits import answer_of, connect, post, status_of
 from tests.e2e.test_processes import SEVERAL, alive, all_end, children
 from tests.faults.crowd import Asked, ask_all, make_requests
-from tests.faults.faulty_server import HANGS, NOT_FINITE, OUT_OF_MEMORY, OUT_OF_MEMORY_IN_COMPANY, RAISES
+from tests.faults.faulty_server import (
+    HANGS,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    OUT_OF_MEMORY_IN_COMPANY,
+    RAISES,
+    REFUSES_FROM_NOW_ON,
+)
 from tests.tiny import build_tiny
 
 MODULE = "tests.faults.faulty_server"
@@ -95,6 +102,23 @@ def test_a_device_that_hangs_ends_the_server_and_everybody_is_told(
     assert any("hangs" in record["message"] for record in running.records() if record["level"] == "critical")
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_device_that_refuses_everything_ends_the_server_and_everybody_is_told(
+    encoder: Path, crowd: list[Asked], several: bool
+) -> None:
+    running = start(encoder, SEVERAL if several else {})
+    with running, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_all, running, crowd)
+        running.eventually(lambda: running.metric("llm2vec_inflight_requests") >= 10)
+        assert running.embed(REFUSES_FROM_NOW_ON).status_code == 503
+        verdicts = asked.result()
+        assert running.process.wait(30) == 1
+    assert set(verdicts) <= {"ok", "refused", "never accepted"}, verdicts
+    assert verdicts["refused"] > 0
+    fatal = [record["message"] for record in running.records() if record["level"] == "critical"]
+    assert any("can't compute any more" in message for message in fatal)
+
+
 def test_an_engine_that_is_silent_ends_the_server(encoder: Path) -> None:
     running = start(encoder, {**SEVERAL, "LLM2VEC_STUCK_BATCH_SECONDS": "2"})
     with running, ThreadPoolExecutor(8) as pool:
@@ -118,18 +142,46 @@ def test_a_start_that_hangs_ends_the_server(encoder: Path) -> None:
     assert any("loading and warm-up took over" in line for line in running.lines)
 
 
-def test_sigterm_under_load_with_faults(encoder: Path, crowd: list[Asked]) -> None:
-    """Whoever's connection was accepted gets the right answer; one that waited to be, when the port closed, none."""
-    running = start(encoder, SEVERAL)
-    with running:
+@pytest.mark.parametrize("several", [False, True])
+def test_sigterm_under_load_with_faults(encoder: Path, crowd: list[Asked], several: bool) -> None:
+    """Whoever has a connection gets the right answer, or is told that there is none."""
+    running = start(encoder, SEVERAL if several else {})
+    with running, ThreadPoolExecutor(1) as pool:
         pids = list(children(running))
-        ender = threading.Timer(random.Random(0).uniform(0.2, 0.6), lambda: running.process.terminate())
-        ender.start()
-        verdicts = ask_all(running, crowd)
+        asked = pool.submit(ask_all, running, crowd)
+        running.eventually(lambda: running.metric("llm2vec_inputs_total") >= 20)
+        running.process.terminate()
+        verdicts = asked.result()
         assert running.process.wait(60) == 0
         assert alive(pids) == []
-    assert set(verdicts) <= {"ok", "refused", "never accepted", "gone"}, verdicts
+    assert set(verdicts) <= {"ok", "refused", "never accepted"}, verdicts
     assert verdicts["ok"] >= 5
+
+
+def test_sigterm_leaves_nobody_without_an_answer_who_has_begun_to_ask(encoder: Path) -> None:
+    """Here they send the end of their requests when the port is closed already."""
+    running = start(encoder)
+    whole = post(b'{"input": "a"}')
+    parts = [whole[:cut] for cut in (5, whole.index(b"\r\n\r\n"), whole.index(b"{"), len(whole) - 1)]
+    with running:
+        clients = [connect(running) for _ in parts]
+        for client, part in zip(clients, parts, strict=True):
+            client.sendall(part)
+        assert httpx.get(f"{running.base_url}/livez").status_code == 200  # all that is read by now
+        running.process.terminate()
+        running.eventually(lambda: port_is_closed(running))
+        for client, part in zip(clients, parts, strict=True):
+            client.sendall(whole[len(part) :])
+        # Those of which the header had come were let in before.
+        assert [status_of(answer_of(client)) for client in clients] == [503, 503, 200, 200]
+        assert running.process.wait(60) == 0
+    for client in clients:
+        client.close()
+
+
+def port_is_closed(server: ServerProcess) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", int(server.base_url.rpartition(":")[2]))) != 0
 
 
 def test_sigkill_under_load_and_the_next_start(encoder: Path, crowd: list[Asked]) -> None:
@@ -153,5 +205,5 @@ def test_a_stopped_server_does_not_wait_for_a_device_that_hangs(encoder: Path) -
         running.process.terminate()
         assert running.process.wait(40) == 1
         assert time.monotonic() - began < 30
-        with suppress(httpx.TransportError):  # the grace period is over
-            assert hung.result().status_code in (500, 503)
+        assert hung.result().status_code == 503
+        assert "the server stopped" in hung.result().json()["error"]["message"]

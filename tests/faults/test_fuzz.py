@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 
 from service.errors import StartupError
+from service.processes.wire import Splitter, Submit, Vectors, decode, encode
 from service.settings import Settings, load_settings
-from service.wire import Splitter, Submit, Vectors, decode, encode
-from tests.service.test_api import Server
+from tests.service.fakes import Server
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 fuzzed = settings(

@@ -1,21 +1,30 @@
-"""Stand-ins for the tokenizer and the device, so that everything above them is tried in milliseconds."""
+"""Stand-ins for the tokenizer and the device, and the application over them: all of it is tried in milliseconds."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
 
+import httpx
 import numpy as np
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 
 from model_store.manifest import Manifest, SourceRecord
 from model_store.recipe import Recipe
 from model_store.templates import Template
 from model_store.tokenizer import TokenizationError, TokenizedText
+from service.app import create_app
+from service.backend import LocalBackend
 from service.batcher import DevicePlan
 from service.cost_model import CostModel
 from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
+from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
-from service.settings import Limits
+from service.settings import Limits, Settings
+from service.tracing import Traces
 
 WIDTH = 8
 
@@ -100,6 +109,15 @@ def fake_vector(row: EmbedRow) -> Vector:
     return _vector(row, row.text.token_ids)
 
 
+def rows_of(*texts: str) -> list[EmbedRow]:
+    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
+
+
+def expected(text: str, instruction: str = "", dimensions: int = WIDTH, normalize: bool = True) -> Vector:
+    """The vector that a text gets from the fakes."""
+    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions, normalize))
+
+
 def _vector(row: EmbedRow, token_ids: Sequence[int]) -> Vector:
     seed = sum((place + 1) * token for place, token in enumerate(token_ids))
     vector = np.random.default_rng(seed).standard_normal(WIDTH).astype(np.float32)[: row.width]
@@ -143,3 +161,70 @@ class FakeWorker:
 
     def stop(self) -> None:
         pass
+
+
+class Server:
+    """The application over fakes, in a test client."""
+
+    def __init__(self, worker: FakeWorker | None = None, traces: Traces | None = None, **given: Any) -> None:
+        self.worker = worker or FakeWorker()
+        self.fatal: list[BaseException] = []
+        settings = Settings(**given)
+        manifest = fake_manifest()
+        limits = Limits(settings, manifest, "cpu")
+        self.metrics = Metrics()
+        self.app: FastAPI = create_app(
+            settings,
+            manifest,
+            FakeTokenizer(),
+            limits,
+            LocalBackend(self.worker, settings, manifest, limits, self.metrics),
+            self.metrics,
+            self.fatal.append,
+            traces=traces,
+        )
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def embed(self, _headers: dict[str, str] | None = None, **body: Any) -> Any:
+        return self.client.post("/v1/embeddings", json=body, headers=_headers)
+
+    def metric(self, line: str) -> float:
+        page = self.client.get("/metrics").text
+        return float(next(row for row in page.splitlines() if row.startswith(line)).rpartition(" ")[2])
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The application in this event loop, ready, and a client of it."""
+        transport = httpx.ASGITransport(self.app)
+        async with (
+            self.app.router.lifespan_context(self.app),
+            httpx.AsyncClient(transport=transport, base_url="http://server") as client,
+        ):
+            await until(lambda: self.app.state.phase == "ready")
+            yield client
+
+
+@asynccontextmanager
+async def overloaded(**given: Any) -> AsyncIterator[tuple[FakeWorker, httpx.AsyncClient]]:
+    """A server that computes one request while another fills its queue, and a client of it. Both get their answers."""
+    server = Server(max_queued_tokens=20, **given)
+    worker = server.worker
+    worker.gate.clear()
+    async with server.running() as client:
+        computing = asyncio.create_task(client.post("/v1/embeddings", json={"input": "computing"}))
+        await until(lambda: worker.batches)
+        waiting = asyncio.create_task(client.post("/v1/embeddings", json={"input": "waiting one"}))
+        await until(lambda: server.app.state.backend.batcher.queued_tokens)
+        yield worker, client
+        worker.gate.set()
+        for accepted in (computing, waiting):
+            assert (await accepted).status_code == 200
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that takes a few turns of the event loop."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.001)
+    raise AssertionError("it did not happen")

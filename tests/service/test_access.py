@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from service.api.access import OPEN_PATHS
 from service.api_keys import ApiKeys, hash_keys, read_keys
-from service.child import Assignment
 from service.errors import StartupError
+from service.processes.child import Assignment
 from service.settings import Settings, load_settings
-from tests.service.fakes import fake_manifest
-from tests.service.test_api import Server
+from tests.service.fakes import Server, fake_manifest
 
 KEY, OTHER = "sk-one-1234567890", "sk-two-0987654321"
 
@@ -189,3 +189,14 @@ def test_keys_are_never_logged(capfd: pytest.CaptureFixture[str], caplog: pytest
     for shown in (str(lines), page):
         assert KEY not in shown
         assert "sk-wrong" not in shown
+
+
+def test_the_document_names_the_errors_that_any_request_may_get() -> None:
+    server = Server()
+    with server.client:
+        paths = server.client.get("/openapi.json").json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == (path not in OPEN_PATHS), path
+            if "requestBody" in operation:
+                assert {"401", "408", "413", "415", "429", "503"} <= operation["responses"].keys(), path

@@ -12,74 +12,32 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import FastAPI
-from fastapi.testclient import TestClient
 
 from model_store.tokenizer import TokenizedText
-from service.app import create_app, drain
-from service.backend import LocalBackend
+from service.app import drain
 from service.errors import StartupError
-from service.metrics import Metrics
 from service.rows import EmbedRow
-from service.settings import Limits, Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NO_TOKENS,
     NOT_FINITE,
     OUT_OF_MEMORY,
     WIDTH,
-    FakeTokenizer,
     FakeWorker,
+    Server,
+    expected,
     fake_manifest,
     fake_vector,
+    overloaded,
+    until,
 )
 
 Answer = httpx.Response
 
 
-class Server:
-    """The application over fakes, in a test client."""
-
-    def __init__(self, worker: FakeWorker | None = None, **given: Any) -> None:
-        self.worker = worker or FakeWorker()
-        self.fatal: list[BaseException] = []
-        settings = Settings(**given)
-        manifest = fake_manifest()
-        limits = Limits(settings, manifest, "cpu")
-        self.metrics = Metrics()
-        self.app: FastAPI = create_app(
-            settings,
-            manifest,
-            FakeTokenizer(),
-            limits,
-            LocalBackend(self.worker, settings, manifest, limits, self.metrics),
-            self.metrics,
-            self.fatal.append,
-        )
-        self.client = TestClient(self.app, raise_server_exceptions=False)
-
-    def embed(self, _headers: dict[str, str] | None = None, **body: Any) -> Any:
-        return self.client.post("/v1/embeddings", json=body, headers=_headers)
-
-    def metric(self, line: str) -> float:
-        page = self.client.get("/metrics").text
-        return float(next(row for row in page.splitlines() if row.startswith(line)).rpartition(" ")[2])
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
-
-
 def vectors(answer: Any) -> np.ndarray[Any, Any]:
     assert answer.status_code == 200, answer.text
     return np.array([item["embedding"] for item in answer.json()["data"]], dtype=np.float32)
-
-
-def expected(text: str, instruction: str = "", dimensions: int | None = None) -> np.ndarray[Any, Any]:
-    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions or WIDTH))
 
 
 def test_a_text_and_a_list_of_texts(server: Server) -> None:
@@ -304,7 +262,7 @@ def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
     for fields, wanted in (
         ({}, mean / np.linalg.norm(mean)),
         ({"dimensions": 3}, mean[:3] / np.linalg.norm(mean[:3])),
-        ({"normalize": False}, sum(len(part) * _raw(part, "Find:") for part in parts) / 1200),
+        ({"normalize": False}, sum(len(part) * expected(part, "Find:", normalize=False) for part in parts) / 1200),
     ):
         answer = server.embed(input=["short", long], overflow="mean", instruction="Find:", **fields)
         np.testing.assert_allclose(vectors(answer)[1], wanted, rtol=1e-5, err_msg=str(fields))
@@ -313,13 +271,10 @@ def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
 
 
 def test_vectors_as_the_model_gives_them(server: Server) -> None:
-    np.testing.assert_allclose(vectors(server.embed(input="a", normalize=False)), [_raw("a")], rtol=1e-6)
+    np.testing.assert_allclose(
+        vectors(server.embed(input="a", normalize=False)), [expected("a", normalize=False)], rtol=1e-6
+    )
     np.testing.assert_allclose(vectors(server.embed(input="a", normalize=None)), [expected("a")], rtol=1e-6)
-
-
-def _raw(text: str, instruction: str = "") -> Any:
-    row = FakeTokenizer().encode_batch([text], [instruction])[0]
-    return fake_vector(EmbedRow(row, WIDTH, normalize=False))
 
 
 def test_fewer_bits(server: Server) -> None:
@@ -383,18 +338,14 @@ def test_chunks_of_one_text(server: Server) -> None:
 
 
 async def test_a_deadline_passed_in_the_queue_drops_the_request() -> None:
-    worker = FakeWorker()
-    server = Server(worker)
-    async with (
-        server.app.router.lifespan_context(server.app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(server.app), base_url="http://test") as client,
-    ):
+    server = Server()
+    worker = server.worker
+    async with server.running() as client:
         await client.post("/v1/embeddings", json={"input": "first of all"})
         worker.gate.clear()
         worker.batches.clear()
         first = asyncio.create_task(client.post("/v1/embeddings", json={"input": "a", "timeout_ms": 20}))
-        while not worker.batches:  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: worker.batches)
         late = await client.post("/v1/embeddings", json={"input": "b", "timeout_ms": 20})
         assert late.status_code == 504
         assert late.json()["error"]["code"] == "timeout"
@@ -638,26 +589,13 @@ def test_metrics_count_what_happened(server: Server) -> None:
 
 
 async def test_an_overloaded_server_says_when_to_come_again() -> None:
-    worker = FakeWorker()
-    worker.gate.clear()
-    server = Server(worker, max_queued_tokens=20)
-    transport = httpx.ASGITransport(server.app)
-    async with (
-        server.app.router.lifespan_context(server.app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        await asyncio.sleep(0.01)
-        accepted = []
-        for text in ("computing", "waiting one"):
-            accepted.append(asyncio.create_task(client.post("/v1/embeddings", json={"input": text})))
-            await asyncio.sleep(0.05)
+    async with overloaded() as (worker, client):
         refused = await client.post("/v1/embeddings", json={"input": "one too many"})
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "overloaded"
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert 1000 <= int(refused.headers["retry-after-ms"]) <= 60_000
         worker.gate.set()
-        for task in accepted:
-            assert (await task).status_code == 200
+        await until(lambda: len(worker.batches) == 2)
         assert (await client.post("/v1/embeddings", json={"input": "one too many"})).status_code == 200
     assert worker.batches == [["computing"], ["waiting one"], ["one too many"]]

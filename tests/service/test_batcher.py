@@ -24,16 +24,13 @@ from tests.service.fakes import (
     OUT_OF_MEMORY,
     OUT_OF_MEMORY_IN_COMPANY,
     WIDTH,
-    FakeTokenizer,
     FakeWorker,
     fake_vector,
+    rows_of,
+    until,
 )
 
 Batcher = MicroBatcher[EmbedRow, Vector]
-
-
-def rows_of(*texts: str) -> list[EmbedRow]:
-    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
 
 
 def plan(batch_tokens: int = 100, lead_seconds: float = 0.0, cost: CostModel = COST) -> DevicePlan:
@@ -49,14 +46,6 @@ async def running(worker: FakeWorker, batch_tokens: int = 100) -> AsyncIterator[
     finally:
         task.cancel()
         await asyncio.wait({task})
-
-
-async def until(condition: Any) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
 
 
 async def test_every_row_gets_its_own_vector() -> None:
@@ -106,6 +95,21 @@ async def test_a_bad_input_fails_alone(bad: str, kind: type[Exception]) -> None:
         else:
             assert not isinstance(outcome, BaseException)
             assert (outcome[0].vector == fake_vector(rows_of(text)[0])).all()
+
+
+async def test_only_what_failed_alone_is_to_blame_whoever_of_its_batch_hung_up_meanwhile() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        stays = asyncio.create_task(batcher.submit(rows_of(OUT_OF_MEMORY_IN_COMPANY)))
+        gone = asyncio.create_task(batcher.submit(rows_of("gone")))
+        await until(lambda: worker.batches == [[OUT_OF_MEMORY_IN_COMPANY, "gone"]])
+        gone.cancel()
+        await asyncio.wait({gone})
+        worker.gate.set()
+        (computed,) = await stays
+    assert (computed.vector == fake_vector(rows_of(OUT_OF_MEMORY_IN_COMPANY)[0])).all()
+    assert worker.batches[1:] == [[OUT_OF_MEMORY_IN_COMPANY]]
 
 
 async def test_the_error_says_which_of_the_inputs_it_was() -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
 from service.app import drain
-from tests.service.fakes import BREAKS_THE_BATCH, NO_TOKENS, NOT_FINITE, OUT_OF_MEMORY, WIDTH, FakeWorker
-from tests.service.test_api import Server
+from tests.service.fakes import BREAKS_THE_BATCH, NO_TOKENS, NOT_FINITE, OUT_OF_MEMORY, WIDTH, Server, overloaded
 
 TYPES = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
 NULLS: dict[str, Any] = dict.fromkeys(
@@ -22,13 +18,6 @@ NULLS: dict[str, Any] = dict.fromkeys(
         *("output_dimension", "max_tokens", "truncate", "priority"),
     )
 )
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
 
 
 def post(server: Server, path: str, _headers: dict[str, str] | None = None, **body: Any) -> Any:
@@ -275,25 +264,11 @@ def test_other_errors_have_the_same_shape(path: str) -> None:
 
 
 async def test_an_overloaded_server_says_when_to_come_again() -> None:
-    worker = FakeWorker()
-    worker.gate.clear()
-    server = Server(worker, max_queued_tokens=20)
-    transport = httpx.ASGITransport(server.app)
-    async with (
-        server.app.router.lifespan_context(server.app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        await asyncio.sleep(0.01)
-        accepted = []
-        for text in ("computing", "waiting one"):
-            accepted.append(asyncio.create_task(client.post("/v1/embed", json={"texts": [text]})))
-            await asyncio.sleep(0.05)
+    async with overloaded() as (_, client):
         refused = await client.post("/v1/embed", json={"texts": ["one too many"]})
         assert refused.status_code == 429
         assert "overloaded" in refused.json()["message"]
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        worker.gate.set()
-        assert [(await task).status_code for task in accepted] == [200, 200]
 
 
 def test_any_model_by_a_setting_and_names_of_one_s_own() -> None:

@@ -7,7 +7,7 @@ import pytest
 from service.api.common import ANSWER_HEADERS
 from service.errors import StartupError
 from service.settings import load_settings
-from tests.service.test_api import Server
+from tests.service.fakes import Server
 
 PAGE = "https://app.example.org"
 

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service.errors import DeadlineExceeded
-from tests.service.fakes import FakeTokenizer
-from tests.service.test_api import Server
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
+from tests.service.fakes import FakeTokenizer, Server
 
 
 class Counting(FakeTokenizer):
@@ -81,6 +72,16 @@ def test_ten_million_characters_are_refused_before_they_are_tokenized() -> None:
         answer = own.client.post(path, json=body)
         assert answer.status_code in (400, 422), (path, answer.text[:200])
         assert "10000000 characters" in answer.text
+    own.client.__exit__(None, None, None)
+
+
+def test_ten_million_token_ids_are_refused_before_anything_is_made_of_them() -> None:
+    own = with_tokenizer()
+    ids = b"[" + b"5," * 9_999_999 + b"5]"
+    for path, field in (("/v1/embeddings", b"input"), ("/embed", b"inputs")):
+        answer = own.client.post(path, content=b'{"%b": %b}' % (field, ids))
+        assert answer.status_code in (400, 422)
+        assert "requested at least 10000000 tokens" in answer.text
     own.client.__exit__(None, None, None)
 
 

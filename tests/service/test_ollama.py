@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import httpx
 import pytest
 
 from service.app import drain
@@ -17,17 +14,10 @@ from tests.service.fakes import (
     NOT_FINITE,
     OUT_OF_MEMORY,
     WIDTH,
-    FakeWorker,
+    Server,
     fake_manifest,
+    overloaded,
 )
-from tests.service.test_api import Server
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
 
 
 def embed(server: Server, _headers: dict[str, str] | None = None, **body: Any) -> Any:
@@ -246,26 +236,12 @@ def test_other_errors_have_the_same_shape() -> None:
 
 
 async def test_an_overloaded_server_says_when_to_come_again() -> None:
-    worker = FakeWorker()
-    worker.gate.clear()
-    server = Server(worker, max_queued_tokens=20, overload_wait_seconds=0.05)
-    transport = httpx.ASGITransport(server.app)
-    async with (
-        server.app.router.lifespan_context(server.app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        await asyncio.sleep(0.01)
-        accepted = []
-        for text in ("computing", "waiting one"):
-            accepted.append(asyncio.create_task(client.post("/api/embed", json={"input": text})))
-            await asyncio.sleep(0.05)
+    async with overloaded(overload_wait_seconds=0.05) as (_, client):
         for path, field in (("/api/embed", "input"), ("/api/embeddings", "prompt")):
             refused = await client.post(path, json={field: "one too many"})
             assert refused.status_code == 429
             assert "overloaded" in refused.json()["error"]
             assert 1 <= int(refused.headers["retry-after"]) <= 60
-        worker.gate.set()
-        assert [(await task).status_code for task in accepted] == [200, 200]
 
 
 def test_models() -> None:

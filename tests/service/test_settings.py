@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from service.cost_model import CostModel
-from service.devices import find_devices
 from service.errors import StartupError
 from service.scheduling import BatchLimits
 from service.settings import Limits, Settings, load_settings, settings_table
@@ -64,12 +63,6 @@ def test_limits_by_default() -> None:
 )
 def test_one_process_unless_more_are_asked_for(given: dict[str, Any], several: bool) -> None:
     assert Settings(**given).several_processes is several
-
-
-def test_devices_of_a_list() -> None:
-    assert find_devices("cpu, cpu,cpu") == ["cpu"] * 3
-    with pytest.raises(StartupError, match="no device"):
-        find_devices("cpu,gpu")
 
 
 @pytest.mark.parametrize(

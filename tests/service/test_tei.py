@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 
@@ -34,10 +32,12 @@ from tests.service.fakes import (
     WIDTH,
     FakeTokenizer,
     FakeWorker,
+    Server,
+    expected,
     fake_manifest,
     fake_vector,
+    overloaded,
 )
-from tests.service.test_api import Server
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 Numbers = np.ndarray[Any, Any]
@@ -45,13 +45,6 @@ Numbers = np.ndarray[Any, Any]
 EMBEDDING_PATHS = ("/embed", "/")
 PATHS = ("/embed", "/", "/embed_all", "/embed_sparse", "/similarity", "/rerank", "/predict", "/tokenize", "/decode")
 SENTENCES = {"source_sentence": "a", "sentences": ["b", "c"]}
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    with server.client:
-        yield server
 
 
 def post(server: Server, path: str, _headers: Any = None, **body: Any) -> Any:
@@ -62,10 +55,6 @@ def good(answer: Any) -> Any:
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "application/json"
     return answer.json()
-
-
-def expected(text: str, instruction: str = "", dimensions: int = WIDTH, normalize: bool = True) -> Numbers:
-    return fake_vector(EmbedRow(FakeTokenizer().encode_batch([text], [instruction])[0], dimensions, normalize))
 
 
 def of_rows(*rows: Sequence[int], normalize: bool = True) -> Numbers:
@@ -525,28 +514,6 @@ def test_the_status_of_each_case(error: Any, status: int) -> None:
     assert TEI.status_for(error) == status
 
 
-@asynccontextmanager
-async def busy(**given: Any) -> AsyncIterator[tuple[FakeWorker, httpx.AsyncClient, list[asyncio.Task[httpx.Response]]]]:
-    """A server that computes one request while another fills its queue."""
-    worker = FakeWorker()
-    worker.gate.clear()
-    server = Server(worker, max_queued_tokens=20, **given)
-    transport = httpx.ASGITransport(server.app)
-    async with (
-        server.app.router.lifespan_context(server.app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        await asyncio.sleep(0.01)
-        accepted = []
-        for text in ("computing", "waiting one"):
-            accepted.append(asyncio.create_task(client.post("/embed", json={"inputs": text})))
-            await asyncio.sleep(0.05)
-        yield worker, client, accepted
-        worker.gate.set()
-        for task in accepted:
-            assert (await task).status_code == 200
-
-
 REQUESTS_OF_EACH_KIND: list[tuple[str, dict[str, Any]]] = [
     ("/embed", {"inputs": "one too many"}),
     ("/", {"inputs": "one too many"}),
@@ -557,7 +524,7 @@ REQUESTS_OF_EACH_KIND: list[tuple[str, dict[str, Any]]] = [
 
 
 async def test_an_overload_that_stays_is_429() -> None:
-    async with busy(overload_wait_seconds=0.05) as (_, client, _accepted):
+    async with overloaded(overload_wait_seconds=0.05) as (_, client):
         for path, body in REQUESTS_OF_EACH_KIND:
             loop = asyncio.get_running_loop()
             began = loop.time()
@@ -569,7 +536,7 @@ async def test_an_overload_that_stays_is_429() -> None:
 
 
 async def test_a_short_overload_is_waited_out() -> None:
-    async with busy() as (worker, client, _accepted):
+    async with overloaded() as (worker, client):
         waiting = [asyncio.create_task(client.post(path, json=body)) for path, body in REQUESTS_OF_EACH_KIND]
         await asyncio.sleep(0.1)
         assert not any(task.done() for task in waiting)

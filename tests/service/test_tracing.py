@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.tracing import Traces, start_traces
-from tests.service.test_api import Server
+from tests.service.fakes import Server
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="the extra otel is not installed")
 export = pytest.importorskip("opentelemetry.sdk.trace.export")
@@ -19,19 +19,18 @@ PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 def test_nothing_is_traced_without_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
     monkeypatch.delenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", raising=False)
-    assert start_traces("1") is None
+    assert start_traces() is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    traces = start_traces("1")
+    traces = start_traces()
     assert traces
     traces.close()
 
 
-def test_a_request_and_its_steps_under_the_caller_s_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_and_its_steps_under_the_caller_s_trace() -> None:
     exporter = memory.InMemorySpanExporter()
     provider = sdk.TracerProvider()
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
-    monkeypatch.setattr("service.app.start_traces", lambda version: Traces(provider))
-    server = Server(api_keys="sk-secret")
+    server = Server(traces=Traces(provider), api_keys="sk-secret")
     with server.client:
         answer = server.embed({"traceparent": PARENT, "x-api-key": "sk-secret"}, input="tangerine")
         server.embed(input="tangerine")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_store.evaluation.sts import DatasetError, evaluate_sts, read_pairs
+from model_store.evaluation.files import DatasetError
+from model_store.evaluation.sts import evaluate_sts, read_pairs
 
 HEADER = "genre\tscore\tsentence1\tsentence2\n"
 
@@ -26,8 +27,10 @@ def test_reads_plain_and_gzipped_files_without_quoting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("score\tsentence1\n1\ta\n", "no column sentence2"),
-        (HEADER + "news\tmuch\ta\tb\n", "line 2"),
+        ("score\tsentence1\n1\ta\n", "line 2: there is no text 'sentence2', only score, sentence1"),
+        (HEADER + "news\tmuch\ta\tb\n", "line 2: score is 'much', not a number"),
+        (HEADER + "news\t1\ta\n", "line 2: 3 columns, the header has 4"),
+        (HEADER + "news\t1\ta\tb\n" * 3, "of different scores"),
         (HEADER + "news\t1\ta\tb\n", "at least two"),
     ],
 )

@@ -1,4 +1,4 @@
-"""An engine process: one device, its worker and its queue, for all front ends. `python -m service.engine FD`
+"""An engine process: one device, its worker and its queue, for all front ends. `python -m service.processes.engine FD`
 
 It ends when its supervisor says so or is gone, and of nothing else but a failure: signals are for front ends, which
 need it until their last answer.
@@ -18,15 +18,15 @@ import uvloop
 from service import watchdog
 from service.backend import LocalBackend, Worker
 from service.batcher import MicroBatcher
-from service.child import Assignment, Child, inherited
 from service.errors import DeviceLost, ServiceError
-from service.link import Link
 from service.logs import log
 from service.metrics import Metrics
+from service.processes.child import Assignment, Child, inherited
+from service.processes.link import Link
+from service.processes.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES
 from service.server import settle
-from service.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
 
 # For the answers to those who waited for a device that hangs to leave the process.
 _LAST_WORDS_SECONDS = 0.2

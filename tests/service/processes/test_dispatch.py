@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.dispatch import Part, share
+from service.processes.dispatch import Part, share
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.batcher import Computed
-from service.dispatch import Part, share
 from service.errors import EncodingError, Overloaded, ServiceError
-from service.link import Link
 from service.logs import log
 from service.metrics import Metrics, merged_page
+from service.processes.dispatch import Part, share
+from service.processes.link import Link
+from service.processes.wire import Cancel, Failed, Message, State, Submit, Vectors
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES, Lane
 from service.watchdog import LEAST_SECONDS
-from service.wire import Cancel, Failed, Message, State, Submit, Vectors
 
 # A scrape that takes longer fails: without one process's part the sums would be wrong.
 _SAMPLES_SECONDS = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import httpx
@@ -13,40 +13,28 @@ import pytest
 
 from service.app import create_app
 from service.backend import LocalBackend
-from service.engine import Desk, tell_all
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
-from service.remote import RemoteBackend
-from service.rows import EmbedRow
+from service.processes.engine import Desk, tell_all
+from service.processes.remote import RemoteBackend
 from service.settings import Limits, Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NOT_FINITE,
-    WIDTH,
     FakeTokenizer,
     FakeWorker,
     fake_manifest,
     fake_vector,
+    rows_of,
+    until,
 )
 
 MANIFEST = fake_manifest()
 SETTINGS = Settings(batch_tokens=100)
 
 
-def rows_of(*texts: str) -> list[EmbedRow]:
-    return [EmbedRow(text, WIDTH) for text in FakeTokenizer().encode_batch(texts, [""] * len(texts))]
-
-
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    raise AssertionError("it did not happen")
-
-
 class Engine:
-    """What `service.engine` runs, but for the process."""
+    """What `service.processes.engine` runs, but for the process."""
 
     def __init__(self, front_ends: Iterable[socket.socket], worker: FakeWorker, max_queued_tokens: int) -> None:
         self.worker = worker

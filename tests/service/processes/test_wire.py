@@ -17,8 +17,7 @@ from service.errors import (
     ServiceError,
     Unavailable,
 )
-from service.rows import EmbedRow, Vector
-from service.wire import (
+from service.processes.wire import (
     AskSamples,
     Cancel,
     Failed,
@@ -32,6 +31,7 @@ from service.wire import (
     encode,
     vectors_in_parts,
 )
+from service.rows import EmbedRow, Vector
 from tests.service.fakes import FakeTokenizer, fake_vector
 
 RANDOM = np.random.default_rng(0)

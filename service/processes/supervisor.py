@@ -20,10 +20,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from service.child import READY, Assignment
-from service.devices import device_type, find_devices
 from service.instructions import load_instructions
 from service.logs import configure_logs, log
+from service.processes.child import READY, Assignment
+from service.processes.devices import device_type, find_devices
 from service.server import Progress, as_served, listen, prepare_store, serve
 from service.settings import Limits, Settings
 
@@ -33,8 +33,8 @@ _TICK_SECONDS = 0.05
 _FRONT_END_SECONDS = 10.0
 _ENGINE_SECONDS = 10.0
 
-FRONT_END = "service.frontend"
-ENGINE = "service.engine"
+FRONT_END = "service.processes.frontend"
+ENGINE = "service.processes.engine"
 
 
 def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> int:

@@ -1,4 +1,4 @@
-"""A front end's process: HTTP and tokenizing, before engines in other processes. `python -m service.frontend FD`"""
+"""A front end's process: HTTP and tokenizing, before engines in others. `python -m service.processes.frontend FD`"""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import socket
 import sys
 
 from service.app import create_app
-from service.child import Child, inherited
 from service.logs import log
 from service.metrics import Metrics
-from service.remote import RemoteBackend
+from service.processes.child import Child, inherited
+from service.processes.remote import RemoteBackend
 from service.server import answer, load_tokenizer, settle
+from service.tracing import start_traces
 from service.watchdog import LEAST_SECONDS
 
 
@@ -38,7 +39,7 @@ def main() -> int:
             settings,
             listener,
             lambda on_fatal: create_app(
-                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready
+                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready, start_traces()
             ),
         )
 

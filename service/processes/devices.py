@@ -1,4 +1,4 @@
-"""The devices that a setting means. `python -m service.devices cuda:all` asks torch, and prints one a line.
+"""The devices that a setting means. `python -m service.processes.devices cuda:all` asks torch, and prints one a line.
 
 Run as a process, so that whoever asks does not hold torch in memory.
 """
@@ -19,7 +19,8 @@ def find_devices(asked: str) -> list[str]:
     """
     names = [name.strip() for name in asked.split(",")]
     if set(names) != {"cpu"}:  # which is everywhere
-        found = subprocess.run([sys.executable, "-m", "service.devices", *names], capture_output=True, text=True)
+        asking = [sys.executable, "-m", "service.processes.devices", *names]
+        found = subprocess.run(asking, capture_output=True, text=True)
         if found.returncode:
             raise StartupError(found.stderr.strip().splitlines()[-1])
         names = found.stdout.split()

@@ -13,7 +13,7 @@ from typing import cast
 
 from service.errors import Unavailable
 from service.metrics import Metrics, Samples
-from service.wire import AskSamples, GiveSamples, Message, Splitter, decode, encode
+from service.processes.wire import AskSamples, GiveSamples, Message, Splitter, decode, encode
 
 # A system call costs as much as all the rest of a short message: short ones share it, and this many bytes don't wait.
 _WRITE_BYTES = 1 << 16

@@ -1,0 +1,88 @@
+"""How long a call takes the device and whoever waits for it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.gpu.inputs import Row
+from model_store.pipeline import Pipeline
+
+
+def sync(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def device_seconds(run: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
+    """The median time of one of many calls queued behind each other, after two that don't count."""
+    run()
+    sync(device)
+    began = time.perf_counter()
+    run()
+    sync(device)
+    rounds = min(max(int(budget / (time.perf_counter() - began)), 3), 100)
+    if device.type == "cpu":
+        return statistics.median(host_seconds(run) for _ in range(rounds))
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in marks:
+        start.record()
+        run()
+        end.record()
+    sync(device)
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in marks]
+    return statistics.median(milliseconds) / 1000
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """The time until a call returns."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def launch_seconds(pipeline: Pipeline, rows: Sequence[Row], rounds: int) -> tuple[list[float], list[float]]:
+    """Times until vectors are there, and until `launch` returns, one batch at a time."""
+    widths = [pipeline.encoder.manifest.width] * len(rows)
+    whole, launched = [], []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        pending = pipeline.launch(rows, widths)
+        launched.append(time.perf_counter() - began)
+        pending.wait()
+        whole.append(time.perf_counter() - began)
+    return whole[2:], launched[2:]
+
+
+def pipelined(pipeline: Pipeline, batches: Sequence[Sequence[Row]]) -> tuple[float, Tensor]:
+    """Seconds for all batches, each queued before the one before it is awaited, and their vectors."""
+    width = pipeline.encoder.manifest.width
+    began, found, before = time.perf_counter(), [], None
+    for batch in [*batches, None]:
+        pending = pipeline.launch(batch, [width] * len(batch)) if batch else None
+        if before is not None:
+            found.append(before.wait())
+        before = pending
+    return time.perf_counter() - began, torch.from_numpy(np.concatenate(found))
+
+
+def packed_batches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """In their order, as full as so many tokens allow."""
+    batches: list[list[Row]] = [[]]
+    for row in rows:
+        if batches[-1] and sum(map(len, batches[-1])) + len(row) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
+def ms(seconds: float) -> float:
+    """Milliseconds for people."""
+    return float(f"{seconds * 1000:.4g}")

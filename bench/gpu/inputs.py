@@ -1,0 +1,80 @@
+"""What is measured: encoders of random weights in real models' shapes, and rows of random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import CONFIG_MAPPING, AutoModel
+
+from bench.texts import sentences
+from model_store.attention import choose_kernel, implementation_name
+from model_store.encoder import Encoder
+from model_store.tokenizer import TokenizedText
+
+Shape = tuple[str, dict[str, Any]]
+Row = TokenizedText
+
+
+def llama(width: int, layers: int, heads: int, groups: int, mlp: int, vocabulary: int, **others: Any) -> Shape:
+    """Sizes by their place; what a config may say besides by its name."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp, "vocab_size": vocabulary}
+    return "llama", {**sizes, "num_attention_heads": heads, "num_key_value_heads": groups, **others}
+
+
+def gemma3(width: int, layers: int, head: int, mlp: int, vocabulary: int, **others: Any) -> Shape:
+    """The same for heads of so many numbers, four of them on one key."""
+    others = {"head_dim": head, "query_pre_attn_scalar": head, **others}
+    return "gemma3_text", llama(width, layers, 4, 1, mlp, vocabulary, **others)[1]
+
+
+# By name; the most important first.
+SHAPES: dict[str, dict[str, Shape]] = {
+    "real": {
+        "8B": llama(4096, 32, 32, 8, 14336, 128256, max_position_embeddings=8192),
+        "1.3B": llama(2048, 24, 16, 16, 5504, 32000, max_position_embeddings=32768),
+        "270M": gemma3(640, 18, 256, 2048, 262144, sliding_window=512, max_position_embeddings=32768),
+    },
+    "tiny": {
+        "1.3B": llama(64, 2, 4, 2, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),
+        "270M": gemma3(64, 6, 32, 96, 12000, sliding_window=16, initializer_range=0.15),
+    },
+}
+
+
+def random_encoder(
+    shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+) -> Encoder:
+    """Seeded weights of a shape, or of some of its layers, made on the device; the fastest kernel there."""
+    family, sizes = shape
+    config = CONFIG_MAPPING[family](**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
+    kernel = choose_kernel("auto", device, dtype, softcap=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModel.from_config(config, dtype=dtype, attn_implementation=implementation_name(kernel))
+    manifest: Any = SimpleNamespace(pooling="mean", width=config.hidden_size, model_type=family)
+    return Encoder(model.eval().requires_grad_(False).to(device), manifest, device, dtype, kernel)
+
+
+def rows_of(lengths: Sequence[int], vocabulary: int = 500, seed: int = 0) -> list[Row]:
+    """A row of random tokens of each length."""
+    generator = np.random.default_rng(seed)
+    return [Row(generator.integers(3, vocabulary, length).tolist(), 0) for length in lengths]
+
+
+def trained_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer with words as whole as a real one's, and BOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8000, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sentences(), trainer)
+    bos = [("<bos>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="$A $B", special_tokens=bos)
+    return tokenizer

@@ -1,0 +1,96 @@
+"""Reading evaluation files: plain or gzipped text, and JSON lines, with errors that name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class DatasetError(ValueError):
+    """An evaluation file that can't be read or used; the message names the file, and the line where there is one."""
+
+
+def read_lines(path: Path) -> list[str]:
+    r"""The lines of a UTF-8 file (gzipped where it is called .gz), without their ends, which are \n or \r\n.
+
+    Raises:
+        DatasetError: if there is none, or it is not such a file.
+    """
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{path} can't be read: {error.strerror or error}") from error
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path} can't be read: {error}") from error
+    # splitlines() would also split at what a sentence can hold, such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, object) of each line that is not empty.
+
+    Raises:
+        DatasetError: for a line that is no JSON object.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(f"{path}, line {number}: {error.msg} at column {error.colno}") from error
+        if not isinstance(item, dict):
+            raise DatasetError(f"{path}, line {number}: not a JSON object")
+        yield number, item
+
+
+def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number, row by column name) of a .jsonl file, or of a tab-separated one with a header and no quoting.
+
+    Raises:
+        DatasetError: for a line that has not the header's number of columns, or is no JSON object.
+    """
+    if ".jsonl" in path.suffixes or path.suffix == ".json":
+        yield from read_json_lines(path)
+        return
+    lines = read_lines(path)
+    header = lines[0].split("\t") if lines else []
+    for number, line in enumerate(lines[1:], 2):
+        cells = line.split("\t")
+        if len(cells) < len(header):
+            raise DatasetError(f"{path}, line {number}: {len(cells)} columns, the header has {len(header)}")
+        yield number, dict(zip(header, cells, strict=False))
+
+
+def text_field(path: Path, number: int, row: Mapping[str, Any], name: str, blank: bool = False) -> str:
+    """A row's string, of white space alone only if it may be `blank`.
+
+    Raises:
+        DatasetError: if it has none of that name.
+    """
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise DatasetError(f"{path}, line {number}: there is no text {name!r}, only {', '.join(row) or 'nothing'}")
+    if not value.strip() and not blank:
+        raise DatasetError(f"{path}, line {number}: {name} is empty, and an empty text has no vector")
+    return value
+
+
+def number_field(path: Path, number: int, row: Mapping[str, Any], name: str) -> float:
+    """A row's number, which may be written as a string.
+
+    Raises:
+        DatasetError: if it has none of that name.
+    """
+    try:
+        return float(row[name])
+    except KeyError:
+        raise DatasetError(f"{path}, line {number}: there is no {name!r}, only {', '.join(row)}") from None
+    except (TypeError, ValueError) as error:
+        raise DatasetError(f"{path}, line {number}: {name} is {row[name]!r}, not a number") from error

@@ -1,0 +1,150 @@
+"""Vectors for evaluation from an encoder in this process: of texts under several poolings, and of words.
+
+Texts are cut as the official library cuts them, so that scores can be compared with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from model_store.encoder import LEAST_TOKENS, Encoder
+from model_store.packing import PackedBatch
+from model_store.pooling import pool
+from model_store.pooling_modes import PoolingMode
+from model_store.tokenizer import TextTokenizer, TokenizedText
+
+# D width
+
+# A GPU wants much at once; on a CPU, and where transformers makes a mask of its square, more only costs.
+_BATCH_TOKENS = 1024
+_GPU_BATCH_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class LocalEncoder:
+    """An encoder and its tokenizer; `poolings` are those that texts are evaluated under."""
+
+    encoder: Encoder
+    tokenizer: TextTokenizer
+    poolings: tuple[PoolingMode, ...]
+    batch_tokens: int
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        poolings: Sequence[PoolingMode] = (),
+        device: str = "auto",
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        causal: bool = False,
+    ) -> LocalEncoder:
+        """Load a stored encoder; without `poolings` it has its own. `causal` gives it the base's attention back.
+
+        Raises:
+            StoreError, DeviceError: as `Encoder.load`.
+        """
+        encoder = Encoder.load(folder, device, dtype)
+        encoder.pack_weights()
+        if causal:
+            make_causal(encoder)
+        tokenizer = TextTokenizer.load(folder, encoder.manifest, reference=True)
+        large = encoder.device.type == "cuda" and not causal
+        batch_tokens = _GPU_BATCH_TOKENS if large else _BATCH_TOKENS
+        return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,), batch_tokens)
+
+    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
+        """(n, D) normalised vectors for each of the poolings, in the texts' order, from one forward pass.
+
+        Raises:
+            TokenizationError: for a text without tokens.
+        """
+        rows = self.tokenizer.encode_batch(texts, [instruction] * len(texts))
+        rows = [row.shortened(self.encoder.manifest.max_positions) for row in rows]
+        width = self.encoder.manifest.width
+        vectors: dict[str, NDArray[np.float32]] = {
+            pooling: np.empty((len(rows), width), dtype=np.float32) for pooling in self.poolings
+        }
+        for places in _batches(rows, self.batch_tokens):
+            packed = {pooling: self._pack([rows[place] for place in places], pooling) for pooling in self.poolings}
+            hidden = self.encoder.hidden(next(iter(packed.values())))
+            for pooling, batch in packed.items():
+                pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(places)], dim=-1)
+                vectors[pooling][places] = pooled.cpu().numpy()
+        return vectors
+
+    def embed_words(self, sentences: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float32]]:
+        """(words, D) vectors of every sentence's words end to end: the mean of a word's tokens, and of those before.
+
+        `same_token` and `next_token`: see `words`. Where nothing stands before a word's first token it is left out, or
+        stands for itself if it is the only one. A sentence is read as its words with a space between them.
+
+        Raises:
+            ValueError: for a sentence that the model is too short for, or a word that the tokenizer drops.
+        """
+        rows = [self._with_word_spans(words) for words in sentences]
+        ends = np.cumsum([len(words) for words in sentences])
+        shape = (int(ends[-1]), self.encoder.manifest.width)
+        same, following = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+        for places in _batches(rows, self.batch_tokens):
+            batch = self._pack([rows[place] for place in places], "mean")
+            pooled = iter(pool(self.encoder.hidden(batch), batch).cpu().numpy())
+            for place in places:
+                count = len(sentences[place])
+                there = slice(ends[place] - count, ends[place])
+                same[there] = list(islice(pooled, count))
+                following[there] = list(islice(pooled, count))
+        return {"same_token": same, "next_token": following}
+
+    def _with_word_spans(self, words: Sequence[str]) -> TokenizedText:
+        """The row of a sentence; its spans are each word's tokens, and then each word's tokens one position before."""
+        text = " ".join(words)
+        row, characters = self.tokenizer.locate(text, "")
+        if len(row) > (most := self.encoder.manifest.max_positions):
+            raise ValueError(f"a sentence has {len(row)} tokens and the model reads {most}: leave out {text[:80]!r}")
+        spans = []
+        begin = 0
+        for word in words:
+            end = begin + len(word)
+            # The space before a word is the word's, whether it is in a token with it or has one of its own.
+            own = [place for place, (start, stop) in enumerate(characters) if start < end and max(begin - 1, 0) < stop]
+            if not own:
+                raise ValueError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
+            spans.append((own[0], own[-1] + 1))
+            begin = end + 1
+        before = [(max(start - 1, 0), max(end - 1, 1)) for start, end in spans]
+        return replace(row, spans=(*spans, *before))
+
+    def _pack(self, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
+        return PackedBatch.pack(rows, pooling).filled_up_to(LEAST_TOKENS).to(self.encoder.device)
+
+
+def make_causal(encoder: Encoder) -> None:
+    """Have the model attend as its base does: each token to those before it, through transformers' own attention.
+
+    transformers itself sees from `position_ids` where texts begin, and its mask keeps them apart.
+    """
+    softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
+    encoder.model.config.is_causal = True
+    encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
+
+
+def _batches(rows: Sequence[TokenizedText], most: int) -> Iterable[list[int]]:
+    """Places of rows in batches of up to `most` tokens, the longest texts first: if memory fails, it does at once."""
+    batches: list[list[int]] = []
+    tokens = 0
+    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
+        if not batches or tokens + len(rows[place]) > most:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(place)
+        tokens += len(rows[place])
+    return tqdm(batches, unit="batch", disable=None, leave=False)

@@ -1,0 +1,134 @@
+"""Retrieval by cosine: does a query's vector lie near those of the documents that people judged relevant?
+
+Data is in the layout of BEIR (Thakur et al. 2021); the measures are trec_eval's ndcg_cut.10, recall.100 and recip_rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_store.evaluation.files import DatasetError, number_field, read_json_lines, read_table, text_field
+from model_store.evaluation.report import Score
+from model_store.evaluation.text_vectors import TextVectors
+
+# Q queries, N documents, D width
+
+_QUERIES_AT_ONCE = 128
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Texts by id, and for each query the documents that help to answer it and how much: always at least one."""
+
+    documents: Mapping[str, str]
+    queries: Mapping[str, str]
+    relevant: Mapping[str, Mapping[str, float]]
+
+
+def read_collection(folder: Path, split: str = "test") -> Collection:
+    """The collection in a folder: corpus.jsonl, queries.jsonl and qrels/test.tsv (the first two may be .gz).
+
+    A document is its title, where it has one, and its text, or a space where both are empty. A query that no document
+    is relevant for is left out.
+
+    Raises:
+        DatasetError: naming the file and line that can't be read, or that names a text which is not there.
+    """
+    documents = _texts(_one_of(folder, "corpus.jsonl"))
+    queries = _texts(_one_of(folder, "queries.jsonl"))
+    path = folder / "qrels" / f"{split}.tsv"
+    relevant: dict[str, dict[str, float]] = {}
+    for number, row in read_table(path):
+        query, document = text_field(path, number, row, "query-id"), text_field(path, number, row, "corpus-id")
+        if query not in queries or document not in documents:
+            missing = f"query {query!r}" if query not in queries else f"document {document!r}"
+            raise DatasetError(f"{path}, line {number}: there is no {missing}")
+        if (gain := number_field(path, number, row, "score")) > 0:
+            relevant.setdefault(query, {})[document] = gain
+    if not relevant:
+        raise DatasetError(f"{path} judges no document as relevant")
+    return Collection(documents, {query: queries[query] for query in relevant}, relevant)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Means over the queries."""
+
+    ndcg_at_10: float
+    recall_at_100: float
+    mrr: float
+
+
+def measure(collection: Collection, documents: NDArray[np.float32], queries: NDArray[np.float32]) -> Measures:
+    """Rank by the product of (N, D) and (Q, D) normalised vectors, in the collection's order.
+
+    As BEIR has it, a document that has the query's own id is not counted as found.
+    """
+    places = {name: place for place, name in enumerate(collection.documents)}
+    sums = np.zeros(3)
+    names = list(collection.queries)
+    for start in range(0, len(names), _QUERIES_AT_ONCE):
+        some = names[start : start + _QUERIES_AT_ONCE]
+        scores = queries[start : start + len(some)] @ documents.T  # (some, N)
+        for name, row in zip(some, scores, strict=True):
+            if name in places:
+                row[places[name]] = -np.inf
+            gains = {places[document]: gain for document, gain in collection.relevant[name].items()}
+            sums += _of_one_query(row, gains)
+    ndcg, recall, reciprocal = (sums / len(names)).tolist()
+    return Measures(ndcg, recall, reciprocal)
+
+
+class Retrieval:
+    """nDCG@10, recall@100 and MRR of a folder; `instruction` is put before every query, and before no document."""
+
+    def __init__(self, folder: Path, instruction: str = "") -> None:
+        self._name, self._instruction = f"retrieval, {folder.resolve().name}", instruction
+        self._collection = read_collection(folder)
+
+    def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
+        """Three scores for each setting."""
+        documents = vectors.embed(list(self._collection.documents.values()))
+        queries = vectors.embed(list(self._collection.queries.values()), self._instruction)
+        scores = []
+        for setting in documents:
+            found = measure(self._collection, documents[setting], queries[setting])
+            measures = {"nDCG@10": found.ndcg_at_10, "recall@100": found.recall_at_100, "MRR": found.mrr}
+            scores += [Score(model, self._name, metric, setting, value) for metric, value in measures.items()]
+        return scores
+
+
+def _of_one_query(scores: NDArray[np.float32], gains: dict[int, float]) -> NDArray[np.float64]:
+    """(3,): nDCG@10 with linear gains (Järvelin and Kekäläinen 2002), recall@100 and the reciprocal rank."""
+    best = np.sort(np.argpartition(-scores, 100)[:100]) if len(scores) > 100 else np.arange(len(scores))
+    best = best[np.argsort(-scores[best], kind="stable")]
+    found = np.array([gains.get(int(place), 0.0) for place in best])
+    ideal = np.sort(list(gains.values()))[::-1][:10]
+    discounts = 1 / np.log2(np.arange(2, 12))
+    ndcg = (found[:10] * discounts[: len(found[:10])]).sum() / (ideal * discounts[: len(ideal)]).sum()
+    first = max(sorted(gains), key=lambda place: scores[place])
+    first_rank = 1 + (scores > scores[first]).sum() + (scores[:first] == scores[first]).sum()
+    return np.array([ndcg, (found > 0).sum() / len(gains), 1 / first_rank])
+
+
+def _texts(path: Path) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for number, row in read_json_lines(path):
+        name = text_field(path, number, row, "_id")
+        if name in texts:
+            raise DatasetError(f"{path}, line {number}: {name!r} is there already")
+        title = row.get("title") or ""
+        texts[name] = f"{title} {text_field(path, number, row, 'text', blank=True)}".strip() or " "
+    return texts
+
+
+def _one_of(folder: Path, name: str) -> Path:
+    """The file, or its gzipped form where only that is there."""
+    path = folder / name
+    zipped = folder / f"{name}.gz"
+    return zipped if zipped.is_file() and not path.is_file() else path

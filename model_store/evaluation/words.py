@@ -1,0 +1,149 @@
+"""Word-level probes: part of speech, chunks and entities read off frozen token vectors by a linear layer.
+
+A word's vector is the mean of its tokens'; under `next_token` of those one position before, since MNTP has position
+i − 1 predict token i (BehnamGhader et al. 2024, section 4.1; the names are the official script's, which takes
+`same_token` before MNTP and `next_token` after it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model_store.evaluation.files import DatasetError, read_lines
+from model_store.evaluation.probe import Probe, accuracy, sample
+from model_store.evaluation.report import Score
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a line of so many columns has the word, and each layer of tags."""
+
+    word: int
+    tags: dict[str, int]
+
+
+_LAYOUTS = {
+    2: _Layout(0, {"tag": 1}),
+    3: _Layout(0, {"part of speech": 1, "chunk": 2}),  # CoNLL-2000
+    4: _Layout(0, {"part of speech": 1, "chunk": 2, "entity": 3}),  # CoNLL-2003
+    5: _Layout(1, {"entity": 2}),  # Universal NER
+    10: _Layout(1, {"part of speech": 3}),  # CoNLL-U
+}
+
+
+@dataclass(frozen=True)
+class TaggedSentence:
+    """Its words, and for each layer of tags one for every word."""
+
+    words: tuple[str, ...]
+    tags: dict[str, tuple[str, ...]]
+
+
+class WordVectors(Protocol):
+    """(words, D) vectors of every sentence's words end to end, for each way to stand for a word."""
+
+    def embed_words(self, sentences: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float32]]: ...
+
+
+def read_conll(path: Path) -> list[TaggedSentence]:
+    """Sentences from a file (may be .gz) in columns, an empty line after each.
+
+    The number of columns says which they are: 2 word, tag · 3 word, part of speech, chunk (CoNLL-2000) · 4 the same and
+    entity (CoNLL-2003) · 5 number, word, entity (Universal NER) · 10 CoNLL-U, of which the universal part of speech is
+    read. Columns end at a tab where a line has one, else at white space.
+
+    Raises:
+        DatasetError: for a line of another number of columns than the first, or if there is no sentence.
+    """
+    sentences: list[TaggedSentence] = []
+    columns = 0
+    rows: list[list[str]] = []
+    for number, line in enumerate([*read_lines(path), ""], 1):
+        if not line.strip():
+            if rows and rows[0][0] != "-DOCSTART-":
+                sentences.append(_sentence(rows))
+            rows = []
+            continue
+        cells = line.split("\t") if "\t" in line else line.split()
+        # Where words are numbered a # begins a comment, else it can be a word.
+        if line.startswith("#" if columns in (5, 10) else "# ") and columns in (0, 5, 10):
+            continue
+        columns = columns or len(cells)
+        if len(cells) != columns or columns not in _LAYOUTS:
+            raise DatasetError(f"{path}, line {number}: {len(cells)} columns, not {_expected(columns)}")
+        # CoNLL-U numbers what was one word in the text 3-4, and words that are not in the text 3.1.
+        if columns == 10 and not cells[0].isdigit():
+            continue
+        rows.append(cells)
+    if not sentences:
+        raise DatasetError(f"{path} holds no sentence")
+    return sentences
+
+
+class Words:
+    """Linear probes for every layer of tags, fitted to `limit` sentences of one file and tried on another."""
+
+    def __init__(self, train: Path, test: Path, limit: int | None = None) -> None:
+        self._name = f"words, {test.name}"
+        self._train, self._test = sample(read_conll(train), limit), read_conll(test)
+        if self._train[0].tags.keys() != self._test[0].tags.keys():
+            raise DatasetError(
+                f"{train} has {', '.join(self._train[0].tags)}, but {test} has {', '.join(self._test[0].tags)}"
+            )
+
+    def evaluate(self, model: str, vectors: WordVectors) -> list[Score]:
+        """Accuracy for each layer and way to stand for a word; F1 of whole spans where tags are in B-, I- and O."""
+        train = vectors.embed_words([sentence.words for sentence in self._train])
+        test = vectors.embed_words([sentence.words for sentence in self._test])
+        scores = []
+        for layer in self._test[0].tags:
+            expected = [sentence.tags[layer] for sentence in self._test]
+            for setting in test:
+                probe = Probe.tuned(train[setting], [tag for sentence in self._train for tag in sentence.tags[layer]])
+                answers = iter(probe.predict(test[setting]))
+                found = [tuple(next(answers) for _ in tags) for tags in expected]
+                task = f"{self._name}, {layer}"
+                right = accuracy([tag for tags in expected for tag in tags], [tag for tags in found for tag in tags])
+                scores.append(Score(model, task, "accuracy", setting, right))
+                if all(tag == "O" or tag[:2] in ("B-", "I-") for tags in expected for tag in tags):
+                    scores.append(Score(model, task, "span F1", setting, span_f1(expected, found)))
+        return scores
+
+
+def span_f1(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
+    """F1 of whole spans of B-, I- and O tags, each sentence's on its own; a span counts if its type and ends are right.
+
+    As CoNLL's `conlleval` (Tjong Kim Sang and Buchholz 2000) reads tags: I- after O or another type begins a span too.
+    """
+    wanted = {(number, *span) for number, tags in enumerate(expected) for span in _spans(tags)}
+    given = {(number, *span) for number, tags in enumerate(found) for span in _spans(tags)}
+    return 2 * len(wanted & given) / (len(wanted) + len(given)) if wanted or given else 1.0
+
+
+def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """(type, first word, word after the last) of each span."""
+    begun = 0
+    kind = ""
+    for place, tag in enumerate([*tags, "O"]):
+        part, _, name = tag.partition("-")
+        if kind and (part != "I" or name != kind):
+            yield kind, begun, place
+            kind = ""
+        if part != "O" and not kind:
+            begun, kind = place, name
+
+
+def _sentence(rows: list[list[str]]) -> TaggedSentence:
+    layout = _LAYOUTS[len(rows[0])]
+    tags = {name: tuple(row[column] for row in rows) for name, column in layout.tags.items()}
+    return TaggedSentence(tuple(row[layout.word] for row in rows), tags)
+
+
+def _expected(columns: int) -> str:
+    return f"{columns} as before" if columns in _LAYOUTS else f"one of {', '.join(map(str, _LAYOUTS))}"
