@@ -81,7 +81,6 @@ def prepare(
     before: tuple[Source, ...],
 ) -> PackedTrainer:
     """All before the first step: the trainer of a configuration, and the tokenizer in output_dir."""
-    length = config.max_seq_length or _DEFAULT_LENGTH[config.stage]
     pooling = "mean" if isinstance(config, MntpConfig) else config.pooling_mode
     with arguments.main_process_first(desc="writing the tokenizer"):
         if arguments.process_index == 0:
@@ -99,10 +98,11 @@ def prepare(
         gradient_checkpointing=config.gradient_checkpointing,
         with_head=isinstance(config, MntpConfig),
     )
-    published = Published(base, before, decoder.base_config, pooling, length)
     positions = decoder.config.max_position_embeddings
+    length = config.max_seq_length or min(_DEFAULT_LENGTH[config.stage], positions)
     if length > positions:
         raise TrainingConfigError(f"max_seq_length is {length}, but {config.base} reads {positions} tokens: lower it")
+    published = Published(base, before, decoder.base_config, pooling, length)
     if isinstance(config, MntpConfig):
         trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
     else:

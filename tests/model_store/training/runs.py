@@ -44,9 +44,9 @@ def write_triplets(path: Path, count: int = 64) -> Path:
 
 def tiny_config(stage: Stage, folder: Path, **changes: Any) -> dict[str, Any]:
     """A run of twelve steps on a tiny base; every source of randomness takes part."""
-    base = folder / "base"
+    base, family = folder / "base", changes.pop("family", "llama")
     if not base.exists():
-        save_base(base, changes.pop("family", "llama"))
+        save_base(base, family)
     data = write_triplets(folder / "data.jsonl") if stage == "supervised" else write_texts(folder / "data.txt")
     own: dict[Stage, dict[str, Any]] = {
         "mntp": {"mlm_probability": 0.3, "mask_token_type": "eos", "line_by_line": True},
