@@ -7,7 +7,7 @@ for single vectors and for many, in the words of OpenAI and of text-embeddings-i
 stop in the midst of a request, or send what is none; who is refused comes again, twice. No two texts are alike and each
 answer is held to vectors that were computed before, each text alone and in float32, so that another's vector is seen.
 
-Capacity is what clients of all these kinds get who wait for their answers. Then queries arrive alone for a fifth of the
+Capacity is what clients get answered who wait for their answers. Then queries arrive alone for a fifth of the
 time, and in the rest of it everything together, at random (Poisson), at twice the capacity. The tiny model stands
 before a device of a fixed speed, any other is as fast as it is. Where there is more than one core, the clients have one
 to themselves.
