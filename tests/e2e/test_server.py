@@ -174,7 +174,7 @@ def test_eval_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
     lines = ["score\tsentence1\tsentence2", "5\tthe same\tthe same", "2\ta river\ta valley", "0\tflute\tprotein a day"]
     pairs.write_text("\n".join(lines))
     (tmp_path / "few" / "qrels").mkdir(parents=True)
-    (tmp_path / "few" / "corpus.jsonl").write_text('{"_id": "1", "text": "a river"}\n{"_id": "2", "text": "a valley"}\n')
+    (tmp_path / "few" / "corpus.jsonl").write_text('{"_id": "1", "text": "a river"}\n{"_id": "2", "text": "flute"}\n')
     (tmp_path / "few" / "queries.jsonl").write_text('{"_id": "3", "text": "a river"}\n')
     (tmp_path / "few" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n3\t1\t1\n")
     command = [sys.executable, "-m", "service", "eval", "--sts", str(pairs), "--retrieval", str(tmp_path / "few")]
