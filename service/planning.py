@@ -257,6 +257,11 @@ class Plan:
         """The highest share of the device's rate that queries may take with their p99 kept, in steps of 5 to 80 %."""
         return self._cap[0]
 
+    @property
+    def p99_at_cap(self) -> float:
+        """Seconds that 99 % of queries take with so many of them."""
+        return self._cap[1]
+
     @cached_property
     def _cap(self) -> tuple[float, float]:
         """This, and the p99 there, by simulation of the server's policy; any bulk never lets the device rest."""
@@ -354,12 +359,12 @@ class Plan:
         return found
 
     def _serving_figures(self, serving: Serving) -> list[Figure]:
-        cap, p99 = self._cap
+        cap = self.utilization_cap
         cores = serving.per_second / (_QUERIES_PER_CORE * _CORE_SHARE)
         return [
             Figure("utilization_cap", cap, "share", "simulated"),
             Figure("queries_per_second_and_gpu", cap / self.cost.per_token / serving.tokens, "", self.basis),
-            Figure("p99_at_cap", p99, "s", "simulated"),
+            Figure("p99_at_cap", self.p99_at_cap, "s", "simulated"),
             Figure("utilization", self.utilization, "share", self.basis),
             Figure("http_cores", ceil(cores), "", "measured"),
         ]
