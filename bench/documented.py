@@ -18,7 +18,7 @@ from service.cli import main as command
 
 PAGE = Path(__file__).parents[1] / "docs" / "capacity.md"
 
-_BLOCK = re.compile(r"```text\n\$ llm2vec-service ((?:.*\\\n)*.*)\n(.*?)```", re.DOTALL)
+_BLOCK = re.compile(r"```text\n\$ llm2vec-service ((?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", re.DOTALL)
 
 
 def main() -> None:

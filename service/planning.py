@@ -51,7 +51,7 @@ _CORE_SHARE = 0.7
 
 # Queries in a simulation; the share of the p99 asked for that they may come to; caps that are tried. Beyond 80 % a load
 # or a rate a little off the plan would have queues grow without end.
-_QUERIES = 10_000
+_QUERIES = 20_000
 _P99_SHARE = 0.9
 _CAPS = [percent / 100 for percent in range(5, 85, 5)]
 
@@ -156,7 +156,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a plan; `unit` is of the value as it is, and how it is printed."""
+    """One line of a plan; `unit` is that of `value`."""
 
     name: str
     value: float
@@ -165,7 +165,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """For people: three digits, and a unit of a size that suits them."""
+        """For people: three digits or whole numbers, with a unit where the name does not say it."""
         return _readable(self.value, self.unit)
 
 
@@ -493,7 +493,7 @@ def _readable(value: float, unit: str) -> str:
         return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1000)} ms"
     if unit == "share":
         return f"{value:.0%}"
-    return _digits(value) + (f" {unit}" if unit else "")
+    return _digits(value)
 
 
 def _digits(value: float) -> str:
