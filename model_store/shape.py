@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
@@ -18,10 +17,6 @@ from model_store.architectures import TEXT_MODEL_OF, architecture_of
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 
 Arithmetic = Literal["float32", "bfloat16", "fp8"]
-
-
-class ShapeError(ValueError):
-    """A reference to a model whose sizes are not known; the message names the way out."""
 
 
 @dataclass(frozen=True)
@@ -120,20 +115,13 @@ def shape_of(reference: str) -> Shape:
     """Of a packaged recipe's base, without a hub; else of a folder with a config.json, or of a hub id[@revision].
 
     Raises:
-        ShapeError: if there is no config.json to be had.
+        SourceError: if there is no config.json to be had.
         UnsupportedArchitectureError: for a family that can't become an encoder.
     """
     if config := known_configs().get(reference):
         return Shape.read(config)
     from transformers import AutoConfig
 
-    folder = Path(reference).expanduser()
-    place, _, revision = (str(folder), "", "") if folder.is_dir() else reference.partition("@")
-    try:
-        found = AutoConfig.from_pretrained(place, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ShapeError(
-            f"there is no config.json of {reference} to be had: give a stored encoder's or a checkpoint's folder, a "
-            "recipe (llm2vec-service build --list), or a hub id where the hub can be reached"
-        ) from error
-    return Shape.read(found.to_dict())
+    from model_store.sources import config_folder
+
+    return Shape.read(AutoConfig.from_pretrained(config_folder(reference), trust_remote_code=False).to_dict())

@@ -12,6 +12,7 @@ import pytest
 
 from bench.documented import PAGE, run_again
 from bench.simulate import plans_table
+from service.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +52,12 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
     for sheet in site.rglob("*.css"):
         loaded += re.findall(r"""(?:url\(|@import)\s*["']?((?:https?:)?//[^"')]+)""", sheet.read_text())
     assert not loaded
+
+
+def test_the_operations_page_names_series_that_there_are() -> None:
+    series = {family.name for family in Metrics().registry.collect()}
+    named = set(re.findall(r"llm2vec_\w+", (ROOT / "docs" / "operations.md").read_text()))
+    assert {name.removesuffix("_total") for name in named} <= series
 
 
 def test_the_capacity_page_shows_what_its_commands_print() -> None:

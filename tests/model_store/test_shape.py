@@ -16,7 +16,8 @@ from transformers import CONFIG_MAPPING, AutoModel
 from model_store.architectures import UnsupportedArchitectureError
 from model_store.attention import implementation_name
 from model_store.recipe import packaged_recipes
-from model_store.shape import Shape, ShapeError, known_configs, shape_of
+from model_store.shape import Shape, known_configs, shape_of
+from model_store.sources import SourceError
 from tests.tiny import FAMILIES, WINDOW, product_weights, save_base, tiny_config, tiny_model
 
 
@@ -69,8 +70,10 @@ def test_a_multimodal_wrapper_s_decoder() -> None:
 
 
 def test_what_leads_nowhere_names_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match="give a stored encoder's"):
+    with pytest.raises(SourceError, match=r"there is no config.json in .* give a stored encoder"):
         shape_of(str(tmp_path))
+    with pytest.raises(SourceError, match="use a path that exists"):
+        shape_of(str(tmp_path / "nothing"))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UnsupportedArchitectureError, match="llama, mistral"):
         shape_of(str(tmp_path))
