@@ -88,5 +88,6 @@ def kind(schema: dict[str, Any]) -> str:
     if "prefixItems" in schema:
         return f"[{', '.join(kind(item) for item in schema['prefixItems'])}]"
     if schema.get("type") == "array":
-        return f"list of {kind(schema.get('items', {}))}"
+        items = kind(schema.get("items", {}))
+        return f"list of ({items})" if " or " in items else f"list of {items}"
     return str(schema.get("type", "any"))
