@@ -1,6 +1,6 @@
 """The site that `make docs` makes of these pages, the README, and the server's OpenAPI document.
 
-Pages are written for GitHub; here their links into the rest of the repository are turned, and three pages are filled:
+Pages are written for GitHub; here their links into the rest of the repository are turned, and some pages are filled:
 index with the README but for its settings, configuration with those, reference with the OpenAPI document.
 """
 
@@ -40,12 +40,12 @@ def read_readme(app: Any, path: Path, page: str, content: list[str]) -> None:
     settings = _SETTINGS.search(content[0])
     assert settings is not None
     text = settings[0].partition("\n")[2] if page == "configuration" else content[0].replace(settings[0], "")
-    content[0] = _LINK.sub("](../", text).replace("](../docs/", "](")
+    content[0] = turned(_LINK.sub("](../", text).replace("](../docs/", "]("))
 
 
 def read_page(app: Any, page: str, content: list[str]) -> None:
-    """A page with the README and the changelog under their names here, and what is made for it."""
-    text = content[0].replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
+    """A page with its links turned, and what is made for it."""
+    text = turned(content[0])
     if page == "reference":
         text = text.replace("<!-- operations -->", reference())
     if page == "index":
@@ -53,6 +53,12 @@ def read_page(app: Any, page: str, content: list[str]) -> None:
         others = sorted(path.stem for path in Path(app.srcdir).glob("*.md") if path.stem not in named)
         text = text.replace("<others>", "\n".join(others))
     content[0] = text
+
+
+def turned(text: str) -> str:
+    """Links to the README and the changelog lead to their pages here, to other pages of the repository to the file."""
+    text = text.replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
+    return re.sub(r"\]\((\.\./\S+\.md\))", r"](path:\1", text)
 
 
 def reference() -> str:
