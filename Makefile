@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -78,6 +78,28 @@ fidelity-table: install
 
 container-test: install
 	docker/container-test.sh
+
+# Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
+GRAFANA_TYPES := build/grafana-types
+
+monitoring-test: install $(GRAFANA_TYPES)/.installed
+	@command -v prometheus promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
+
+$(GRAFANA_TYPES)/.installed:
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(GRAFANA_TYPES) typescript@5.9.3 @grafana/schema@13.2.3 @grafana/grafana-foundation-sdk@0.0.21
+	@touch $@
+
+# The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.
+CHART_VENV := build/chart-venv
+
+chart-test: install $(CHART_VENV)/.installed
+	$(BIN)/pytest tests/deploy/test_chart.py
+
+$(CHART_VENV)/.installed: tests/deploy/chart-requirements.txt
+	$(PYTHON) -m venv $(CHART_VENV)
+	$(CHART_VENV)/bin/pip install --quiet --requirement $<
+	@touch $@
 
 # Known vulnerabilities of what is installed, and what that is as CycloneDX JSON. The tools have an environment of their own.
 AUDIT_VENV := build/audit-venv

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
+from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
 from service.errors import ServiceError
 from service.settings import PREFIX, SECRETS, Settings, load_settings
@@ -250,7 +251,7 @@ def _source(reference: str, commit: str | None) -> str:
 
 
 class _ProgressBar:
-    """Bytes of weights written, on stderr; silent where stderr is no terminal but for a line at each tenth."""
+    """Bytes of weights written."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -258,15 +259,7 @@ class _ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            quiet = not sys.stderr.isatty()
-            self._bar = tqdm(
-                total=total,
-                desc=self._what,
-                unit="B",
-                unit_scale=True,
-                mininterval=10.0 if quiet else 0.1,
-                ascii=quiet,
-            )
+            self._bar = bar_class()(total=total, desc=self._what, unit="B", unit_scale=True)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
