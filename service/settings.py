@@ -36,6 +36,9 @@ Switch = Literal["auto", "on", "off"]
 # From the environment only, since every user of a machine sees its processes' arguments; kept as hashes.
 SECRETS = ("api_keys", "metrics_key")
 
+# The key that the commands which are clients of a server send; no setting of the server's.
+KEY_VARIABLE = "EMBED_API_KEY"
+
 _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
 
 
