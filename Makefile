@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test monitoring-test chart-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,docs,eval,otel,train]'
 	@touch $@
 
 serve: install
@@ -75,6 +75,11 @@ peers:
 
 fidelity-table: install
 	$(BIN)/python -m bench.fidelity --save
+
+# A static site, with nothing in it that is loaded from elsewhere. Warnings are errors.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/site
+	@echo build/site/index.html
 
 container-test: install
 	docker/container-test.sh
