@@ -5,6 +5,7 @@ import { principal } from "./math.js";
 
 const WIDTH = 720, HEIGHT = 440, EDGE = 34;
 const MOST_LABELS = 40;
+const REACH = 24; // from where the pointer finds a text
 
 /** Draw texts {label, text, kind: "query" | "document"} by their vectors. */
 export function showMap(panel, texts, vectors) {
@@ -15,14 +16,21 @@ export function showMap(panel, texts, vectors) {
   const { points, shares } = principal(vectors);
   const place = fit(points);
   const tip = el("div", { class: "tip", hidden: true, role: "tooltip" });
-  const marks = texts.map((text, i) => mark(text, place(points[i]), texts.length <= MOST_LABELS));
+  const places = points.map(place);
+  const marks = texts.map((text, i) => mark(text, places[i], texts.length <= MOST_LABELS));
   const [x, y] = place([0, 0]);
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "map", role: "group", "aria-label": `Map of ${texts.length} texts. Arrow keys go from one to the next.` },
     svg("path", { class: "axes", d: `M0 ${y}H${WIDTH}M${x} 0V${HEIGHT}` }), marks);
   const frame = el("div", { class: "map-frame" }, drawing, tip);
   marks[0].setAttribute("tabindex", "0");
 
+  const hide = () => {
+    tip.hidden = true;
+    drawing.querySelector(".near")?.classList.remove("near");
+  };
   const show = (i) => {
+    hide();
+    marks[i].classList.add("near");
     put(tip, el("span", { class: "label" }, texts[i].label), ` ${clip(texts[i].text, 240)}`);
     tip.hidden = false;
     const of = frame.getBoundingClientRect(), at = marks[i].getBoundingClientRect(), size = tip.getBoundingClientRect();
@@ -38,18 +46,26 @@ export function showMap(panel, texts, vectors) {
   };
   const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
   marks.forEach((element, i) => {
-    element.addEventListener("pointerenter", () => show(i));
     element.addEventListener("focus", () => show(i));
-    element.addEventListener("pointerleave", () => { tip.hidden = true; });
-    element.addEventListener("blur", () => { tip.hidden = true; });
+    element.addEventListener("blur", hide);
     element.addEventListener("keydown", (event) => {
-      if (event.key === "Escape") tip.hidden = true;
+      if (event.key === "Escape") hide();
       const to = { Home: 0, End: texts.length - 1 }[event.key] ?? (event.key in steps ? i + steps[event.key] : null);
       if (to === null) return;
       event.preventDefault();
       if (to in marks) go(i, to);
     });
   });
+
+  const look = (event) => {
+    const box = drawing.getBoundingClientRect(), scale = WIDTH / box.width;
+    const i = nearest(places, (event.clientX - box.x) * scale, (event.clientY - box.y) * scale);
+    if (i === null) hide();
+    else show(i);
+  };
+  drawing.addEventListener("pointermove", look);
+  drawing.addEventListener("pointerdown", look);
+  drawing.addEventListener("pointerleave", hide);
 
   const percent = (share) => `${Math.round(share * 100)} %`;
   put(panel,
@@ -72,6 +88,13 @@ function fit(points) {
     WIDTH / 2 + (x - (across.low + across.high) / 2) * scale,
     HEIGHT / 2 - (y - (down.low + down.high) / 2) * scale,
   ].map((value) => value.toFixed(1));
+}
+
+/** The place nearest to a point, if it is near. */
+function nearest(places, x, y) {
+  const distances = places.map(([ownX, ownY]) => Math.hypot(ownX - x, ownY - y));
+  const least = Math.min(...distances);
+  return least <= REACH ? distances.indexOf(least) : null;
 }
 
 function mark({ label, text, kind }, [x, y], labelled) {
