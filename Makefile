@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -52,6 +52,11 @@ bench-overload: install
 # Ten minutes; see bench/soak.py.
 soak: install
 	$(BIN)/python -m bench.soak $(SAVE)
+
+# The browser in which tests/e2e/test_playground.py tries the page, on Debian and its like, as root; they skip without.
+browser:
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
 
 # Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install

@@ -203,6 +203,9 @@ class Settings(BaseSettings):
         description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
         "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
     )
+    playground: bool = Field(
+        True, description="serve a page at `/` on which to try texts, and see tokens, vectors and the server's state"
+    )
     tei_metrics: bool = Field(
         False, description="give metrics under text-embeddings-inference's names too, for dashboards that have them"
     )
