@@ -18,9 +18,6 @@ extensions = ["myst_parser"]
 myst_heading_anchors = 3
 exclude_patterns = ["conf.py"]
 
-# The pages that index.md does not name come last, if there are any.
-suppress_warnings = ["toc.empty_glob"]
-
 html_theme = "furo"
 html_copy_source = False
 html_show_copyright = False
@@ -47,9 +44,15 @@ def read_readme(app: Any, path: Path, page: str, content: list[str]) -> None:
 
 
 def read_page(app: Any, page: str, content: list[str]) -> None:
-    """A page with the README and the changelog under their names here."""
+    """A page with the README and the changelog under their names here, and what is made for it."""
     text = content[0].replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
-    content[0] = text.replace("<!-- operations -->", reference()) if page == "reference" else text
+    if page == "reference":
+        text = text.replace("<!-- operations -->", reference())
+    if page == "index":
+        named = {"index", *text.splitlines()}
+        others = sorted(path.stem for path in Path(app.srcdir).glob("*.md") if path.stem not in named)
+        text = text.replace("<others>", "\n".join(others))
+    content[0] = text
 
 
 def reference() -> str:
