@@ -121,9 +121,10 @@ class Prometheus:
 
     def _has(self, query: str) -> bool:
         try:
-            return bool(self.get("query", query=query)["result"])
+            answer = self._api.get("/api/v1/query", params={"query": query})
         except httpx.TransportError:  # it does not listen yet
             return False
+        return answer.status_code == 200 and bool(answer.json()["data"]["result"])
 
 
 def with_values(expr: str, variables: dict[str, str]) -> str:
