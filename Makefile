@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test audit clean
+.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,docs,eval,otel,train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk,demo,dev,clients,docs,eval,otel,ray,train]'
 	@touch $@
 
 serve: install
@@ -53,6 +53,11 @@ bench-overload: install
 soak: install
 	$(BIN)/python -m bench.soak $(SAVE)
 
+# The browser in which tests/e2e/test_playground.py tries the page, on Debian and its like, as root; they skip without.
+browser:
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
+
 # Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
 	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
@@ -60,6 +65,14 @@ fuzz: install
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
+
+# Half an hour and more for the demo encoder on two cores; LIMIT=2000 for a short one, TEXTS=FILE for texts of your own.
+bench-bulk: install
+	$(BIN)/python -m bench.bulk $(if $(LIMIT),--limit $(LIMIT)) $(if $(TEXTS),--texts $(TEXTS)) $(SAVE)
+
+# Needs the extra ray.
+bench-ray: install
+	$(BIN)/python -m bench.ray_serve $(SAVE)
 
 # On a machine with a GPU, in three parts of at most nine minutes each.
 bench-gpu: install
@@ -83,6 +96,28 @@ docs: install
 
 container-test: install
 	docker/container-test.sh
+
+# Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
+GRAFANA_TYPES := build/grafana-types
+
+monitoring-test: install $(GRAFANA_TYPES)/.installed
+	@command -v prometheus promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
+
+$(GRAFANA_TYPES)/.installed:
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(GRAFANA_TYPES) typescript@5.9.3 @grafana/schema@13.2.3 @grafana/grafana-foundation-sdk@0.0.21
+	@touch $@
+
+# The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.
+CHART_VENV := build/chart-venv
+
+chart-test: install $(CHART_VENV)/.installed
+	$(BIN)/pytest tests/deploy/test_chart.py
+
+$(CHART_VENV)/.installed: tests/deploy/chart-requirements.txt
+	$(PYTHON) -m venv $(CHART_VENV)
+	$(CHART_VENV)/bin/pip install --quiet --requirement $<
+	@touch $@
 
 # Known vulnerabilities of what is installed, and what that is as CycloneDX JSON. The tools have an environment of their own.
 AUDIT_VENV := build/audit-venv

@@ -16,6 +16,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from model_store.progress import bar_class
+
 DEMO = "demo:"
 
 # Adapters for it that come with this package, each a folder.
@@ -108,7 +110,9 @@ def _fetch(reference: str, only: str = "") -> Source:
     try:
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
         wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
-        folder = snapshot_download(repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint)
+        folder = snapshot_download(
+            repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
+        )
     except GatedRepoError as error:
         raise SourceError(
             f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"

@@ -16,11 +16,15 @@ from tqdm import tqdm
 
 from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
+from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
 from model_store.shape import shape_of
+from service.bulk.asked import FileFormat, OnError
+from service.bulk.reading import Kind
+from service.choices import EmbedDtype, Overflow
 from service.errors import ServiceError
 from service.planning import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
-from service.settings import BATCH_SECONDS, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
+from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
 # eos_token is last_token behind another template, which the encoder has or has not.
 _EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
@@ -80,10 +84,59 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
 
+    _add_embed(commands)
     _add_plan(commands)
     _add_eval(commands)
     _add_train(commands)
     return parser
+
+
+def _add_embed(commands: Any) -> None:
+    embed = commands.add_parser(
+        "embed",
+        help="embed files of texts into a folder of vectors",
+        allow_abbrev=False,
+        description="A job that was cut off goes on when the same command is given again. Settings of `serve` that "
+        f"have no option here are taken from their variables. A server's key is taken from {KEY_VARIABLE}.",
+    )
+    embed.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=".jsonl, .csv, .tsv, .parquet, .txt (a text a line), but for parquet also .gz; or a folder of such "
+        "files, or of .txt files that are a text each",
+    )
+    embed.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    embed.add_argument("--url", help="a running server, such as http://127.0.0.1:8000, instead of an encoder here")
+    embed.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
+    embed.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    embed.add_argument("--dtype", choices=("auto", *get_args(DType)), help="arithmetic, as of `serve`")
+    embed.add_argument("--input-format", choices=get_args(Kind), help="of inputs whose names don't say it")
+    embed.add_argument("--text-column", default="text", metavar="COLUMN", help="(default %(default)s)")
+    embed.add_argument("--id-column", metavar="COLUMN", help="stored as `id`; of a text a file it is the path")
+    embed.add_argument(
+        "--carry", metavar="COLUMN", action="append", default=[], help="stored as it is; give it for each column"
+    )
+    embed.add_argument("--instruction", default="", help="put before each text, and not pooled")
+    embed.add_argument("--dimensions", type=int, metavar="N", help="cut vectors to so many, and normalise them again")
+    embed.add_argument(
+        "--overflow", choices=get_args(Overflow), default="error", help="what becomes of a text that is too long"
+    )
+    embed.add_argument("--embed-dtype", choices=get_args(EmbedDtype), default="float32", help="of stored vectors")
+    embed.add_argument("--format", choices=get_args(FileFormat), default="parquet", help="(default %(default)s)")
+    embed.add_argument("--rows-per-shard", type=int, default=10_000, metavar="N", help="(default %(default)s)")
+    embed.add_argument(
+        "--on-error",
+        choices=get_args(OnError),
+        default="stop",
+        help="at a row that can't be embedded: stop, or leave it out and list it in errors.jsonl",
+    )
+    embed.add_argument("--overwrite", action="store_true", help="begin anew, whatever job wrote the folder")
+    embed.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="requests at once to --url (default %(default)s)"
+    )
+    embed.set_defaults(run=_embed)
 
 
 def _add_plan(commands: Any) -> None:
@@ -276,6 +329,14 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(options: argparse.Namespace) -> int:
+    from service.bulk.asked import Asked
+    from service.bulk.command import embed
+
+    embed(Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)}), _ProgressBar("building"))
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from model_store.evaluation.command import Asked, evaluate
     from service.client import embed_texts
@@ -299,7 +360,7 @@ def _source(reference: str, commit: str | None) -> str:
 
 
 class _ProgressBar:
-    """Bytes of weights written, on stderr; silent where stderr is no terminal but for a line at each tenth."""
+    """Bytes of weights written."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -307,15 +368,7 @@ class _ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            quiet = not sys.stderr.isatty()
-            self._bar = tqdm(
-                total=total,
-                desc=self._what,
-                unit="B",
-                unit_scale=True,
-                mininterval=10.0 if quiet else 0.1,
-                ascii=quiet,
-            )
+            self._bar = bar_class()(total=total, desc=self._what, unit="B", unit_scale=True)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()

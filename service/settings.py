@@ -36,6 +36,9 @@ Switch = Literal["auto", "on", "off"]
 # From the environment only, since every user of a machine sees its processes' arguments; kept as hashes.
 SECRETS = ("api_keys", "metrics_key")
 
+# The key that the commands which are clients of a server send; no setting of the server's.
+KEY_VARIABLE = "EMBED_API_KEY"
+
 _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
 
 
@@ -199,6 +202,9 @@ class Settings(BaseSettings):
         ge=0,
         description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
         "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
+    )
+    playground: bool = Field(
+        True, description="serve a page at `/` on which to try texts, and see tokens, vectors and the server's state"
     )
     tei_metrics: bool = Field(
         False, description="give metrics under text-embeddings-inference's names too, for dashboards that have them"

@@ -110,6 +110,8 @@ class EncoderWorker:
         plan = self._plan(limits)
         metrics.warmup_seconds.set(time.perf_counter() - loaded)
         metrics.batch_tokens_full.set(plan.limits.batch_tokens)
+        for counted in (metrics.device_seconds, metrics.model_flops):
+            counted.labels(self.device)
         self._watch_memory()
         return plan
 
@@ -276,8 +278,8 @@ class EncoderWorker:
         for kind, amount in (("seconds", seconds), ("flops", flops), ("tokens", tokens)):
             self._of_late[kind] = (1 - _NEWEST) * self._of_late[kind] + _NEWEST * amount
         metrics, late = self._metrics, self._of_late
-        metrics.device_seconds.inc(seconds)
-        metrics.model_flops.inc(flops)
+        metrics.device_seconds.labels(self.device).inc(seconds)
+        metrics.model_flops.labels(self.device).inc(flops)
         metrics.model_flops_utilization.set(late["flops"] / late["seconds"] / self._flops_per_second)
         metrics.throughput.set(late["tokens"] / late["seconds"])
 
@@ -290,7 +292,7 @@ class EncoderWorker:
             ("reserved", lambda: torch.cuda.memory_reserved(device)),
             ("total", lambda: torch.cuda.get_device_properties(device).total_memory),
         ):
-            self._metrics.gpu_memory_bytes.labels(kind).set_function(read)
+            self._metrics.gpu_memory_bytes.labels(kind, self.device).set_function(read)
 
     @property
     def device(self) -> str:

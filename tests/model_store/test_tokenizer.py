@@ -196,6 +196,44 @@ def test_each_token_stands_for_its_characters(template: Template) -> None:
             assert tiny_tokenizer().decode([token_id]) == text[start:end]
 
 
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION])
+@pytest.mark.parametrize("template", [Template(), AROUND, Template("", "<eos>", strip=True)])
+def test_each_token_is_of_a_part(template: Template, instruction: str) -> None:
+    tokenizer = text_tokenizer(template)
+    row = tokenizer.encode_batch([TEXT], [instruction])[0]
+    parts, texts = tokenizer.parts(row, instruction), tokenizer.token_texts(row.token_ids)
+
+    def of(part: str, where: slice = slice(None)) -> str:
+        pairs = list(zip(parts, texts, strict=True))[where]
+        return "".join(text for own, text in pairs if own == part)
+
+    assert "".join(texts) == "<bos>" + template.prefix + (instruction and f"{instruction} ") + TEXT + template.suffix
+    assert of("special") == "<bos>"
+    assert of("template", slice(row.head)).strip() == template.prefix.strip()
+    assert of("instruction").strip() == instruction
+    assert of("text").strip() == TEXT
+    assert of("template", slice(row.head, None)) == template.suffix
+    pooled = parts[row.span_start :]
+    assert "instruction" not in pooled
+    assert "text" in pooled
+
+
+def test_some_of_a_character_s_bytes_have_no_text() -> None:
+    tokenizer = text_tokenizer()
+    row = tokenizer.encode_batch(["\N{SLIGHTLY SMILING FACE}"], [""])[0]
+    assert "\ufffd" in tokenizer.token_texts(row.token_ids)[1]
+    assert tokenizer.parts(row, "") == ["special", *["text"] * (len(row) - 1)]
+
+
+def test_parts_of_token_ids_and_of_nothing() -> None:
+    tokenizer = text_tokenizer(AROUND)
+    row = tokenizer.encode_batch([[70, 71]], [INSTRUCTION])[0]
+    found = tokenizer.parts(row, INSTRUCTION)
+    assert found.count("text") == 2
+    assert {"special", "template", "instruction", "text"} == set(found)
+    assert set(tokenizer.parts(tokenizer.encode_nothing(), "")) == {"special", "template"}
+
+
 def test_nothing_has_a_row_too() -> None:
     assert text_tokenizer().encode_nothing().token_ids == [1]
     assert len(text_tokenizer(AROUND).encode_nothing()) > 1
