@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk,demo,dev,clients,eval,otel,ray,train]'
 	@touch $@
 
 serve: install
@@ -60,6 +60,14 @@ fuzz: install
 
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
+
+# Half an hour and more for the demo encoder on two cores; LIMIT=2000 for a short one, TEXTS=FILE for texts of your own.
+bench-bulk: install
+	$(BIN)/python -m bench.bulk $(if $(LIMIT),--limit $(LIMIT)) $(if $(TEXTS),--texts $(TEXTS)) $(SAVE)
+
+# Needs the extra ray.
+bench-ray: install
+	$(BIN)/python -m bench.ray_serve $(SAVE)
 
 # On a machine with a GPU, in three parts of at most nine minutes each.
 bench-gpu: install

@@ -24,8 +24,9 @@ def quantize_vectors(vectors: NDArray[np.float32], dtype: EmbedDtype) -> NDArray
             return vectors.astype("<f2")
         case "int8":
             largest = np.abs(vectors).max(axis=-1, keepdims=True, initial=0.0)
-            scale = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
-            return np.rint(vectors * scale).astype(np.int8)
+            scale: NDArray[np.float32] = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+            rounded: NDArray[np.float32] = np.rint(vectors * scale)
+            return rounded.astype(np.int8)
         case "uint8":
             return quantize_vectors(vectors, "int8").view(np.uint8) ^ 128
         case "ubinary":

@@ -56,6 +56,8 @@ def test_errors_know_nothing() -> None:
         "service.app",
         "service.backend",
         "service.batcher",
+        "service.bulk.command",
+        "service.bulk.ray_data",
         "service.processes.child",
         "service.processes.devices",
         "service.processes.engine",
@@ -77,6 +79,11 @@ def test_errors_know_nothing() -> None:
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_files_of_texts_need_neither_parquet_nor_ray() -> None:
+    code = "import sys, service.cli, service.bulk.command; sys.exit(bool({'pyarrow', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

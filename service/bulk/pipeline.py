@@ -63,7 +63,7 @@ class Embeds(Protocol):
 
     @property
     def requests_at_once(self) -> int:
-        """How many requests keep it busy."""
+        """How many requests keep it busy; known while it is running."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
         """While this is entered it can be asked."""
@@ -181,7 +181,7 @@ async def embedded(
             while more and len(ahead) <= sizes.windows_ahead:
                 window = await asyncio.to_thread(next, windows, None)
                 if more := window is not None:
-                    task = asyncio.create_task(_embed_window(window, embeds, dimensions, at_once, on_done, sizes))
+                    task = asyncio.create_task(embed_window(window, embeds, dimensions, at_once, on_done, sizes))
                     ahead.append((window, task))
             if not ahead:
                 return
@@ -195,9 +195,19 @@ async def embedded(
                 await task
 
 
-async def _embed_window(
-    window: Window, embeds: Embeds, dimensions: int, at_once: asyncio.Semaphore, on_done: OnDone, sizes: Sizes
+async def embed_window(
+    window: Window,
+    embeds: Embeds,
+    dimensions: int,
+    at_once: asyncio.Semaphore,
+    on_done: OnDone,
+    sizes: Sizes = SIZES,
 ) -> Vectors:
+    """A window's vectors; no more than `at_once` requests are on their way.
+
+    Raises:
+        ServiceError: if they can't be had.
+    """
     texts = window.texts
     vectors = Vectors(np.empty((len(window.rows), dimensions), np.float32))
 

@@ -145,7 +145,7 @@ class Input:
         keeps_types = self.kind == "parquet"
         with _readable(self.path):
             for line, found in readers[self.kind]():
-                yield BadRow(line, found) if isinstance(found, str) else _row(line, found, columns, keeps_types)
+                yield BadRow(line, found) if isinstance(found, str) else row_of(line, found, columns, keeps_types)
 
 
 def find_inputs(paths: Iterable[Path], kind: Kind | None = None) -> list[Input]:
@@ -197,7 +197,8 @@ def _input_at(path: Path, kind: Kind | None) -> Input:
     return Input(path, kind or cast(Kind, by_name))
 
 
-def _row(line: int, found: Mapping[str, Any], columns: Columns, keeps_types: bool) -> Row | BadRow:
+def row_of(line: int, found: Mapping[str, Any], columns: Columns, keeps_types: bool = True) -> Row | BadRow:
+    """A row of what was found by column; values that are no strings become JSON unless their types are kept."""
     text = found.get(columns.text)
     if not isinstance(text, str):
         return BadRow(line, _no_text(found, columns.text))

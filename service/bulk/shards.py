@@ -68,14 +68,11 @@ class ShardWriter:
         import pyarrow
         from pyarrow import parquet
 
-        count, width = rows.vectors.shape
-        numbers = pyarrow.array(rows.vectors.reshape(-1))
         arrays: dict[str, pyarrow.Array] = {ROW_COLUMN: pyarrow.array(rows.numbers, pyarrow.int64())}
         for place, name in enumerate(self._columns):
             arrays[name] = pyarrow.array([values[place] for values in rows.values], self._types[name])
-        arrays[VECTOR_COLUMN] = pyarrow.FixedSizeListArray.from_arrays(numbers, width)
+        arrays[VECTOR_COLUMN] = as_lists(rows.vectors)
         table = pyarrow.table(arrays).replace_schema_metadata(about)
-        assert table.num_rows == count
         # Numbers of vectors are as good as random: looking for what repeats in them takes time and saves nothing.
         others = [name for name in arrays if name != VECTOR_COLUMN]
         parquet.write_table(
@@ -101,6 +98,14 @@ def check_format(file_format: FileFormat) -> None:
     """
     if file_format == "parquet" and not _has_pyarrow():
         raise JobError("parquet needs pyarrow: pip install 'llm2vec-service[bulk]', or give --format safetensors")
+
+
+def as_lists(vectors: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> pyarrow.FixedSizeListArray:
+    """(B, D) vectors as a column of lists, null where they are missing."""
+    import pyarrow
+
+    mask = None if missing is None else pyarrow.array(missing)
+    return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), vectors.shape[1], mask=mask)
 
 
 @cache

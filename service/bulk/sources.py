@@ -20,8 +20,11 @@ from service.instructions import Chosen
 from service.server import Prepared, prepare, settle
 from service.settings import Settings
 
-# Enough to fill two batches of a fast device with short texts, which are 64 to a request.
-_REQUESTS_AT_ONCE = 64
+# Batches' worth of tokens that wait for the device or are tokenized, where a request has at least so many tokens; and
+# the most requests that this may be.
+_BATCHES_AT_ONCE = 3
+_REQUEST_TOKENS = 512
+_MOST_REQUESTS = 64
 
 _NO_LIMIT = 1 << 62
 
@@ -42,7 +45,6 @@ class LocalVectors:
     prepared: Prepared
     settings: Settings
     wanted: Wanted
-    requests_at_once: int = _REQUESTS_AT_ONCE
     _embedder: Embedder = field(init=False)
 
     @classmethod
@@ -76,6 +78,12 @@ class LocalVectors:
             empty_text=settings.empty_text,
         )
 
+    @property
+    def requests_at_once(self) -> int:
+        """Enough that the device never waits, by the size of its batches; more would only wait themselves."""
+        batch_tokens = self.prepared.backend.batcher.batch_tokens
+        return max(min(_BATCHES_AT_ONCE * batch_tokens // _REQUEST_TOKENS, _MOST_REQUESTS), _BATCHES_AT_ONCE)
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Loaded, warmed up and in work."""
@@ -83,6 +91,7 @@ class LocalVectors:
         await backend.start()
         settle()
         work = asyncio.create_task(backend.run())
+        await asyncio.sleep(0)  # it begins, and says how large its batches are
         self._embedder = Embedder(
             prepared.manifest, prepared.tokenizer, backend.batcher, self.settings, prepared.limits, prepared.metrics
         )

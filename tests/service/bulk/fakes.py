@@ -97,6 +97,11 @@ def do_job(
             inputs=describe(inputs, columns, on_error, known),
         )
         if not folder.begin(job, overwrite).complete:
-            asyncio.run(run(job, inputs, folder, vectors, on_error, lambda rows, tokens: None, SMALL))
+
+            async def work() -> None:
+                async with vectors.running():
+                    await run(job, inputs, folder, vectors, on_error, lambda rows, tokens: None, SMALL)
+
+            asyncio.run(work())
         assert folder.manifest is not None
         return folder.manifest

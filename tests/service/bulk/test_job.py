@@ -16,7 +16,7 @@ import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import dataset, parquet
 
 from service.bulk.asked import FileFormat
 from service.bulk.folder import JobFolder
@@ -59,6 +59,9 @@ def test_every_row_gets_its_vector_in_order(tmp_path: Path, file_format: FileFor
     assert manifest.complete
     assert [shard.rows for shard in manifest.shards] == [10] * 9 + [5]
     assert sum(shard.tokens for shard in manifest.shards) == sum(map(len, texts))
+    if file_format == "parquet":  # as docs/bulk.md has it
+        table = dataset.dataset(tmp_path / "out", format="parquet", exclude_invalid_files=True).to_table()
+        assert table["row"].to_pylist() == out.rows
     assert vectors.most_at_once == vectors.requests_at_once
     assert sorted(text for request in vectors.requests for text in request) == sorted(texts)
 
