@@ -82,7 +82,7 @@ def test_build_says_what_it_needs(arguments: list[str], message: str, capsys: py
 
 def test_every_published_checkpoint_has_a_recipe() -> None:
     """Fourteen: MNTP alone, with SimCSE, with supervised training; Llama 3.1 has no SimCSE stage."""
-    published = {name: recipe for name, recipe in packaged_recipes().items() if recipe.adapters}
+    published = {name: recipe for name, recipe in packaged_recipes().items() if name != "demo"}
     assert len(published) == 14
     for name, recipe in published.items():
         family, _, stage = name.rpartition("-")
