@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev,clients,eval,otel,train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk,demo,dev,clients,docs,eval,otel,ray,train]'
 	@touch $@
 
 serve: install
@@ -66,6 +66,14 @@ fuzz: install
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
 
+# Half an hour and more for the demo encoder on two cores; LIMIT=2000 for a short one, TEXTS=FILE for texts of your own.
+bench-bulk: install
+	$(BIN)/python -m bench.bulk $(if $(LIMIT),--limit $(LIMIT)) $(if $(TEXTS),--texts $(TEXTS)) $(SAVE)
+
+# Needs the extra ray.
+bench-ray: install
+	$(BIN)/python -m bench.ray_serve $(SAVE)
+
 # On a machine with a GPU, in three parts of at most nine minutes each.
 bench-gpu: install
 	for part in kernels forward serve; do $(BIN)/python -m bench.gpu $$part --out build/bench-gpu || exit; done
@@ -81,8 +89,35 @@ peers:
 fidelity-table: install
 	$(BIN)/python -m bench.fidelity --save
 
+# A static site, with nothing in it that is loaded from elsewhere. Warnings are errors.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/site
+	@echo build/site/index.html
+
 container-test: install
 	docker/container-test.sh
+
+# Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
+GRAFANA_TYPES := build/grafana-types
+
+monitoring-test: install $(GRAFANA_TYPES)/.installed
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
+
+$(GRAFANA_TYPES)/.installed:
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(GRAFANA_TYPES) typescript@5.9.3 @grafana/schema@13.2.3 @grafana/grafana-foundation-sdk@0.0.21
+	@touch $@
+
+# The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.
+CHART_VENV := build/chart-venv
+
+chart-test: install $(CHART_VENV)/.installed
+	$(BIN)/pytest tests/deploy/test_chart.py
+
+$(CHART_VENV)/.installed: tests/deploy/chart-requirements.txt
+	$(PYTHON) -m venv $(CHART_VENV)
+	$(CHART_VENV)/bin/pip install --quiet --requirement $<
+	@touch $@
 
 # Known vulnerabilities of what is installed, and what that is as CycloneDX JSON. The tools have an environment of their own.
 AUDIT_VENV := build/audit-venv

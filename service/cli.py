@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,13 +16,15 @@ from tqdm import tqdm
 
 from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
+from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
+from model_store.shape import shape_of
+from service.bulk.asked import FileFormat, OnError
+from service.bulk.reading import Kind
+from service.choices import EmbedDtype, Overflow
 from service.errors import ServiceError
-from service.settings import PREFIX, SECRETS, Settings, load_settings
-
-# Beside its weights a GPU holds a batch's activations, the CUDA context and torch's reserve. An estimate for the
-# default token budget: 16384 tokens by the widest layer of a 7B model, a few tensors of that, and 1 GB.
-_WORKING_BYTES = 3_000_000_000
+from service.planning import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
+from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
 # eos_token is last_token behind another template, which the encoder has or has not.
 _EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
@@ -81,9 +84,98 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("folder", type=Path)
     show.set_defaults(run=_show)
 
+    _add_embed(commands)
+    _add_plan(commands)
     _add_eval(commands)
     _add_train(commands)
     return parser
+
+
+def _add_embed(commands: Any) -> None:
+    embed = commands.add_parser(
+        "embed",
+        help="embed files of texts into a folder of vectors",
+        allow_abbrev=False,
+        description="A job that was cut off goes on when the same command is given again. Settings of `serve` that "
+        f"have no option here are taken from their variables. A server's key is taken from {KEY_VARIABLE}.",
+    )
+    embed.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=".jsonl, .csv, .tsv, .parquet, .txt (a text a line), but for parquet also .gz; or a folder of such "
+        "files, or of .txt files that are a text each",
+    )
+    embed.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
+    embed.add_argument("--url", help="a running server, such as http://127.0.0.1:8000, instead of an encoder here")
+    embed.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
+    embed.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    embed.add_argument("--dtype", choices=("auto", *get_args(DType)), help="arithmetic, as of `serve`")
+    embed.add_argument("--input-format", choices=get_args(Kind), help="of inputs whose names don't say it")
+    embed.add_argument("--text-column", default="text", metavar="COLUMN", help="(default %(default)s)")
+    embed.add_argument("--id-column", metavar="COLUMN", help="stored as `id`; of a text a file it is the path")
+    embed.add_argument(
+        "--carry", metavar="COLUMN", action="append", default=[], help="stored as it is; give it for each column"
+    )
+    embed.add_argument("--instruction", default="", help="put before each text, and not pooled")
+    embed.add_argument("--dimensions", type=int, metavar="N", help="cut vectors to so many, and normalise them again")
+    embed.add_argument(
+        "--overflow", choices=get_args(Overflow), default="error", help="what becomes of a text that is too long"
+    )
+    embed.add_argument("--embed-dtype", choices=get_args(EmbedDtype), default="float32", help="of stored vectors")
+    embed.add_argument("--format", choices=get_args(FileFormat), default="parquet", help="(default %(default)s)")
+    embed.add_argument("--rows-per-shard", type=int, default=10_000, metavar="N", help="(default %(default)s)")
+    embed.add_argument(
+        "--on-error",
+        choices=get_args(OnError),
+        default="stop",
+        help="at a row that can't be embedded: stop, or leave it out and list it in errors.jsonl",
+    )
+    embed.add_argument("--overwrite", action="store_true", help="begin anew, whatever job wrote the folder")
+    embed.add_argument(
+        "--concurrency", type=int, default=16, metavar="N", help="requests at once to --url (default %(default)s)"
+    )
+    embed.set_defaults(run=_embed)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what speed, memory and number of GPUs to expect",
+        allow_abbrev=False,
+        description="From the model's arithmetic and the GPU's data sheet. Durations: 50ms, 90s, 30m, 24h, 7d.",
+    )
+    plan.add_argument("--model", required=True, metavar="DIR|RECIPE|HUB ID", help="an encoder, a recipe, or a base")
+    plan.add_argument(
+        "--gpu", required=True, metavar="NAME", nargs="+", help=f"{', '.join(gpus())}; several are set side by side"
+    )
+    plan.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    plan.add_argument("--token-budget", type=int, metavar="N", default=TOKEN_BUDGET["cuda"], help="as of `serve`")
+    plan.add_argument(
+        "--batch-seconds", type=float, metavar="SECONDS", default=BATCH_SECONDS["cuda"], help="as of `serve`"
+    )
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--efficiency", type=float, metavar="SHARE", help="of the GPU's peak, instead of what is assumed"
+    )
+    speed.add_argument(
+        "--timed",
+        type=float,
+        nargs=2,
+        metavar=("TOKENS_PER_SECOND", "SMALLEST_BATCH_MS"),
+        help="what a server logged as `calibrated` when it started on such a GPU",
+    )
+    plan.add_argument("--texts", type=int, metavar="N", help="a bulk job of so many texts")
+    plan.add_argument("--tokens-per-text", type=int, metavar="N", help="of each")
+    plan.add_argument("--within", metavar="DURATION", default="24h", help="which it may take (default 24h)")
+    plan.add_argument("--queries-per-second", type=float, metavar="N", help="a serving load")
+    plan.add_argument("--query-tokens", type=int, metavar="N", default=QUERY_TOKENS, help="of each (default 28)")
+    plan.add_argument("--p99", metavar="DURATION", default="100ms", help="in which 99 %% are answered (default 100ms)")
+    plan.add_argument("--dimensions", type=int, metavar="N", help="of the vectors kept; by default the model's width")
+    plan.add_argument("--price", type=float, metavar="PRICE", help="of a GPU-hour")
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
+    plan.set_defaults(run=_plan)
 
 
 def _add_eval(commands: Any) -> None:
@@ -148,8 +240,8 @@ def _build(options: argparse.Namespace) -> int:
     if options.list:
         print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
         for name, recipe in packaged_recipes().items():
-            weights = recipe.weight_bytes or 0
-            size = f"{weights / 1e9:5.1f} GB {(weights + _WORKING_BYTES) / 1e9:6.1f} GB"
+            memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
+            size = f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
             print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
         return 0
     parts: dict[str, Any] = {
@@ -190,6 +282,16 @@ def _build(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    given = Path(options.model).expanduser()
+    hub_id = "/" in options.model and not options.model.endswith(".toml")
+    reference = options.model if given.is_dir() or hub_id else load_recipe(options.model).base
+    asked = asked_of(vars(options))
+    plans = [Plan(shape_of(reference), gpu_named(name), asked) for name in options.gpu]
+    print(json.dumps(as_json(options.model, plans)) if options.json else as_table(options.model, plans))
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     from model_store.verify import verify_encoder
 
@@ -227,6 +329,14 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _embed(options: argparse.Namespace) -> int:
+    from service.bulk.asked import Asked
+    from service.bulk.command import embed
+
+    embed(Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)}), _ProgressBar("building"))
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from model_store.evaluation.command import Asked, evaluate
     from service.client import embed_texts
@@ -250,7 +360,7 @@ def _source(reference: str, commit: str | None) -> str:
 
 
 class _ProgressBar:
-    """Bytes of weights written, on stderr; silent where stderr is no terminal but for a line at each tenth."""
+    """Bytes of weights written."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -258,15 +368,7 @@ class _ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            quiet = not sys.stderr.isatty()
-            self._bar = tqdm(
-                total=total,
-                desc=self._what,
-                unit="B",
-                unit_scale=True,
-                mininterval=10.0 if quiet else 0.1,
-                ascii=quiet,
-            )
+            self._bar = bar_class()(total=total, desc=self._what, unit="B", unit_scale=True)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()

@@ -23,6 +23,7 @@ from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.backend import Batcher
 from service.batcher import Computed
+from service.choices import Overflow
 from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics, lane_of_request
@@ -50,9 +51,6 @@ _MOST_NUMBERS = 1 << 26
 
 # The ids that texts are given in: this model's own, or OpenAI's.
 TokenIds = Literal["model"] | OpenAIEncoding
-
-# What happens to an input that is longer than the server reads: refused, cut, or read in chunks whose mean it gets.
-Overflow = Literal["error", "truncate", "mean"]
 
 
 class Tokenizes(Protocol):

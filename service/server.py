@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -58,19 +59,8 @@ def serve(settings: Settings, progress: Progress) -> int:
     # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
-    # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
-    from model_store.encoder import choose_device  # torch, from here on
-    from service.worker import EncoderWorker
-
-    device = choose_device(settings.device)
-    folder, manifest = prepare_store(settings, progress)
-    manifest = as_served(manifest, settings)
-    configure_logs(settings.log_level)
-    limits = Limits(settings, manifest, device.type)
-    metrics = Metrics()
-    tokenizer = load_tokenizer(folder, manifest, settings)
-    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
+    prepared = prepare(settings, progress)
+    manifest = prepared.manifest
 
     def on_ready(facts: dict[str, object]) -> None:
         settle()
@@ -83,9 +73,52 @@ def serve(settings: Settings, progress: Progress) -> int:
             settings,
             listener,
             lambda on_fatal: create_app(
-                settings, manifest, tokenizer, limits, backend, metrics, on_fatal, on_ready, start_traces()
+                settings,
+                manifest,
+                prepared.tokenizer,
+                prepared.limits,
+                prepared.backend,
+                prepared.metrics,
+                on_fatal,
+                on_ready,
+                start_traces(),
             ),
         )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An encoder and all around it, in this process, of which nothing has been started."""
+
+    manifest: Manifest
+    tokenizer: TextTokenizer
+    limits: Limits
+    metrics: Metrics
+    backend: LocalBackend
+    dtype: str
+
+
+def prepare(settings: Settings, progress: Progress) -> Prepared:
+    """Find the encoder of these settings, or build it, and make ready what serves it.
+
+    Raises:
+        StartupError, ValueError: with a sentence that says what to change.
+    """
+    # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
+    from model_store.encoder import choose_device, choose_dtype  # torch, from here on
+    from service.worker import EncoderWorker
+
+    device = choose_device(settings.device)
+    folder, manifest = prepare_store(settings, progress)
+    manifest = as_served(manifest, settings)
+    configure_logs(settings.log_level)
+    limits = Limits(settings, manifest, device.type)
+    metrics = Metrics()
+    tokenizer = load_tokenizer(folder, manifest, settings)
+    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
+    dtype = str(choose_dtype(settings.dtype, device)).removeprefix("torch.")
+    return Prepared(manifest, tokenizer, limits, metrics, backend, dtype)
 
 
 def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> int:

@@ -27,14 +27,17 @@ PREFIX = "LLM2VEC_"
 # Tokens of one text, whatever more the model could read; callers of hosted APIs expect about this.
 DEFAULT_MAX_INPUT_TOKENS = 8192
 
-
-# A device so slow that this takes longer than a batch should is used as well as it can be.
-_LEAST_BATCH_TOKENS = 512
+# Most tokens in one batch and seconds of a full one, unless they are set.
+TOKEN_BUDGET = {"cuda": 16384, "cpu": 8192}
+BATCH_SECONDS = {"cuda": 0.1, "cpu": 1.5}
 
 Switch = Literal["auto", "on", "off"]
 
 # From the environment only, since every user of a machine sees its processes' arguments; kept as hashes.
 SECRETS = ("api_keys", "metrics_key")
+
+# The key that the commands which are clients of a server send; no setting of the server's.
+KEY_VARIABLE = "EMBED_API_KEY"
 
 _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
 
@@ -292,8 +295,7 @@ class Limits:
                 f"max_input_tokens is {self.max_input_tokens}, but {manifest.name} reads {reads} tokens: "
                 f"lower {PREFIX}MAX_INPUT_TOKENS to at most {reads}"
             )
-        on_cpu = device_type == "cpu"
-        self.token_budget = settings.token_budget or max(8192 if on_cpu else 16384, self.max_input_tokens)
+        self.token_budget = settings.token_budget or max(TOKEN_BUDGET[device_type], self.max_input_tokens)
         if self.token_budget < self.max_input_tokens:
             raise StartupError(
                 f"the model reads {self.max_input_tokens} tokens but token_budget is {self.token_budget}: raise "
@@ -305,13 +307,12 @@ class Limits:
                 f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
             )
         self._batch_tokens = settings.batch_tokens
-        self._batch_seconds = settings.batch_seconds or (1.5 if on_cpu else 0.1)
+        self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
 
     def for_batches(self, cost: CostModel) -> BatchLimits:
-        """The limits of a batch on a device that is so fast: large enough to be efficient, quick enough to wait for."""
-        quick = cost.tokens_within(self._batch_seconds)
-        efficient = max(min(cost.efficient_tokens(), quick), _LEAST_BATCH_TOKENS)
-        return BatchLimits(self._batch_tokens or min(efficient, self.token_budget), self.token_budget)
+        """The limits of a batch on a device that is so fast."""
+        full = self._batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
+        return BatchLimits(full, self.token_budget)
 
 
 def settings_table() -> str:

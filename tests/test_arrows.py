@@ -42,7 +42,7 @@ def test_only_the_command_knows_that_there_may_be_several_processes() -> None:
 
 
 def test_policies_know_no_event_loop() -> None:
-    for name in ("scheduling", "cost_model", "processes/dispatch", "processes/wire"):
+    for name in ("scheduling", "cost_model", "simulation", "planning", "processes/dispatch", "processes/wire"):
         assert "asyncio" not in imports(ROOT / "service" / f"{name}.py"), name
 
 
@@ -56,6 +56,8 @@ def test_errors_know_nothing() -> None:
         "service.app",
         "service.backend",
         "service.batcher",
+        "service.bulk.command",
+        "service.bulk.ray_data",
         "service.processes.child",
         "service.processes.devices",
         "service.processes.engine",
@@ -66,10 +68,12 @@ def test_errors_know_nothing() -> None:
         "service.embedder",
         "service.settings",
         "service.cli",
+        "service.planning",
         "service.client",
         "model_store.evaluation.command",
         "model_store.manifest",
         "model_store.recipe",
+        "model_store.shape",
         "model_store.tokenizer",
         "model_store.pooling_modes",
         "model_store.sources",
@@ -77,6 +81,11 @@ def test_errors_know_nothing() -> None:
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_files_of_texts_need_neither_parquet_nor_ray() -> None:
+    code = "import sys, service.cli, service.bulk.command; sys.exit(bool({'pyarrow', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -7,18 +7,17 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import orjson
 import pybase64
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from numpy.typing import NDArray
 
+from service.choices import EmbedDtype
 from service.metrics import Metrics
 from service.rows import Vector
+from service.vector_dtypes import quantize_vectors
 
 EncodingFormat = Literal["float", "base64"]
-EmbedDtype = Literal["float32", "float16", "int8", "uint8", "ubinary", "binary"]
 
 # Numbers in a slice: 3 ms of work as decimal fractions, much less as base64; and in an answer written in one go.
 _NUMBERS_AT_ONCE = 1 << 16
@@ -31,34 +30,11 @@ def encode_vectors(
     """Each vector as a JSON value, in slices: a list of numbers, or a string of base64 of its little-endian bytes."""
     at_once = max(_NUMBERS_AT_ONCE // len(vectors[0]), 1) if vectors else 1
     for start in range(0, len(vectors), at_once):
-        part = [quantize_vector(vector, dtype) for vector in vectors[start : start + at_once]]
+        part = [quantize_vectors(vector, dtype) for vector in vectors[start : start + at_once]]
         if encoding_format == "base64":
             yield [b'"%b"' % pybase64.b64encode(vector.data) for vector in part]
         else:
             yield [orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY) for vector in part]
-
-
-def quantize_vector(vector: Vector, dtype: EmbedDtype) -> NDArray[Any]:
-    """A vector that has been cut and normalised, (D,), in fewer bits.
-
-    int8 is scaled so that the largest number is ±127: for each vector by itself, which its cosines don't see; uint8 is
-    that and 128. ubinary is a bit for each number, set where it is above 0, packed from the highest bit down; binary is
-    that less 128.
-    """
-    match dtype:
-        case "float32":
-            return vector.astype("<f4", copy=False)
-        case "float16":
-            return vector.astype("<f2")
-        case "int8":
-            largest = np.abs(vector).max(initial=0.0)
-            return np.rint(vector * (127 / largest if largest else 0)).astype(np.int8)
-        case "uint8":
-            return quantize_vector(vector, "int8").view(np.uint8) ^ 128
-        case "ubinary":
-            return np.packbits(vector > 0)
-        case "binary":
-            return (np.packbits(vector > 0) ^ 128).view(np.int8)
 
 
 def json_array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:

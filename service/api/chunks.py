@@ -10,10 +10,11 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors
+from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors
 from service.api.common import Text, alias_of, answer_headers, choose_instruction, ignored_fields
 from service.api.openai import ERRORS, EmbedFields, documented, usage
 from service.api.requests import read, while_connected
+from service.choices import EmbedDtype
 from service.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
 from service.errors import InvalidRequest
 

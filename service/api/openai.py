@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.api.answers import AnswerWriter, EmbedDtype, EncodingFormat, encode_vectors, json_answer
+from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors, json_answer
 from service.api.common import (
     Name,
     Text,
@@ -26,7 +26,8 @@ from service.api.common import (
 )
 from service.api.error_responses import described
 from service.api.requests import read, while_connected
-from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, Overflow, TokenIds
+from service.choices import EmbedDtype, Overflow
+from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
 from service.errors import InvalidRequest
 from service.instructions import ROLES, Chosen
 from service.scheduling import Lane

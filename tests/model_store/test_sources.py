@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from model_store import progress
 from model_store.build import build_encoder
 from model_store.recipe import load_recipe, recipe_from
 from model_store.sources import SourceError, resolve, wanted_files
@@ -131,6 +132,22 @@ def test_a_hub_id_is_pinned_to_its_commit(hub: type[_Hub], tmp_path: Path) -> No
     assert [stage.commit for stage in manifest.adapters] == [COMMITS["v1"]]
     assert not [path for path in hub.asked if path.endswith(".py")]
     assert not [path for path in hub.asked if "/resolve/main/" in path]
+
+
+def test_without_a_terminal_fetching_is_told_in_whole_lines(
+    hub: type[_Hub], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    save_base(tmp_path / "base")
+    hub.folders["org/base"] = tmp_path / "base"
+    capfd.readouterr()
+    with resolve("org/base") as source:
+        size = sum(path.stat().st_size for path in source.folder.iterdir())
+    told = capfd.readouterr().err
+    assert "\r" not in told
+    assert told.endswith("\n")
+    assert f"{size / 1000:.0f}k" in told
+    assert "Fetching" in told
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,275 @@
+"""`llm2vec-service embed` over many sentences on the CPU: killed twice, gone on with, checked, and timed.
+
+    python -m bench.bulk [--texts FILE] [--limit 100000] [--model DIR|RECIPE] [--save]
+
+The command runs in a process of its own. Whenever it has finished a shard it is stopped for a moment, and the encoder
+alone embeds a share of that shard's texts in this process, already tokenized and sorted by length: so both are timed
+by turns, on the same texts, on a machine whose speed drifts, and the shard's vectors are held to the encoder's own. At
+a third and at two thirds the command is killed at a random moment. In the end every row must be there once, in order.
+A shard during which the command was started says nothing of its speed, and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from bench.cpu import pack
+from bench.report import finish
+from bench.texts import sentences
+from model_store.encoder import Encoder
+from model_store.pooling import shorten_and_normalize
+from model_store.tokenizer import TextTokenizer
+from service.server import prepare_store
+from service.settings import Settings
+
+# Of each shard's texts, as many are embedded by the encoder alone.
+_SHARE = 0.2
+
+_KILLS_AT = (1 / 3, 2 / 3)
+_LOOK_SECONDS = 0.02
+_PATIENCE_SECONDS = 1800.0
+
+# bfloat16 in batches of other sizes.
+_LEAST_COSINE = 0.999
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, help="a text a line, may be .gz; by default made of packaged sentences")
+    parser.add_argument("--limit", type=int, default=100_000, help="of texts (default %(default)s)")
+    parser.add_argument("--rows-per-shard", type=int, help="by default a fiftieth of the texts, and at least 100")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", choices=("auto", "off"), default="auto")
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    options = parser.parse_args()
+    texts = read_texts(options.texts, options.limit)
+    rows_per_shard = options.rows_per_shard or max(len(texts) // 50, 100)
+    settings = Settings(model=options.model)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
+    folder, _ = prepare_store(settings, lambda done, total: None)
+    alone = Alone.load(folder, options.dtype, options.compile == "auto")
+    with tempfile.TemporaryDirectory(prefix="bench-bulk-") as scratch:
+        path, out = Path(scratch) / "texts.txt", Path(scratch) / "out"
+        path.write_text("".join(text + "\n" for text in texts))
+        command = [sys.executable, "-m", "service", "embed", str(path), "--model", str(folder), "--out", str(out)]
+        command += ["--device", "cpu", "--dtype", options.dtype, "--rows-per-shard", str(rows_per_shard)]
+        result = run(command, {"LLM2VEC_COMPILE": options.compile}, out, texts, alone)
+    finish(
+        "bulk", {"model": folder.name, "dtype": options.dtype, "rows_per_shard": rows_per_shard, **result}, options.save
+    )
+
+
+def read_texts(path: Path | None, limit: int) -> list[str]:
+    """Texts of a file, or packaged sentences with a number each."""
+    if path is None:
+        return [f"{number}. {text}" for number, text in enumerate(islice(cycle(sentences()), limit), 1)]
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        found = [line.rstrip("\r\n") for line in islice(file, limit)]
+    if len(found) < limit:
+        raise SystemExit(f"{path} has {len(found)} texts: give --limit {len(found)}")
+    return found
+
+
+@dataclass
+class Alone:
+    """The encoder without anything around it."""
+
+    encoder: Encoder
+    tokenizer: TextTokenizer
+    tokens: int = 0
+    seconds: float = 0.0
+    least_cosine: float = 1.0
+    checked: int = 0
+
+    @classmethod
+    def load(cls, folder: Path, dtype: Any, compiled: bool) -> Alone:
+        """As the server has it."""
+        encoder = Encoder.load(folder, "cpu", dtype)
+        encoder.pack_weights()
+        if compiled:
+            encoder.compile_layers()
+        alone = cls(encoder, TextTokenizer.load(folder, encoder.manifest))
+        alone.embed(sentences()[:200])  # the first batches are not typical
+        return cls(encoder, alone.tokenizer)
+
+    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], float]:
+        """(n, D) vectors in the texts' order, and tokens a second."""
+        rows = self.tokenizer.encode_batch(texts, [""] * len(texts))
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+        batches = list(pack([rows[place] for place in order], self.encoder.manifest.pooling))
+        began = time.perf_counter()
+        pooled = torch.cat([self.encoder.encode(batch) for batch in batches])
+        seconds = time.perf_counter() - began
+        tokens = sum(map(len, rows))
+        self.tokens += tokens
+        self.seconds += seconds
+        widths = torch.full((len(rows),), self.encoder.manifest.width)
+        vectors = np.empty((len(rows), self.encoder.manifest.width), np.float32)
+        vectors[order] = shorten_and_normalize(pooled, widths).numpy()
+        return vectors, tokens / seconds
+
+    def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> float:
+        """Embed the texts, hold vectors to theirs; tokens a second."""
+        own, rate = self.embed(texts)
+        self.least_cosine = min(self.least_cosine, float((own * vectors).sum(1).min()))
+        self.checked += len(texts)
+        return rate
+
+
+@dataclass
+class Command:
+    """The command, its clock stopped whenever it is."""
+
+    command: Sequence[str]
+    environment: dict[str, str]
+    starts: int = 0
+    awake_seconds: float = 0.0
+    process: subprocess.Popen[str] = field(init=False)
+    _since: float = field(init=False)
+
+    def start(self) -> None:
+        """Once more."""
+        self.starts += 1
+        self.process = subprocess.Popen(self.command, env={**os.environ, **self.environment}, text=True)
+        self._since = time.perf_counter()
+
+    def clock(self) -> float:
+        """Seconds that it has been running, of all its lives, while it does."""
+        return self.awake_seconds + time.perf_counter() - self._since
+
+    def stop(self) -> None:
+        """For a moment."""
+        self.awake_seconds = self.clock()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After `stop`."""
+        self._since = time.perf_counter()
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """And be sure that it was running."""
+        self.process.kill()
+        status = self.process.wait()
+        assert status == -signal.SIGKILL, f"the command ended with status {status} before it was killed"
+        self.awake_seconds = self.clock()
+
+
+def run(
+    command: Sequence[str], environment: dict[str, str], out: Path, texts: Sequence[str], alone: Alone
+) -> dict[str, Any]:
+    """The whole job; what came of it."""
+    chance = random.Random(0)
+    job = Command(command, environment)
+    kills = [round(share * len(texts)) for share in _KILLS_AT]
+    killed_at: list[int] = []
+    slices: list[dict[str, float]] = []
+    seen, last = 0, None
+    job.start()
+    try:
+        while True:
+            shards = wait_for_shards(job, out, seen)
+            if len(shards) == seen:
+                break
+            job.stop()
+            finished = job.awake_seconds
+            for shard in shards[seen:]:
+                places = chance.sample(range(shard["rows"]), max(round(_SHARE * shard["rows"]), 1))
+                numbers, vectors = read_shard(out / shard["file"])
+                own = alone.check([texts[numbers[place]] for place in places], vectors[places])
+                if last is not None and len(shards) == seen + 1:
+                    rate = shard["tokens"] / (finished - last)
+                    slices.append({"embed": rate, "alone": own, "ratio": rate / own})
+                    print(
+                        f"{shard['first_row'] + shard['read']:7} rows: {rate:7.0f} tokens/s, encoder alone {own:7.0f}",
+                        flush=True,
+                    )
+            seen, last = len(shards), finished
+            done = sum(shard["read"] for shard in shards)
+            job.go_on()
+            if kills and done >= kills[0]:
+                kills.pop(0)
+                time.sleep(chance.uniform(0, finished / max(done, 1) * shards[-1]["rows"]))
+                job.kill()
+                killed_at.append(done)
+                print(f"killed after {done} rows", flush=True)
+                job.start()
+                last = None
+    finally:
+        job.process.kill()
+        job.process.wait()
+    return {**verdict(out, texts), **figures(slices, alone), "killed_after_rows": killed_at, "starts": job.starts}
+
+
+def wait_for_shards(job: Command, out: Path, seen: int) -> list[dict[str, Any]]:
+    """The shards, once there are more than were seen, or the command has ended well."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while time.monotonic() < end:
+        status = job.process.poll()
+        path = out / "manifest.json"
+        shards: list[dict[str, Any]] = json.loads(path.read_text())["shards"] if path.exists() else []
+        if len(shards) > seen:
+            return shards
+        if status is not None:
+            assert status == 0, f"the command ended with status {status}"
+            return shards
+        time.sleep(_LOOK_SECONDS)
+    raise AssertionError("the command has done nothing for long")
+
+
+def read_shard(path: Path) -> tuple[list[int], NDArray[np.float32]]:
+    """Row numbers, and (n, D) vectors."""
+    table = parquet.read_table(path)
+    lists = table["embedding"].combine_chunks()
+    return table["row"].to_pylist(), lists.values.to_numpy().reshape(table.num_rows, -1)
+
+
+def verdict(out: Path, texts: Sequence[str]) -> dict[str, Any]:
+    """Whether every row is there once, in order, and nothing else."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["complete"], "the job is not complete"
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert sorted(names) == sorted(path.name for path in out.glob("part-*")), "other files than the manifest's"
+    numbers = [number for name in names for number in read_shard(out / name)[0]]
+    assert numbers == list(range(len(texts))), "rows are lost, doubled or out of order"
+    return {"rows": len(numbers), "tokens": sum(shard["tokens"] for shard in manifest["shards"])}
+
+
+def figures(slices: Sequence[dict[str, float]], alone: Alone) -> dict[str, Any]:
+    """Rates, and how near the vectors are to the encoder's own."""
+    assert alone.least_cosine > _LEAST_COSINE, f"a vector's cosine to the encoder's own is {alone.least_cosine}"
+    return {
+        "embed_tokens_per_second": round(statistics.median(part["embed"] for part in slices)),
+        "encoder_tokens_per_second": round(statistics.median(part["alone"] for part in slices)),
+        "ratio": round(statistics.median(part["ratio"] for part in slices), 3),
+        "ratios": [round(part["ratio"], 3) for part in slices],
+        "rows_held_to_the_encoder": alone.checked,
+        "least_cosine": round(alone.least_cosine, 6),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,141 @@
+"""`llm2vec-service embed`: files of texts in, a folder of vectors out, which a job that was cut off goes on from."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from service.bulk.asked import Asked
+from service.bulk.folder import ERRORS_FILE, JobFolder
+from service.bulk.job import Job, JobError, Manifest, default_id, describe
+from service.bulk.pipeline import Embeds, run
+from service.bulk.reading import Columns, find_inputs
+from service.bulk.shards import check_format
+from service.bulk.sources import LocalVectors, ServerVectors, Wanted
+from service.errors import InvalidRequest
+from service.logs import configure_logs
+from service.settings import load_settings
+
+Progress = Callable[[int, int], None]
+
+# How often the bar moves where it is lines of a log.
+_LOG_SECONDS = 10.0
+
+
+def embed(asked: Asked, progress: Progress) -> Manifest:
+    """Do a job, or what is left of it; `progress` is told of an encoder that is built. What there is in the end.
+
+    Raises:
+        JobError, InputError, ServiceError, ValueError, OSError: with a sentence that says what to change. What was
+            done before stays, and the same command goes on from there.
+    """
+    _refuse_contradictions(asked)
+    check_format(asked.format)
+    inputs = find_inputs(asked.inputs, asked.input_format)
+    columns = Columns(asked.text_column, asked.id_column or default_id(inputs), tuple(asked.carry))
+    with JobFolder.alone(asked.out) as folder:
+        before = folder.manifest
+        records = describe(inputs, columns, asked.on_error, before.job.inputs if before else ())
+        vectors = _vectors(asked, progress)
+        source = vectors.source
+        job = Job(
+            source=source,
+            instruction=asked.instruction,
+            dimensions=asked.dimensions or source.width,
+            overflow=asked.overflow,
+            embed_dtype=asked.embed_dtype,
+            text_column=columns.text,
+            id_column=columns.id,
+            carried=columns.carried,
+            file_format=asked.format,
+            rows_per_shard=asked.rows_per_shard,
+            inputs=records,
+        )
+        if not 1 <= job.dimensions <= source.width:
+            raise JobError(f"--dimensions is {job.dimensions}: {source.model} has 1 to {source.width}")
+        manifest = folder.begin(job, asked.overwrite)
+        if manifest.complete:
+            print(f"{asked.out} has it already, whole: {_summary(manifest)}")
+            return manifest
+
+        async def work() -> None:
+            async with vectors.running():
+                await _try_out(vectors)  # what is wrong with every text is not a text's fault
+                with _Bar(job.rows, manifest.read) as bar:
+                    await run(job, inputs, folder, vectors, asked.on_error, bar.update)
+
+        asyncio.run(work())
+        assert folder.manifest is not None
+        print(f"{asked.out}: {_summary(folder.manifest)}")
+        return folder.manifest
+
+
+def _refuse_contradictions(asked: Asked) -> None:
+    if asked.url and (given := [name for name in ("model", "device", "dtype") if getattr(asked, name)]):
+        raise JobError(f"--{given[0]} is the server's own choice: leave it out, or leave out --url")
+    for name in ("rows_per_shard", "concurrency"):
+        if getattr(asked, name) < 1:
+            raise JobError(f"--{name.replace('_', '-')} is {getattr(asked, name)}: at least 1")
+    out = asked.out.resolve()
+    if inside := [path for path in asked.inputs if out.is_relative_to(path.resolve())]:
+        raise JobError(f"{asked.out} is in {inside[0]}, whose files are to be embedded: choose another --out")
+
+
+def _vectors(asked: Asked, progress: Progress) -> LocalVectors | ServerVectors:
+    wanted = Wanted(asked.instruction, asked.dimensions or 0, asked.overflow)
+    if asked.url:
+        configure_logs("warning")
+        return asyncio.run(ServerVectors.reach(asked.url, wanted, asked.concurrency))
+    given = {name: value for name in ("model", "device", "dtype") if (value := getattr(asked, name)) is not None}
+    settings = load_settings(given)
+    if "log_level" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"log_level": "warning"})  # the rest is for who watches a server
+    return LocalVectors.prepare(settings, wanted, progress)
+
+
+async def _try_out(vectors: Embeds) -> None:
+    try:
+        await vectors.embed(["a"])
+    except InvalidRequest as error:
+        raise JobError(f"no text can be embedded so: {error}") from error
+
+
+def _summary(manifest: Manifest) -> str:
+    left_out = f", {manifest.errors} left out (see {ERRORS_FILE})" if manifest.errors else ""
+    return f"{manifest.rows} rows in {len(manifest.shards)} files{left_out}"
+
+
+class _Bar:
+    """Rows done, and tokens a second of this run; lines of a log where stderr is no terminal."""
+
+    def __init__(self, rows: int, done: int) -> None:
+        quiet = not sys.stderr.isatty()
+        self._tokens = 0
+        self._began = time.perf_counter()
+        self._bar: tqdm[Any] = tqdm(
+            total=rows,
+            initial=done,
+            desc="embedding",
+            unit="row",
+            unit_scale=True,
+            mininterval=_LOG_SECONDS if quiet else 0.1,
+            ascii=quiet,
+        )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def update(self, rows: int, tokens: int) -> None:
+        """Count some more."""
+        self._tokens += tokens
+        rate = self._tokens / (time.perf_counter() - self._began)
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
+        self._bar.update(rows)

@@ -1,0 +1,372 @@
+"""Rows of texts from files, one after the other: never more of a file in memory than a row, or a piece of parquet.
+
+A row that can't be embedded is a value like any other, with its line and what is wrong with it. What makes a whole file
+unreadable raises. Knows nothing of encoders, and of parquet only where there is some.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# lines: a text a line; files: a folder, or one file, of which each file is a text.
+Kind = Literal["jsonl", "csv", "tsv", "parquet", "lines", "files"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Where the name says it; `.txt` is a text a line, or a text a file where a folder is given.
+_KIND_OF_SUFFIX: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "lines",
+}
+
+# What a text of a folder is called, beside its text.
+PATH_COLUMN = "path"
+
+# A line, field or file beyond this is no text but a mistake, such as a quote that is never closed.
+MOST_BYTES = 1 << 26
+
+# Rows of parquet that are Python objects at once.
+_PARQUET_ROWS = 1024
+_PARQUET_BUFFER = 1 << 20
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+
+
+class InputError(ValueError):
+    """A file that can't be read or lacks what was asked for; the message names it, and its line where there is one."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read of a row: its text, and the columns that go with its vector."""
+
+    text: str = "text"
+    id: str | None = None
+    carried: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """All but the text."""
+        return ((self.id,) if self.id else ()) + self.carried
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text, its line (from 1), and the values of `Columns.beside`; `missing` are carried columns that it lacks."""
+
+    line: int
+    text: str
+    values: tuple[Any, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that can't be embedded, and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file, or a folder whose files are a text each. No line, field or such file may have more than `most_bytes`."""
+
+    path: Path
+    kind: Kind
+    most_bytes: int = MOST_BYTES
+
+    def place(self, line: int) -> tuple[Path, int | None]:
+        """The file of a row, and its line there; none where the file is the row."""
+        return (self.files()[line - 1], None) if self.kind == "files" else (self.path, line)
+
+    def where(self, line: int) -> str:
+        """The same for people."""
+        path, line_there = self.place(line)
+        unit = "row" if self.kind == "parquet" else "line"
+        return str(path) if line_there is None else f"{path}, {unit} {line_there}"
+
+    def files(self) -> list[Path]:
+        """The files it consists of, in order."""
+        return _files_in(self.path) if self.path.is_dir() else [self.path]
+
+    def names(self, columns: Columns) -> Sequence[str] | None:
+        """The columns that there are, where they are the same for every row.
+
+        Raises:
+            InputError: if the file can't be read so far.
+        """
+        with _readable(self.path):
+            if self.kind == "parquet":
+                return cast(Sequence[str], _parquet(self.path).schema_arrow.names)
+            if self.kind in ("csv", "tsv"):
+                with _open(self.path) as file:
+                    return next(_cells(self, file), (0, []))[1]
+        return {"lines": [columns.text], "files": [PATH_COLUMN, columns.text]}.get(self.kind)
+
+    def type_of(self, column: str) -> pyarrow.DataType | None:
+        """A parquet column's type; in other files a value is a string, or JSON where it was not one."""
+        if self.kind != "parquet":
+            return None
+        import pyarrow
+
+        found = _parquet(self.path).schema_arrow.field(column).type
+        return found.value_type if pyarrow.types.is_dictionary(found) else found
+
+    def read(self, columns: Columns, after: int = 0) -> Iterator[Row | BadRow]:
+        """Its rows behind line `after`, in order.
+
+        Raises:
+            InputError: if it can't be read, or not to its end.
+        """
+        readers: dict[Kind, Callable[[], Iterator[tuple[int, Any]]]] = {
+            "jsonl": lambda: _json_lines(self, after),
+            "csv": lambda: _tables(self, after),
+            "tsv": lambda: _tables(self, after),
+            "parquet": lambda: _parquet_rows(self.path, columns, after),
+            "lines": lambda: _plain_lines(self, columns.text, after),
+            "files": lambda: _texts(self, columns.text, after),
+        }
+        keeps_types = self.kind == "parquet"
+        with _readable(self.path):
+            for line, found in readers[self.kind]():
+                yield BadRow(line, found) if isinstance(found, str) else row_of(line, found, columns, keeps_types)
+
+
+def find_inputs(paths: Iterable[Path], kind: Kind | None = None) -> list[Input]:
+    """What the paths stand for, in their order: a folder for its files in order of their names, those below included.
+
+    Raises:
+        InputError: for a path that is not there, or a file of which nothing says what kind it is.
+    """
+    found = [one for path in paths for one in (_inputs_in(path, kind) if path.is_dir() else [_input_at(path, kind)])]
+    path, times = Counter(one.path.resolve() for one in found).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{path} is given twice")
+    return found
+
+
+def _inputs_in(folder: Path, kind: Kind | None) -> list[Input]:
+    files = _files_in(folder)
+    if not files:
+        raise InputError(f"{folder} holds no files")
+    if kind == "files":
+        return [Input(folder, "files")]
+    inputs = [_input_at(path, kind) for path in files]
+    plain = [one for one in inputs if one.kind == "lines"]
+    if kind or not plain:
+        return inputs
+    if len(plain) < len(inputs):
+        other = next(one for one in inputs if one.kind != "lines")
+        raise InputError(
+            f"{folder} holds texts, such as {plain[0].path.name}, and tables, such as {other.path.name}: name the "
+            "files to embed, or give --input-format"
+        )
+    return [Input(folder, "files")]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Files that are not hidden, nor in a hidden folder."""
+    below = ((path, path.relative_to(folder)) for path in folder.rglob("*"))
+    seen = [path for path, name in below if path.is_file() and not any(part.startswith(".") for part in name.parts)]
+    return sorted(seen, key=lambda path: path.relative_to(folder).parts)
+
+
+def _input_at(path: Path, kind: Kind | None) -> Input:
+    if not path.is_file():
+        raise InputError(f"{path} is not there")
+    by_name = _KIND_OF_SUFFIX.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    if kind is None and (by_name is None or (by_name == "parquet" and path.suffix == ".gz")):
+        known = ", ".join(_KIND_OF_SUFFIX)
+        raise InputError(f"{path}: its name does not say what it is ({known}): give --input-format")
+    return Input(path, kind or cast(Kind, by_name))
+
+
+def row_of(line: int, found: Mapping[str, Any], columns: Columns, keeps_types: bool = True) -> Row | BadRow:
+    """A row of what was found by column; values that are no strings become JSON unless their types are kept."""
+    text = found.get(columns.text)
+    if not isinstance(text, str):
+        return BadRow(line, _no_text(found, columns.text))
+    values = [found.get(name) for name in columns.beside]
+    if columns.id and values[0] is None:
+        return BadRow(line, f"there is no {columns.id!r}" + (", it is null" if columns.id in found else ""))
+    if not keeps_types:
+        values = [
+            value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ]
+    for name, value in zip((columns.text, *columns.beside), (text, *values), strict=True):
+        if isinstance(value, str) and not _is_unicode(value):
+            return BadRow(line, f"{name!r} is not valid UTF-8")
+    return Row(line, text, tuple(values), tuple(name for name in columns.carried if name not in found))
+
+
+def _no_text(found: Mapping[str, Any], column: str) -> str:
+    if column not in found:
+        return f"there is no {column!r}, only {', '.join(map(repr, found)) or 'nothing'}"
+    value = found[column]
+    return f"{column!r} is {'null' if value is None else f'{type(value).__name__} ({value!r:.40})'}, not a string"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone surrogates, which JSON can escape and no encoding can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# Each of these gives (line, what it holds): its values by column, or what is wrong with it.
+
+
+def _plain_lines(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
+    for number, line in _lines(one):
+        if number > after:
+            text = _decoded(line)
+            yield number, text if isinstance(text, BadText) else {column: text}
+
+
+def _json_lines(one: Input, after: int) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    for number, line in _lines(one):
+        if number <= after or not (isinstance(line, BadText) or line.strip()):
+            continue
+        text = _decoded(line)
+        if isinstance(text, BadText):
+            yield number, text
+            continue
+        try:
+            item = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield number, f"is not valid JSON: {error}"
+        else:
+            yield number, item if isinstance(item, dict) else "is not a JSON object"
+
+
+def _tables(one: Input, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
+    with _open(one.path) as file:
+        cells = _cells(one, file)
+        _, header = next(cells, (0, []))
+        for line, row in cells:
+            if line <= after or not row:
+                continue
+            if len(row) != len(header):
+                yield line, f"has {len(row)} columns, the header {len(header)}"
+            else:
+                yield line, dict(zip(header, row, strict=True))
+
+
+def _parquet_rows(path: Path, columns: Columns, after: int) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    file = _parquet(path)
+    groups, skipped = list(range(file.num_row_groups)), 0
+    while groups and skipped + (rows := file.metadata.row_group(groups[0]).num_rows) <= after:
+        skipped += rows
+        groups.pop(0)
+    names = list(dict.fromkeys((columns.text, *columns.beside)))
+    number = skipped
+    for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=names):
+        arrays = [batch.column(name) for name in names]
+        for place in range(batch.num_rows):
+            number += 1
+            if number > after:
+                try:
+                    yield number, {name: array[place].as_py() for name, array in zip(names, arrays, strict=True)}
+                except UnicodeDecodeError as error:
+                    yield number, f"is not valid UTF-8: {error.reason}"
+
+
+def _texts(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
+    for number, path in enumerate(one.files(), 1):
+        if number <= after:
+            continue
+        with _readable(path), _binary(path) as file:
+            content = file.read(one.most_bytes + 1)
+        text = _decoded(_too_long(one) if len(content) > one.most_bytes else content.removeprefix(_UTF8_MARK))
+        name = path.relative_to(one.path).as_posix() if path != one.path else path.name
+        yield number, text if isinstance(text, BadText) else {PATH_COLUMN: name, column: text}
+
+
+class BadText(str):
+    """What is wrong with bytes that should have been a text."""
+
+
+def _too_long(one: Input) -> BadText:
+    return BadText(f"has more than {one.most_bytes} bytes")
+
+
+def _decoded(content: bytes | BadText) -> str:
+    if isinstance(content, BadText):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        return BadText(f"is not valid UTF-8: {error.reason} at byte {error.start}")
+
+
+def _lines(one: Input) -> Iterator[tuple[int, bytes | BadText]]:
+    r"""(number, line) without its end, which is \n or \r\n."""
+    with _binary(one.path) as file:
+        number = 0
+        while line := file.readline(one.most_bytes):
+            number += 1
+            if len(line) == one.most_bytes and not line.endswith(b"\n"):
+                while (rest := file.readline(one.most_bytes)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, _too_long(one)
+            else:
+                own = line.removeprefix(_UTF8_MARK) if number == 1 else line
+                yield number, own.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _cells(one: Input, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """(line it ends at, cells) of each row, the header included. Tab-separated files have no quoting."""
+    csv.field_size_limit(one.most_bytes)
+    reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if one.kind == "tsv" else csv.reader(file)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise InputError(f"{one.path}, line {reader.line_num}: {error}; is a quote before it never closed?") from error
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'llm2vec-service[bulk]'") from error
+    return ParquetFile(path, buffer_size=_PARQUET_BUFFER)  # or a whole row group's columns are read at once
+
+
+def _binary(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
+def _open(path: Path) -> IO[str]:
+    """A table as csv wants it; bytes that are not UTF-8 become lone surrogates, by which their row is known."""
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    return cast(IO[str], gzip.open(path, "rt", **how)) if path.suffix == ".gz" else path.open(**how)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's own are kinds of these
+        raise InputError(f"{path} can't be read: {error}") from error

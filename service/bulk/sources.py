@@ -1,0 +1,178 @@
+"""Where the vectors of a job come from: the encoder in this process, as `serve` has it but for HTTP, or a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from service import watchdog
+from service.bulk.job import JobError, VectorSource
+from service.bulk.pipeline import Embedded
+from service.choices import Overflow
+from service.client import PATIENCE, Patience, ServedModel, ServerClient
+from service.embedder import Embedder, EmbedInput, EmbedRequest
+from service.errors import DeviceLost, ServiceError
+from service.instructions import Chosen
+from service.server import Prepared, prepare, settle
+from service.settings import Settings
+
+# Batches' worth of tokens that wait for the device or are tokenized, where a request has at least so many tokens; and
+# the most requests that this may be.
+_BATCHES_AT_ONCE = 3
+_REQUEST_TOKENS = 512
+_MOST_REQUESTS = 64
+
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How texts are to be embedded; `dimensions` 0 is all that there are."""
+
+    instruction: str = ""
+    dimensions: int = 0
+    overflow: Overflow = "error"
+
+
+@dataclass
+class LocalVectors:
+    """Of an encoder in this process: its queue, batches and device thread, and what the server makes of each text."""
+
+    prepared: Prepared
+    settings: Settings
+    wanted: Wanted
+    _embedder: Embedder = field(init=False)
+
+    @classmethod
+    def prepare(cls, settings: Settings, wanted: Wanted, progress: Callable[[int, int], None]) -> LocalVectors:
+        """Find or build the encoder; it is loaded when it is entered.
+
+        Raises:
+            JobError: for several devices.
+            StartupError, ValueError: with a sentence that says what to change.
+        """
+        if settings.several_processes:
+            raise JobError(
+                f"a job has one device, not {settings.device}: serve them together and give --url, or give each its "
+                "own inputs and --out"
+            )
+        # What waits here is what this process asks for.
+        settings = settings.model_copy(update={"max_queued_tokens": _NO_LIMIT})
+        return cls(prepare(settings, progress), settings, wanted)
+
+    @property
+    def source(self) -> VectorSource:
+        """By the manifest and the settings."""
+        manifest, settings = self.prepared.manifest, self.settings
+        return VectorSource(
+            model=manifest.name,
+            embedding_space=manifest.embedding_space,
+            width=manifest.width,
+            max_input_tokens=self.prepared.limits.max_input_tokens,
+            dtype=self.prepared.dtype,
+            truncation=settings.truncation,
+            empty_text=settings.empty_text,
+        )
+
+    @property
+    def requests_at_once(self) -> int:
+        """Enough that the device never waits, by the size of its batches; more would only wait themselves."""
+        batch_tokens = self.prepared.backend.batcher.batch_tokens
+        return max(min(_BATCHES_AT_ONCE * batch_tokens // _REQUEST_TOKENS, _MOST_REQUESTS), _BATCHES_AT_ONCE)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Loaded, warmed up and in work."""
+        prepared, backend = self.prepared, self.prepared.backend
+        await backend.start()
+        settle()
+        work = asyncio.create_task(backend.run())
+        await asyncio.sleep(0)  # it begins, and says how large its batches are
+        self._embedder = Embedder(
+            prepared.manifest, prepared.tokenizer, backend.batcher, self.settings, prepared.limits, prepared.metrics
+        )
+        try:
+            yield
+        finally:
+            work.cancel()
+            (ended,) = await asyncio.gather(work, return_exceptions=True)
+            if isinstance(ended, DeviceLost):
+                watchdog.end_within(watchdog.GRACE_SECONDS)  # its thread never ends
+            self._embedder.close()
+            backend.stop()
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Through the embedder, in the lane of bulk."""
+        wanted = self.wanted
+        chosen = Chosen(wanted.instruction, "request")
+        inputs = [EmbedInput(text, chosen) for text in texts]
+        result = await self._embedder.embed(
+            EmbedRequest(inputs, wanted.dimensions or None, overflow=wanted.overflow, lane="bulk", param="text")
+        )
+        return Embedded(np.stack(result.vectors), result.prompt_tokens)
+
+
+@dataclass
+class ServerVectors:
+    """Of a running server."""
+
+    url: str
+    wanted: Wanted
+    model: ServedModel
+    requests_at_once: int
+    patience: Patience = PATIENCE
+    _client: ServerClient = field(init=False)
+
+    @classmethod
+    async def reach(
+        cls, url: str, wanted: Wanted, requests_at_once: int, patience: Patience = PATIENCE
+    ) -> ServerVectors:
+        """Ask the server what it serves.
+
+        Raises:
+            ServiceError: if it can't be reached, or is no server of this kind.
+        """
+        async with ServerClient(url) as client:
+            return cls(url, wanted, await client.served_model(), requests_at_once, patience)
+
+    @property
+    def source(self) -> VectorSource:
+        """By what the server says of itself."""
+        model = self.model
+        return VectorSource(
+            model=model.name,
+            embedding_space=model.embedding_space,
+            width=model.dimensions,
+            max_input_tokens=model.max_input_tokens,
+        )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """With connections to it."""
+        async with ServerClient(self.url, self.patience) as self._client:
+            yield
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """Over HTTP.
+
+        Raises:
+            ServiceError: besides, if the server has another encoder by now.
+        """
+        wanted = self.wanted
+        answer = await self._client.embed(
+            texts,
+            instruction=wanted.instruction,
+            dimensions=wanted.dimensions or None,
+            overflow=wanted.overflow,
+            priority="bulk",
+        )
+        if answer.embedding_space != self.model.embedding_space:
+            raise ServiceError(
+                f"{self.url} has another encoder than before: its embedding space was {self.model.embedding_space} "
+                f"and is {answer.embedding_space or 'not known'}"
+            )
+        return Embedded(answer.vectors, answer.tokens)

@@ -1,0 +1,35 @@
+"""Finished vectors in fewer bits than float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.choices import EmbedDtype
+
+
+def quantize_vectors(vectors: NDArray[np.float32], dtype: EmbedDtype) -> NDArray[Any]:
+    """Vectors that have been cut and normalised, (…, D), in fewer bits, as little-endian numbers.
+
+    int8 is scaled so that the largest number is ±127: for each vector by itself, which its cosines don't see; uint8 is
+    that and 128. ubinary is a bit for each number, set where it is above 0, packed from the highest bit down; binary is
+    that less 128.
+    """
+    match dtype:
+        case "float32":
+            return vectors.astype("<f4", copy=False)
+        case "float16":
+            return vectors.astype("<f2")
+        case "int8":
+            largest = np.abs(vectors).max(axis=-1, keepdims=True, initial=0.0)
+            scale: NDArray[np.float32] = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+            rounded: NDArray[np.float32] = np.rint(vectors * scale)
+            return rounded.astype(np.int8)
+        case "uint8":
+            return quantize_vectors(vectors, "int8").view(np.uint8) ^ 128
+        case "ubinary":
+            return np.packbits(vectors > 0, axis=-1)
+        case "binary":
+            return (np.packbits(vectors > 0, axis=-1) ^ 128).view(np.int8)
