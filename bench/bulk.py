@@ -188,34 +188,38 @@ def run(
     slices: list[dict[str, float]] = []
     seen, last = 0, None
     job.start()
-    while True:
-        shards = wait_for_shards(job, out, seen)
-        if len(shards) == seen:
-            break
-        job.stop()
-        finished = job.awake_seconds
-        for shard in shards[seen:]:
-            places = chance.sample(range(shard["rows"]), max(round(_SHARE * shard["rows"]), 1))
-            numbers, vectors = read_shard(out / shard["file"])
-            own = alone.check([texts[numbers[place]] for place in places], vectors[places])
-            if last is not None and len(shards) == seen + 1:
-                rate = shard["tokens"] / (finished - last)
-                slices.append({"embed": rate, "alone": own, "ratio": rate / own})
-                print(
-                    f"{shard['first_row'] + shard['read']:7} rows: {rate:7.0f} tokens/s, encoder alone {own:7.0f}",
-                    flush=True,
-                )
-        seen, last = len(shards), finished
-        done = sum(shard["read"] for shard in shards)
-        job.go_on()
-        if kills and done >= kills[0]:
-            kills.pop(0)
-            time.sleep(chance.uniform(0, finished / max(done, 1) * shards[-1]["rows"]))
-            job.kill()
-            killed_at.append(done)
-            print(f"killed after {done} rows", flush=True)
-            job.start()
-            last = None
+    try:
+        while True:
+            shards = wait_for_shards(job, out, seen)
+            if len(shards) == seen:
+                break
+            job.stop()
+            finished = job.awake_seconds
+            for shard in shards[seen:]:
+                places = chance.sample(range(shard["rows"]), max(round(_SHARE * shard["rows"]), 1))
+                numbers, vectors = read_shard(out / shard["file"])
+                own = alone.check([texts[numbers[place]] for place in places], vectors[places])
+                if last is not None and len(shards) == seen + 1:
+                    rate = shard["tokens"] / (finished - last)
+                    slices.append({"embed": rate, "alone": own, "ratio": rate / own})
+                    print(
+                        f"{shard['first_row'] + shard['read']:7} rows: {rate:7.0f} tokens/s, encoder alone {own:7.0f}",
+                        flush=True,
+                    )
+            seen, last = len(shards), finished
+            done = sum(shard["read"] for shard in shards)
+            job.go_on()
+            if kills and done >= kills[0]:
+                kills.pop(0)
+                time.sleep(chance.uniform(0, finished / max(done, 1) * shards[-1]["rows"]))
+                job.kill()
+                killed_at.append(done)
+                print(f"killed after {done} rows", flush=True)
+                job.start()
+                last = None
+    finally:
+        job.process.kill()
+        job.process.wait()
     return {**verdict(out, texts), **figures(slices, alone), "killed_after_rows": killed_at, "starts": job.starts}
 
 

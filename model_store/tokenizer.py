@@ -160,7 +160,8 @@ class TextTokenizer:
         """The row of an empty text: the special tokens and the template alone, or a space where there are neither."""
         around = self._ids([self._template.prefix + self._template.suffix])[0]
         row = [*self._before, *around, *self._after] or self._ids([" "])[0]
-        return TokenizedText(row, 0, head=len(row))
+        tail = min(self._suffix_tokens + len(self._after), len(row))
+        return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
 
     def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
         """The row of a text, and for each of its tokens the characters of the text that it stands for: [start, end).
@@ -187,13 +188,19 @@ class TextTokenizer:
         return self._tokenizer.decode_batch([[token_id] for token_id in token_ids], skip_special_tokens=False)
 
     def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
-        """What each token of a row with this instruction is of; a token across a border is of what comes after it."""
+        """What each token of a row with this instruction is of; one across a border is of what comes after it.
+
+        That is not always what is pooled: see `encode_batch`.
+        """
         prefix, before = self._template.prefix, len(self._before)
-        text, suffix, after = row.head, len(row) - row.tail, len(row) - len(self._after)
-        own = text
-        if lead := self._lead(instruction):
-            ends = [end for _, end in self._tokenizer.encode(prefix + lead, add_special_tokens=False).offsets]
-            own = before + sum(end <= len(prefix) for end in ends)
+        lead = self._tokenizer.encode(prefix + self._lead(instruction), add_special_tokens=False)
+        text = before
+        for ours, theirs in zip(lead.ids, row.token_ids[before:], strict=False):
+            if ours != theirs:
+                break
+            text += 1
+        own = before + sum(end <= len(prefix) for _, end in lead.offsets)
+        suffix, after = len(row) - row.tail, len(row) - len(self._after)
 
         def part(place: int) -> Part:
             if not before <= place < after:

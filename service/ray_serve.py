@@ -9,24 +9,20 @@ connections are not in force there (docs/ray.md).
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingContext
 
 from service import watchdog
 from service.app import create_app
 from service.logs import log
+from service.scaling import BUSY, QUEUED_TOKENS
 from service.server import prepare, settle
 from service.settings import load_settings
 from service.tracing import start_traces
-
-# What `QueuedTokens` is told by replicas: tokens that wait, and the share of time that the device computed.
-QUEUED_TOKENS, BUSY = "queued_tokens", "busy"
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
@@ -112,32 +108,3 @@ class Replica:
         (before, computed_before), self._told = self._told, (now, computed)
         busy = (computed - computed_before) / (now - before) if before else 0.0
         return {QUEUED_TOKENS: float(state.backend.batcher.queued_tokens), BUSY: min(busy, 1.0)}
-
-
-class QueuedTokens:
-    """Ray Serve's autoscaling policy: as many replicas as leave `target` tokens waiting in each.
-
-    None is taken away of those that the devices' work needs, whatever waits: where few tokens wait because there are
-    enough replicas, one fewer would be too few.
-    """
-
-    def __init__(self, target: float = 20_000, most_busy: float = 0.8) -> None:
-        self._target = target
-        self._most_busy = most_busy
-
-    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
-        """How many replicas there should be; Ray applies its limits and delays."""
-        told: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
-        return (
-            wanted_replicas(
-                context.current_num_replicas,
-                sum(told.get(QUEUED_TOKENS, {}).values()) / self._target,
-                sum(told.get(BUSY, {}).values()) / self._most_busy,
-            ),
-            {},
-        )
-
-
-def wanted_replicas(present: int, for_queue: float, for_work: float) -> int:
-    """As many as the queues ask for, but of those present none fewer than the work does."""
-    return max(math.ceil(for_queue), min(math.ceil(for_work), present), 1)

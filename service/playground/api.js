@@ -1,6 +1,6 @@
 /** What the page asks of its server, and every failure as a sentence. Knows no element of the page. */
 
-/** A failure in words for the reader. `status` is 0 where there was no answer; `index` is the item's that is to blame. */
+/** A failure in words for the reader. `status` is the answer's, if it came to one; `index` the item's that is to blame. */
 export class Failure extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -8,6 +8,9 @@ export class Failure extends Error {
     this.index = Number(/index (\d+)/.exec(message)?.[1] ?? NaN);
   }
 }
+
+/** Where there was no answer at all. */
+export class Unreachable extends Failure {}
 
 // Texts of a request, and their characters: few enough that progress shows and no limit on a request is met.
 const AT_ONCE = 64;
@@ -111,7 +114,7 @@ async function send(path, { body, signal, key = keys.api } = {}) {
     answer = await fetch(path, body ? { ...init, method: "POST", body: JSON.stringify(body) } : init);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure("The server can’t be reached. Is it still running?");
+    throw new Unreachable("The server can’t be reached. Is it still running?");
   }
   if (!answer.ok) throw await inWords(answer, key);
   return answer;

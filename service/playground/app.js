@@ -1,6 +1,6 @@
 /** The page: what is typed goes to the server, and what comes back into the views. */
 
-import { ask, embed, Failure, keys, preview, readiness } from "./api.js";
+import { ask, embed, Failure, keys, preview, readiness, Unreachable } from "./api.js";
 import { showCode } from "./code.js";
 import { byId, clip, count, el, put, whole } from "./dom.js";
 import { showMap } from "./map.js";
@@ -33,6 +33,7 @@ const state = {
   embedded: null, // the texts and vectors of the last answer
   isStale: false, // whether something was typed since
   tokensOf: "", // what the view of tokens shows
+  failures: { embed: null, tokens: null }, // of what was asked last
 };
 
 /** What is asked now, and can be given up: one of a kind at a time. */
@@ -72,12 +73,12 @@ async function run() {
     say(`Embedding ${count(texts.length, "text")} …`);
     state.embedded = await embedAll(asked, texts, now.signal);
     state.isStale = false;
-    fail(null);
+    fail("embed", null);
     const { cost } = state.embedded;
     say(summary(state.embedded), cost.truncated ? `${count(cost.truncated, "text was", "texts were")} cut: see Tokens.` : "");
     show();
   } catch (error) {
-    if (!now.signal.aborted) fail(error);
+    if (!now.signal.aborted) fail("embed", error);
   } finally {
     if (running.embed === now) {
       running.embed = null;
@@ -213,11 +214,11 @@ async function tokenize() {
     const found = items.length ? await preview(items, asked.tooLong, now.signal) : { data: [] };
     showTokens(panels.tokens, shown, found.data, found.max_input_tokens, texts.length - shown.length);
     state.tokensOf = key;
-    fail(null);
+    fail("tokens", null);
   } catch (error) {
     if (now.signal.aborted) return;
     error.text = shown[error.index];
-    fail(error);
+    fail("tokens", error);
   }
 }
 
@@ -231,6 +232,7 @@ function choose(name) {
   view = name;
   history.replaceState(null, "", `${location.pathname}${location.search}${name === "similarity" ? "" : `#${name}`}`);
   if (name !== "server") stopServer();
+  if (name !== "tokens") fail("tokens", null);
   show();
 }
 
@@ -240,28 +242,32 @@ function say(words, warning = "") {
   put(byId("status"), words, warning && [" ", el("strong", { class: "warn" }, warning)]);
 }
 
-function fail(error) {
-  const place = byId("error");
-  place.hidden = error === null;
+/** Show what has failed of what was asked; with null, that it has not. */
+function fail(kind, error) {
+  state.failures[kind] = error;
+  const words = new Set(Object.values(state.failures).filter(Boolean).map(inWords));
+  byId("error").hidden = !words.size;
+  put(byId("error"), [...words].map((sentence) => el("p", {}, sentence)));
   if (error === null) return;
-  if (!(error instanceof Failure)) console.error(error);
-  const words = error instanceof Failure ? error.message : "The page failed on this answer. Load it again; if that does not help, it is a bug.";
-  put(place, el("p", {}, words, which(error)));
-  say("");
+  if (kind === "embed") say("");
+  if (error instanceof Unreachable) showPhase("not reached");
   if (error.status === 401) {
-    byId("key-field").hidden = false;
     showPhase("asks for a key");
-    byId("key").focus();
-  } else if (error.status === 0 && error instanceof Failure && /reached/.test(error.message)) {
-    showPhase("not reached");
+    byId("key-field").hidden = false;
+    if (kind === "embed") byId("key").focus();
   }
 }
 
-/** Which text the server means by an index, and what can be done. */
-function which({ message, text }) {
-  if (!text) return "";
+/** What is wrong; which text the server means, where it names one; and what can be done. */
+function inWords(error) {
+  if (!(error instanceof Failure)) {
+    console.error(error);
+    return "The page failed on this answer. Load it again; if that does not help, it is a bug.";
+  }
+  const { message, text } = error;
+  if (!text) return message;
   const hint = /context length/.test(message) ? " Under More you choose what is done with a text that is too long." : "";
-  return ` That is ${text.label}, “${clip(text.text, 80)}”.${hint}`;
+  return `${message} That is ${text.label}, “${clip(text.text, 80)}”.${hint}`;
 }
 
 function showPhase(phase) {

@@ -46,8 +46,10 @@ export const count = (number, thing, things = `${thing}s`) => `${whole(number)} 
 
 export const whole = (number) => Math.round(number).toLocaleString("en-US");
 
-/** A number with its sign, by a minus that is as wide as a plus. */
-export const signed = (number, digits = 3) =>
-  (number < 0 ? "−" : "+") + Math.abs(number).toFixed(digits);
+/** A number to three digits, by a minus that is as wide as a plus. */
+export const decimal = (number) => (number < 0 ? "−" : "") + Math.abs(number).toFixed(3);
+
+/** As `decimal`, with a plus where there is no minus. */
+export const signed = (number) => (number < 0 ? "" : "+") + decimal(number);
 
 export const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);

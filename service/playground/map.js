@@ -3,7 +3,8 @@
 import { clip, el, nothing, put, svg } from "./dom.js";
 import { principal } from "./math.js";
 
-const WIDTH = 720, HEIGHT = 440, EDGE = 34;
+const WIDE = { width: 720, height: 440 }, NARROW = { width: 340, height: 340 };
+const EDGE = 34;
 const MOST_LABELS = 40;
 const REACH = 24; // from where the pointer finds a text
 
@@ -14,13 +15,14 @@ export function showMap(panel, texts, vectors) {
     return;
   }
   const { points, shares } = principal(vectors);
-  const place = fit(points);
+  const size = matchMedia("(max-width: 860px)").matches ? NARROW : WIDE;
+  const place = fit(points, size);
   const tip = el("div", { class: "tip", hidden: true, role: "tooltip" });
   const places = points.map(place);
   const marks = texts.map((text, i) => mark(text, places[i], texts.length <= MOST_LABELS));
   const [x, y] = place([0, 0]);
-  const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "map", role: "group", "aria-label": `Map of ${texts.length} texts. Arrow keys go from one to the next.` },
-    svg("path", { class: "axes", d: `M0 ${y}H${WIDTH}M${x} 0V${HEIGHT}` }), marks);
+  const drawing = svg("svg", { viewBox: `0 0 ${size.width} ${size.height}`, class: "map", role: "group", "aria-label": `Map of ${texts.length} texts. Arrow keys go from one to the next.` },
+    svg("path", { class: "axes", d: `M0 ${y}H${size.width}M${x} 0V${size.height}` }), marks);
   const frame = el("div", { class: "map-frame" }, drawing, tip);
   marks[0].setAttribute("tabindex", "0");
 
@@ -33,9 +35,9 @@ export function showMap(panel, texts, vectors) {
     marks[i].classList.add("near");
     put(tip, el("span", { class: "label" }, texts[i].label), ` ${clip(texts[i].text, 240)}`);
     tip.hidden = false;
-    const of = frame.getBoundingClientRect(), at = marks[i].getBoundingClientRect(), size = tip.getBoundingClientRect();
-    const left = Math.min(Math.max(at.x + at.width / 2 - of.x - size.width / 2, 4), of.width - size.width - 4);
-    const above = at.y - of.y - size.height - 8;
+    const of = frame.getBoundingClientRect(), at = marks[i].firstChild.getBoundingClientRect(), own = tip.getBoundingClientRect();
+    const left = Math.min(Math.max(at.x + at.width / 2 - of.x - own.width / 2, 4), of.width - own.width - 4);
+    const above = at.y - of.y - own.height - 8;
     tip.style.left = `${left}px`;
     tip.style.top = `${above > 4 ? above : at.y - of.y + at.height + 8}px`;
   };
@@ -58,7 +60,7 @@ export function showMap(panel, texts, vectors) {
   });
 
   const look = (event) => {
-    const box = drawing.getBoundingClientRect(), scale = WIDTH / box.width;
+    const box = drawing.getBoundingClientRect(), scale = size.width / box.width;
     const i = nearest(places, (event.clientX - box.x) * scale, (event.clientY - box.y) * scale);
     if (i === null) hide();
     else show(i);
@@ -78,15 +80,15 @@ export function showMap(panel, texts, vectors) {
 }
 
 /** From points to places in the drawing, as large as they fit; a length is as long across as it is down. */
-function fit(points) {
+function fit(points, { width, height }) {
   const [across, down] = [0, 1].map((axis) => {
     const values = points.map((point) => point[axis]);
     return { low: Math.min(...values), high: Math.max(...values) };
   });
-  const scale = Math.min((WIDTH - 2 * EDGE) / (across.high - across.low || 1), (HEIGHT - 2 * EDGE) / (down.high - down.low || 1));
+  const scale = Math.min((width - 2 * EDGE) / (across.high - across.low || 1), (height - 2 * EDGE) / (down.high - down.low || 1));
   return ([x, y]) => [
-    WIDTH / 2 + (x - (across.low + across.high) / 2) * scale,
-    HEIGHT / 2 - (y - (down.low + down.high) / 2) * scale,
+    width / 2 + (x - (across.low + across.high) / 2) * scale,
+    height / 2 - (y - (down.low + down.high) / 2) * scale,
   ].map((value) => value.toFixed(1));
 }
 

@@ -103,6 +103,7 @@ function rates() {
     const tokens = sum(scrape.series, "llm2vec_tokens_total") - sum(scrapes[i].series, "llm2vec_tokens_total");
     return (tokens / (scrape.at - scrapes[i].at)) * 1000;
   });
+  if (values.length < 2) return null;
   const top = Math.max(...values, 1), most = WINDOW_MS / EVERY_MS;
   const points = values.map((value, i) => `${(100 * (most - values.length + 1 + i)) / most},${(22 - (20 * value) / top).toFixed(1)}`);
   return svg("svg", { class: "spark", viewBox: "0 0 100 24", preserveAspectRatio: "none" }, svg("polyline", { points: points.join(" ") }));

@@ -1,6 +1,6 @@
 /** The cosine matrix as a heat map, and the ranking of documents for each query: with the instruction and without. */
 
-import { choices, clip, count, el, nothing, put, signed } from "./dom.js";
+import { choices, clip, count, decimal, el, nothing, put, signed } from "./dom.js";
 import { ranking } from "./math.js";
 
 // A larger matrix is not read: the rankings have all of it.
@@ -40,7 +40,7 @@ function parts(result, shown) {
     ? matrices.with.map((row, i) => row.map((value, j) => value - matrices.without[i][j]))
     : matrices[shown];
   const ranked = columns === rows ? [] : rows.map((row, i) => rankingOf(row, i, result, shown));
-  const about = { with: "compared with none", without: "compared with the instruction’s", change: "compared with none" }[shown];
+  const about = shown === "without" ? "compared with the instruction’s" : "compared with no instruction";
   return [
     heatMap(rows, columns, values, shown === "change"),
     ranked.length > 0 && el("div", { class: "bar ranked" }, el("h2", {}, "Rankings"), result.instruction && el("p", { class: "note" }, `Places and cosines, ${about}`)),
@@ -56,7 +56,7 @@ function heatMap(rows, columns, values, isChange) {
     const share = high > low ? ((isChange ? Math.abs(value) : value) - low) / (high - low) : 0;
     return `heat-${Math.round(Math.min(Math.max(share, 0), 1) * SHADES)}`;
   };
-  const words = isChange ? signed : (value) => value.toFixed(3);
+  const words = isChange ? signed : decimal;
   const cell = (value, i, j) => own(i, j)
     ? el("td", { class: "self" }, el("data", { value }, words(value)))
     : el("td", { class: shade(value) }, el("data", { value }, words(value)));
@@ -80,7 +80,7 @@ function heatMap(rows, columns, values, isChange) {
 const heading = ({ label, text }) => [el("span", { class: "label" }, label), el("span", { class: "words" }, clip(text, 160))];
 
 function legend(isChange, low, high, words) {
-  const ends = isChange ? ["0", `±${high.toFixed(3)}`] : [words(low), words(high)];
+  const ends = isChange ? ["0", `±${decimal(high)}`] : [words(low), words(high)];
   return el("p", { class: "legend note" }, isChange ? "Shaded by how far the instruction moves it" : "Shaded from the least to the most similar",
     el("span", { class: "scale" }, el("span", {}, ends[0]),
       el("span", { class: "ramp", "aria-hidden": "true" },
@@ -95,7 +95,7 @@ function rankingOf(query, i, { columns, matrices, instruction }, shown) {
   const places = new Map(ranking(others).map((j, place) => [j, place + 1]));
   const entry = (j, place) => el("li", {},
     el("span", { class: "place" }, place + 1),
-    el("span", { class: "cosine" }, el("data", { value: values[j] }, values[j].toFixed(3)), bar(values[j])),
+    el("span", { class: "cosine" }, el("data", { value: values[j] }, decimal(values[j])), bar(values[j])),
     el("span", { class: "label" }, columns[j].label),
     el("span", { class: "words" }, clip(columns[j].text, 300)),
     instruction && change(place + 1, places.get(j), values[j] - others[j], other));

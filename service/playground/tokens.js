@@ -6,8 +6,6 @@ import { count, el, nothing, put, whole } from "./dom.js";
 const AT_FIRST = 90;
 const AT_THE_END = 12;
 
-const PARTS = { special: "special", template: "template", instruction: "instruction", text: "text" };
-
 let withIds = false;
 
 /** Show texts {label} and their rows of tokens, as `/v1/prompts/preview` gives them; `left` texts are not shown. */
@@ -31,7 +29,7 @@ export function showTokens(panel, texts, rows, limit, left) {
 }
 
 function legend() {
-  const entries = [["instruction", "instruction"], ["template", "template, special"], ["text pooled", "text, pooled"], ["cut", "cut, not read"]];
+  const entries = [["text pooled", "text, pooled"], ["instruction", "instruction, not pooled"], ["template", "template or special"], ["cut", "cut, not read"]];
   return el("p", { class: "legend note" }, entries.map(([classes, words]) =>
     el("span", { class: "key-of" }, el("span", { class: `token ${classes}`, "aria-hidden": "true" }, "abc"), words)));
 }
@@ -59,7 +57,7 @@ function runs(tokens) {
 
 function run({ tokens }) {
   const { part, pooled, cut } = tokens[0];
-  const said = cut ? "cut, not read" : `${PARTS[part]}, ${pooled ? "pooled" : "not pooled"}`;
+  const said = cut ? "cut, not read" : `${part}, ${pooled ? "pooled" : "not pooled"}`;
   const drawn = el("span", { class: "run" }, el("span", { class: "unseen" }, ` ${said}: `));
   const draw = (some) => some.map((token) => chip(token));
   const middle = tokens.length - AT_FIRST - AT_THE_END;

@@ -56,12 +56,12 @@ def queries() -> list[Query]:
 
 
 class Prometheus:
-    """A Prometheus that runs docker/prometheus/prometheus.yml, each second instead of four times a minute."""
+    """A Prometheus that runs docker/prometheus/prometheus.yml, but oftener."""
 
     def __init__(self, folder: Path, target: str, key: str) -> None:
         """`target` is host:port of what is scraped in the server's place, `key` what its metrics need."""
         config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["global"] = {"scrape_interval": "3s", "evaluation_interval": "1s"}
         config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         (folder / "metrics_key").write_text(key)
@@ -94,7 +94,7 @@ class Prometheus:
         assert answer.status_code == 200, f"{parameters}: {answer.text}"
         return answer.json()["data"]
 
-    def values(self, query: str, instant: bool, seconds: float = 20.0) -> dict[str, list[float]]:
+    def values(self, query: str, instant: bool, seconds: float = 30.0) -> dict[str, list[float]]:
         """Each series' numbers now, or over so many seconds until now; those that are none are left out."""
         now = time.time()
         if instant:

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.deploy.monitoring import NO_PROMETHEUS, PROMETHEUS, ROOT, rules
+from tests.deploy.monitoring import NO_PROMETHEUS, PROMETHEUS, ROOT, dashboard, rules
 
 
 def promtool(*arguments: str) -> str:
@@ -35,3 +35,10 @@ def test_each_alert_is_tested_and_says_what_to_do() -> None:
         assert rule["annotations"]["runbook"] == f"docs/alerts.md#{rule['alert'].lower()}"
         assert {"summary", "description"} < set(rule["annotations"])
         assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_the_panels_that_the_advice_names_are_there() -> None:
+    named = set(re.findall(r"\*([^*]+)\*", (ROOT / "docs/alerts.md").read_text().replace("\n", " ")))
+    panels = {panel["title"] for panel in dashboard()["panels"]}
+    legends = {target["legendFormat"] for panel in dashboard()["panels"] for target in panel.get("targets", [])}
+    assert named - panels - legends == {"Targets"}, "Targets is a page of Prometheus"

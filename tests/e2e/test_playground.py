@@ -32,6 +32,7 @@ pytestmark = pytest.mark.timeout(300)
 AXE = "axe-core@4.14.1"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
+SETTINGS = {"LLM2VEC_QUERY_INSTRUCTION": INSTRUCTION}
 VIEWS = ("similarity", "tokens", "map", "server", "code")
 KEY, METRICS_KEY = "sk-one-1234567890", "sk-two-0987654321"
 
@@ -51,24 +52,15 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import build_tiny
-
-    folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction=INSTRUCTION)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(model, None, "--dtype", "float32") as running:
+def server(encoder: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(encoder, SETTINGS, "--dtype", "float32") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def locked(model: Path) -> Iterator[ServerProcess]:
+def locked(encoder: Path) -> Iterator[ServerProcess]:
     keys = {"LLM2VEC_API_KEYS": KEY, "LLM2VEC_METRICS_KEY": METRICS_KEY}
-    with ServerProcess(model, keys, "--dtype", "float32") as running:
+    with ServerProcess(encoder, {**SETTINGS, **keys}, "--dtype", "float32") as running:
         yield running
 
 
@@ -146,7 +138,7 @@ def test_the_example_gives_the_numbers_that_the_api_gives(tab: Tab, server: Serv
     assert np.abs(with_it - without).max() > 1e-3
     shown = page.locator("table.matrix data").all_inner_texts()
     np.testing.assert_allclose(values(page), with_it, atol=1e-5)
-    assert shown == [f"{value:.3f}" for value in values(page).ravel()]
+    assert shown == [f"{value:.3f}".replace("-", "−") for value in values(page).ravel()]
     page.check("input[value=without]")
     np.testing.assert_allclose(values(page), without, atol=1e-5)
     page.check("input[value=change]")
@@ -203,7 +195,6 @@ def test_a_long_text_shows_its_cut(tab: Tab, server: ServerProcess) -> None:
     page.click("text=More")
     page.select_option("#too-long", "error")
     page.wait_for_selector("text=more than the 512 that are read")
-    page.click("#tab-similarity")
     with page.expect_response(lambda answer: answer.status == 400):
         page.keyboard.press("Control+Enter")
     page.wait_for_selector("#error:not([hidden])")
@@ -212,6 +203,7 @@ def test_a_long_text_shows_its_cut(tab: Tab, server: ServerProcess) -> None:
     page.select_option("#too-long", "mean")
     tab.embed()
     assert page.is_hidden("#error")
+    page.click("#tab-similarity")
     np.testing.assert_allclose(values(page)[0, 0], of_the_mean(server, long.strip()), atol=1e-5)
     tab.wrong.remove("Failed to load resource: the server responded with a status of 400 (Bad Request)")
 
@@ -496,9 +488,9 @@ def test_the_code_gives_the_same_vectors(tab: Tab, server: ServerProcess) -> Non
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="several processes are for Linux only")
-def test_a_server_of_several_processes(browser: Any, model: Path) -> None:
-    settings = {"LLM2VEC_FRONTENDS": "2", "LLM2VEC_DEVICE": "cpu"}
-    with ServerProcess(model, settings, "--dtype", "float32") as several, Tab(browser, several.base_url) as tab:
+def test_a_server_of_several_processes(browser: Any, encoder: Path) -> None:
+    settings = {**SETTINGS, "LLM2VEC_FRONTENDS": "2", "LLM2VEC_DEVICE": "cpu"}
+    with ServerProcess(encoder, settings, "--dtype", "float32") as several, Tab(browser, several.base_url) as tab:
         page = tab.open()
         np.testing.assert_allclose(values(page), cosines(several, instruction=INSTRUCTION), atol=1e-5)
         page.click("#tab-tokens")

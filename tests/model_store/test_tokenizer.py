@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
@@ -213,9 +214,20 @@ def test_each_token_is_of_a_part(template: Template, instruction: str) -> None:
     assert of("instruction").strip() == instruction
     assert of("text").strip() == TEXT
     assert of("template", slice(row.head, None)) == template.suffix
-    pooled = parts[row.span_start :]
-    assert "instruction" not in pooled
-    assert "text" in pooled
+    assert "text" in parts[row.span_start :]
+
+
+def test_a_part_is_what_it_is_of_where_the_count_of_what_is_pooled_is_off() -> None:
+    """Alone, a text may have more tokens than behind an instruction: then some of that is pooled."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(" mill", single_word=True)])
+    rows = TextTokenizer(tokenizer, Template(), True, VOCABULARY + 1)
+    row = rows.encode_batch(["mill"], ["Find:"])[0]
+    parts = rows.parts(row, "Find:")
+    assert [part for part in parts[row.span_start :] if part != "text"]
+    assert parts[-1] == "text"
+    assert rows.token_texts(row.token_ids)[-1] == " mill"
+    assert parts.count("text") == 1
 
 
 def test_some_of_a_character_s_bytes_have_no_text() -> None:
