@@ -57,7 +57,8 @@ def read_page(app: Any, page: str, content: list[str]) -> None:
 
 def turned(text: str) -> str:
     """Links to the README and the changelog lead to their pages here, to other pages of the repository to the file."""
-    text = text.replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
+    text = text.replace("](../README.md#settings", "](configuration.md").replace("](../README.md", "](index.md")
+    text = text.replace("](../CHANGELOG.md", "](changelog.md")
     return re.sub(r"\]\((\.\./\S+\.md\))", r"](path:\1", text)
 
 
