@@ -98,15 +98,9 @@ container-test: install
 	docker/container-test.sh
 
 # Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
-GRAFANA_TYPES := build/grafana-types
-
-monitoring-test: install $(GRAFANA_TYPES)/.installed
+monitoring-test: install
 	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
 	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
-
-$(GRAFANA_TYPES)/.installed:
-	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(GRAFANA_TYPES) typescript@5.9.3 @grafana/schema@13.2.3 @grafana/grafana-foundation-sdk@0.0.21
-	@touch $@
 
 # The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.
 CHART_VENV := build/chart-venv

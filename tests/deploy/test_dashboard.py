@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from service.metrics import Metrics
-from tests.deploy.monitoring import ROOT, dashboard, queries, rules
+from tests.deploy.monitoring import dashboard, queries, rules
+from tests.npm import npm_folder
 
-# `make monitoring-test` installs them.
-TYPES = ROOT / "build" / "grafana-types"
+# The compiler, and the types of dashboards and panels, and of queries of Prometheus.
+TYPES = ("typescript@5.9.3", "@grafana/schema@13.2.3", "@grafana/grafana-foundation-sdk@0.0.21")
 
 
 def declared() -> set[str]:
@@ -65,8 +66,9 @@ def complaints(given: list[Part], folder: Path) -> dict[int, str]:
     lines.append(f'import type {{ {kinds} }} from "./grafana";')
     (folder / "dashboard.ts").write_text("\n".join(lines))
     shutil.copy(Path(__file__).with_name("grafana.ts"), folder)
-    (folder / "node_modules").symlink_to(TYPES / "node_modules")
-    compiler = [str(TYPES / "node_modules" / "typescript" / "bin" / "tsc"), "--noEmit", "--strict", "--skipLibCheck"]
+    modules_here = npm_folder("grafana-types", *TYPES) / "node_modules"
+    (folder / "node_modules").symlink_to(modules_here)
+    compiler = [str(modules_here / "typescript" / "bin" / "tsc"), "--noEmit", "--strict", "--skipLibCheck"]
     modules = ["--target", "esnext", "--module", "esnext", "--moduleResolution", "bundler"]
     done = subprocess.run(["node", *compiler, *modules, "dashboard.ts"], cwd=folder, capture_output=True, text=True)
     said = re.findall(r"^dashboard\.ts\((\d+),\d+\): (.*)", done.stdout, re.MULTILINE)
@@ -95,7 +97,6 @@ WRONG = [
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(not TYPES.exists(), reason="Grafana's types are not installed: make monitoring-test does that")
 def test_it_has_the_shape_that_grafana_publishes(tmp_path: Path) -> None:
     right = parts(dashboard())
     found = complaints([*right, *WRONG], tmp_path)
