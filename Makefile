@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build container-test audit clean
+.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), which takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk,demo,dev,clients,eval,otel,ray,train]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk,demo,dev,clients,docs,eval,otel,ray,train]'
 	@touch $@
 
 serve: install
@@ -53,6 +53,11 @@ bench-overload: install
 soak: install
 	$(BIN)/python -m bench.soak $(SAVE)
 
+# The browser in which tests/e2e/test_playground.py tries the page, on Debian and its like, as root; they skip without.
+browser:
+	apt-get update
+	apt-get install --yes --no-install-recommends chromium
+
 # Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
 	FUZZ_EXAMPLES=15000 $(BIN)/pytest tests/faults/test_fuzz.py --timeout 1800
@@ -84,8 +89,35 @@ peers:
 fidelity-table: install
 	$(BIN)/python -m bench.fidelity --save
 
+# A static site, with nothing in it that is loaded from elsewhere. Warnings are errors.
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/site
+	@echo build/site/index.html
+
 container-test: install
 	docker/container-test.sh
+
+# Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
+GRAFANA_TYPES := build/grafana-types
+
+monitoring-test: install $(GRAFANA_TYPES)/.installed
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
+	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
+
+$(GRAFANA_TYPES)/.installed:
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(GRAFANA_TYPES) typescript@5.9.3 @grafana/schema@13.2.3 @grafana/grafana-foundation-sdk@0.0.21
+	@touch $@
+
+# The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.
+CHART_VENV := build/chart-venv
+
+chart-test: install $(CHART_VENV)/.installed
+	$(BIN)/pytest tests/deploy/test_chart.py
+
+$(CHART_VENV)/.installed: tests/deploy/chart-requirements.txt
+	$(PYTHON) -m venv $(CHART_VENV)
+	$(CHART_VENV)/bin/pip install --quiet --requirement $<
+	@touch $@
 
 # Known vulnerabilities of what is installed, and what that is as CycloneDX JSON. The tools have an environment of their own.
 AUDIT_VENV := build/audit-venv

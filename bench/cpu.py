@@ -37,7 +37,8 @@ from bench.texts import mixed_texts
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.pooling_modes import PoolingMode
-from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
+from model_store.roofline import gemm_flops_per_second
+from model_store.shape import Shape
 from model_store.tokenizer import TextTokenizer, TokenizedText
 from service.server import prepare_store
 from service.settings import Settings
@@ -163,8 +164,9 @@ def main() -> None:
         for kind in ("short", "long"):
             result[f"encoder, {kind}"] = round(timed_encoder(encoder, rows[kind], tokens[kind]))
         result["peak_memory_gb"] = {"server": peak_memory_gb(server.process.pid)}
-    linear = linear_flops_per_token(encoder.model)
-    attention = attention_flops(encoder.model.config, map(len, rows["mixed"])) / tokens["mixed"]
+    shape = Shape.read(encoder.model.config.to_dict())
+    linear = shape.linear_flops_per_token
+    attention = shape.attention_flops(map(len, rows["mixed"])) / tokens["mixed"]
     finish(
         "cpu",
         {

@@ -64,11 +64,6 @@ class Recipe(BaseModel):
         return name
 
     @property
-    def weight_bytes(self) -> int | None:
-        """What the stored weights take, on disk and on the device; None where the recipe does not say."""
-        return self.parameters and self.parameters * (2 if self.dtype == "bfloat16" else 4)
-
-    @property
     def fingerprint(self) -> str:
         """sha256 over everything that moves a vector; a store built from another recipe has another one."""
         asked = self.model_dump_json(exclude={"name", "description", "parameters", "gated"})

@@ -16,7 +16,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from model_store.progress import bar_class
+
 DEMO = "demo:"
+
+# Adapters for it that come with this package, each a folder.
+_DEMO_ADAPTERS = Path(__file__).parent / "demo"
 
 # Weights in the order of preference; a repository often has the same ones in several formats.
 _WEIGHTS = (
@@ -45,7 +50,8 @@ def resolve(reference: str) -> Iterator[Source]:
     """The folder behind a reference, for as long as the context lasts.
 
     A reference is an existing folder, `demo:` (the packaged Gemma-3-270M, written to a temporary folder that
-    goes afterwards), or a hub id with an optional `@revision`, which is pinned to the commit it resolves to.
+    goes afterwards), `demo:mntp` or `demo:simcse` (this package's adapters for it), or a hub id with an optional
+    `@revision`, which is pinned to the commit it resolves to.
 
     Raises:
         SourceError: if it is none of these, or can't be fetched.
@@ -53,6 +59,8 @@ def resolve(reference: str) -> Iterator[Source]:
     if reference == DEMO:
         with tempfile.TemporaryDirectory(prefix="llm2vec-demo-") as folder:
             yield Source(reference, _write_demo(Path(folder)))
+    elif reference.startswith(DEMO):
+        yield Source(reference, _demo_adapter(reference.removeprefix(DEMO)))
     elif Path(reference).expanduser().is_dir():
         yield Source(reference, Path(reference).expanduser())
     elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
@@ -61,6 +69,23 @@ def resolve(reference: str) -> Iterator[Source]:
         raise SourceError(
             f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
         )
+
+
+def config_folder(reference: str) -> Path:
+    """A folder with the config.json of a folder or a hub id, from which nothing else is fetched.
+
+    Raises:
+        SourceError: as `resolve`, and if it has no config.json.
+    """
+    if Path(reference).expanduser().is_dir():
+        folder = Path(reference).expanduser()
+    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        folder = _fetch(reference, only="config.json").folder
+    else:
+        raise SourceError(f"{reference!r} is no folder and no hub id: use a path that exists, or org/name[@revision]")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"there is no config.json in {reference}: give a stored encoder, or a checkpoint")
+    return folder
 
 
 def _write_demo(folder: Path) -> Path:
@@ -72,13 +97,22 @@ def _write_demo(folder: Path) -> Path:
     return folder
 
 
-def _fetch(reference: str) -> Source:
+def _demo_adapter(name: str) -> Path:
+    found = {path.name: path for path in sorted(_DEMO_ADAPTERS.iterdir()) if path.is_dir()}
+    if name not in found:
+        raise SourceError(f"there is no {DEMO}{name}: use {', '.join(DEMO + known for known in ('', *found))}")
+    return found[name]
+
+
+def _fetch(reference: str, only: str = "") -> Source:
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
-        wanted = wanted_files([file.rfilename for file in info.siblings or []])
-        folder = snapshot_download(repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint)
+        wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
+        folder = snapshot_download(
+            repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
+        )
     except GatedRepoError as error:
         raise SourceError(
             f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"

@@ -16,6 +16,9 @@ from model_store.manifest import TOKENIZER_FILE, Manifest
 from model_store.templates import Template
 from model_store.token_bounds import characters_per_token
 
+# What a token of a row is of: what stands around every text, its instruction, or itself.
+Part = Literal["special", "template", "instruction", "text"]
+
 
 class TokenizationError(ValueError):
     """A text that the model cannot read; `index` is its place in the batch."""
@@ -157,7 +160,8 @@ class TextTokenizer:
         """The row of an empty text: the special tokens and the template alone, or a space where there are neither."""
         around = self._ids([self._template.prefix + self._template.suffix])[0]
         row = [*self._before, *around, *self._after] or self._ids([" "])[0]
-        return TokenizedText(row, 0)
+        tail = min(self._suffix_tokens + len(self._after), len(row))
+        return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
 
     def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
         """The row of a text, and for each of its tokens the characters of the text that it stands for: [start, end).
@@ -178,6 +182,34 @@ class TextTokenizer:
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens as the vocabulary spells them."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself; with U+FFFD where it is some of a character's bytes."""
+        return self._tokenizer.decode_batch([[token_id] for token_id in token_ids], skip_special_tokens=False)
+
+    def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
+        """What each token of a row with this instruction is of; one across a border is of what comes after it.
+
+        That is not always what is pooled: see `encode_batch`.
+        """
+        prefix, before = self._template.prefix, len(self._before)
+        lead = self._tokenizer.encode(prefix + self._lead(instruction), add_special_tokens=False)
+        text = before
+        for ours, theirs in zip(lead.ids, row.token_ids[before:], strict=False):
+            if ours != theirs:
+                break
+            text += 1
+        own = before + sum(end <= len(prefix) for _, end in lead.offsets)
+        suffix, after = len(row) - row.tail, len(row) - len(self._after)
+
+        def part(place: int) -> Part:
+            if not before <= place < after:
+                return "special"
+            if text <= place < suffix:
+                return "text"
+            return "instruction" if own <= place < text else "template"
+
+        return list(map(part, range(len(row))))
 
     def special_tokens(self) -> frozenset[int]:
         """The ids of the tokens that stand for no text."""

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.manifest import Manifest
-from service.api import chunks, cohere, cors, ollama, openai, operations, prompts, tei
+from service.api import chunks, cohere, cors, ollama, openai, operations, playground, prompts, tei
 from service.api.access import Access
 from service.api.answers import AnswerWriter
 from service.api.error_responses import Dialect, ErrorResponses
@@ -101,11 +101,13 @@ def create_app(
     state.instructions = load_instructions(settings, manifest)
     errors = ErrorResponses(_DIALECTS, metrics)
     errors.install(app)
-    state.access = access = Access(settings)
+    pages = playground.load_pages() if settings.playground else {}
+    state.access = access = Access(settings, pages)
     context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
     app.entry = cors.allow(context, settings.cors_origins)
     for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
         app.include_router(routes.router)
+    app.include_router(playground.router_of(pages))
     return app
 
 

@@ -119,6 +119,7 @@ class LocalBackend:
         self.batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(
             worker.run_batch, metrics, recent, settings.max_queued_tokens, settings.stuck_batch_seconds
         )
+        metrics.max_queued_tokens.set(settings.max_queued_tokens)
         self._start_seconds = settings.start_seconds
         self._lost = False
 

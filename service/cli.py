@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,16 +16,15 @@ from tqdm import tqdm
 
 from model_store.manifest import find_built
 from model_store.pooling_modes import PoolingMode
+from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
+from model_store.shape import shape_of
 from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import Kind
 from service.choices import EmbedDtype, Overflow
 from service.errors import ServiceError
-from service.settings import KEY_VARIABLE, PREFIX, SECRETS, Settings, load_settings
-
-# Beside its weights a GPU holds a batch's activations, the CUDA context and torch's reserve. An estimate for the
-# default token budget: 16384 tokens by the widest layer of a 7B model, a few tensors of that, and 1 GB.
-_WORKING_BYTES = 3_000_000_000
+from service.planning import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
+from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
 # eos_token is last_token behind another template, which the encoder has or has not.
 _EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
 
     _add_embed(commands)
+    _add_plan(commands)
     _add_eval(commands)
     _add_train(commands)
     return parser
@@ -136,6 +137,45 @@ def _add_embed(commands: Any) -> None:
         "--concurrency", type=int, default=16, metavar="N", help="requests at once to --url (default %(default)s)"
     )
     embed.set_defaults(run=_embed)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what speed, memory and number of GPUs to expect",
+        allow_abbrev=False,
+        description="From the model's arithmetic and the GPU's data sheet. Durations: 50ms, 90s, 30m, 24h, 7d.",
+    )
+    plan.add_argument("--model", required=True, metavar="DIR|RECIPE|HUB ID", help="an encoder, a recipe, or a base")
+    plan.add_argument(
+        "--gpu", required=True, metavar="NAME", nargs="+", help=f"{', '.join(gpus())}; several are set side by side"
+    )
+    plan.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    plan.add_argument("--token-budget", type=int, metavar="N", default=TOKEN_BUDGET["cuda"], help="as of `serve`")
+    plan.add_argument(
+        "--batch-seconds", type=float, metavar="SECONDS", default=BATCH_SECONDS["cuda"], help="as of `serve`"
+    )
+    speed = plan.add_mutually_exclusive_group()
+    speed.add_argument(
+        "--efficiency", type=float, metavar="SHARE", help="of the GPU's peak, instead of what is assumed"
+    )
+    speed.add_argument(
+        "--timed",
+        type=float,
+        nargs=2,
+        metavar=("TOKENS_PER_SECOND", "SMALLEST_BATCH_MS"),
+        help="what a server logged as `calibrated` when it started on such a GPU",
+    )
+    plan.add_argument("--texts", type=int, metavar="N", help="a bulk job of so many texts")
+    plan.add_argument("--tokens-per-text", type=int, metavar="N", help="of each")
+    plan.add_argument("--within", metavar="DURATION", default="24h", help="which it may take (default 24h)")
+    plan.add_argument("--queries-per-second", type=float, metavar="N", help="a serving load")
+    plan.add_argument("--query-tokens", type=int, metavar="N", default=QUERY_TOKENS, help="of each (default 28)")
+    plan.add_argument("--p99", metavar="DURATION", default="100ms", help="in which 99 %% are answered (default 100ms)")
+    plan.add_argument("--dimensions", type=int, metavar="N", help="of the vectors kept; by default the model's width")
+    plan.add_argument("--price", type=float, metavar="PRICE", help="of a GPU-hour")
+    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
+    plan.set_defaults(run=_plan)
 
 
 def _add_eval(commands: Any) -> None:
@@ -200,8 +240,8 @@ def _build(options: argparse.Namespace) -> int:
     if options.list:
         print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
         for name, recipe in packaged_recipes().items():
-            weights = recipe.weight_bytes or 0
-            size = f"{weights / 1e9:5.1f} GB {(weights + _WORKING_BYTES) / 1e9:6.1f} GB"
+            memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
+            size = f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
             print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
         return 0
     parts: dict[str, Any] = {
@@ -239,6 +279,16 @@ def _build(options: argparse.Namespace) -> int:
 
     manifest = build_encoder(recipe, folder, _ProgressBar("building"))
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    given = Path(options.model).expanduser()
+    hub_id = "/" in options.model and not options.model.endswith(".toml")
+    reference = options.model if given.is_dir() or hub_id else load_recipe(options.model).base
+    asked = asked_of(vars(options))
+    plans = [Plan(shape_of(reference), gpu_named(name), asked) for name in options.gpu]
+    print(json.dumps(as_json(options.model, plans)) if options.json else as_table(options.model, plans))
     return 0
 
 
@@ -310,7 +360,7 @@ def _source(reference: str, commit: str | None) -> str:
 
 
 class _ProgressBar:
-    """Bytes of weights written, on stderr; silent where stderr is no terminal but for a line at each tenth."""
+    """Bytes of weights written."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -318,15 +368,7 @@ class _ProgressBar:
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            quiet = not sys.stderr.isatty()
-            self._bar = tqdm(
-                total=total,
-                desc=self._what,
-                unit="B",
-                unit_scale=True,
-                mininterval=10.0 if quiet else 0.1,
-                ascii=quiet,
-            )
+            self._bar = bar_class()(total=total, desc=self._what, unit="B", unit_scale=True)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()

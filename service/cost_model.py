@@ -16,6 +16,9 @@ EFFICIENCY = 0.97
 # A batch this many times the crossover is well in the compute-bound part, where mixed lengths can't drop out of it.
 _CROSSOVERS = 4
 
+# A device so slow that this takes longer than a batch should is used as well as it can be.
+_LEAST_BATCH_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -47,6 +50,11 @@ class CostModel:
     def tokens_within(self, seconds: float) -> int:
         """The largest batch that takes no longer than this; 0 if even the smallest does."""
         return int((seconds - self.base) / self.per_token) if seconds >= self.floor else 0
+
+    def batch_tokens(self, seconds: float, token_budget: int) -> int:
+        """Tokens at which a batch is full enough: large enough to be efficient, quick enough to wait for."""
+        quick = min(self.efficient_tokens(), self.tokens_within(seconds))
+        return min(max(quick, _LEAST_BATCH_TOKENS), token_budget)
 
 
 def fit(measured: Mapping[int, float]) -> CostModel:

@@ -9,7 +9,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ import numpy as np
 
 from model_store.manifest import Manifest
 from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
-from model_store.tokenizer import TokenizationError, TokenizedText
+from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.backend import Batcher
 from service.batcher import Computed
 from service.choices import Overflow
@@ -71,6 +71,12 @@ class Tokenizes(Protocol):
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         """The tokens as the vocabulary spells them."""
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself."""
+
+    def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
+        """What each token of a row with this instruction is of."""
 
     def special_tokens(self) -> frozenset[int]:
         """The ids of the tokens that stand for no text."""
@@ -151,20 +157,21 @@ class ChunkResult:
 
 
 class PreviewToken(NamedTuple):
-    """A token of a row, where it came from, and whether it is pooled."""
+    """A token as the vocabulary spells it and as text, where it came from, and whether it is pooled, or cut."""
 
-    token_id: int
+    id: int
     token: str
-    part: Literal["before", "text", "after"]
+    text: str
+    part: Part
     pooled: bool
+    cut: bool
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The row that an input becomes, before anything is cut; `limit` is what the server reads of it."""
+    """The tokens of an input: those that the model would read, and in their place those that are cut."""
 
     tokens: Sequence[PreviewToken]
-    limit: int
 
 
 @dataclass(frozen=True)
@@ -230,15 +237,18 @@ class Embedder:
             self.running -= 1
 
     async def preview(self, request: EmbedRequest) -> list[Preview]:
-        """What each input becomes, token by token; nothing is computed.
+        """What each input becomes, token by token; nothing is computed, and what `embed` would refuse is shown whole.
 
         Raises:
-            InvalidRequest: for inputs that can't be tokenized.
+            InvalidRequest: for inputs that can't be tokenized, or that have too many tokens.
         """
         self._check(request)
-        texts = await self._tokenize(request)
-        limit = self.limits.max_input_tokens
-        return [Preview(list(self._explain(text)), limit) for text in texts]
+        rows = await self._tokenize(request)
+        self._check_tokens(sum(map(len, rows)))
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
+        )
 
     async def locate(self, request: EmbedRequest) -> list[LocatedTokens]:
         """Where in each input, all of them texts, or in its instruction its tokens are; nothing is computed.
@@ -607,14 +617,29 @@ class Embedder:
         own = range(min(row.head, first), len(row) - row.tail)
         return LocatedTokens(whole, row.token_ids, characters, own)
 
-    def _explain(self, text: TokenizedText) -> Iterator[PreviewToken]:
-        own = range(text.head, len(text) - text.tail)
-        for place, (token_id, token) in enumerate(
-            zip(text.token_ids, self.tokenizer.tokens(text.token_ids), strict=True)
-        ):
-            part: Literal["before", "text", "after"]
-            part = "text" if place in own else "before" if place < own.start else "after"
-            yield PreviewToken(token_id, token, part, self._pools(text, place))
+    def _explain(self, item: EmbedInput, row: TokenizedText, request: EmbedRequest) -> Preview:
+        """The tokens of a row as it would be read: cut as the request says, or by the tokenizer already."""
+        most, whole = self.limits.max_input_tokens, row
+        if row.cut and isinstance(item.text, str):
+            whole, _ = self.tokenizer.locate(item.text, item.instruction.text)
+        if request.overflow == "truncate" and row.room(most) >= 1:
+            row = row.shortened(most, request.keep)
+        instruction = "" if _is_empty(item.text) else item.instruction.text
+        tokens = [
+            PreviewToken(*told, part, self._pools(row, place), False)
+            for place, (told, part) in enumerate(
+                zip(self._told(row.token_ids), self.tokenizer.parts(row, instruction), strict=True)
+            )
+        ]
+        text = whole.token_ids[whole.head : len(whole) - whole.tail]
+        lost = max(len(whole) - len(row), 0)
+        lost_ids = text[:lost] if request.keep == "end" else text[len(text) - lost :]
+        place = row.head if request.keep == "end" else len(row) - row.tail
+        tokens[place:place] = [PreviewToken(*told, "text", False, True) for told in self._told(lost_ids)]
+        return Preview(tokens)
+
+    def _told(self, token_ids: Sequence[int]) -> Iterable[tuple[int, str, str]]:
+        return zip(token_ids, self.tokenizer.tokens(token_ids), self.tokenizer.token_texts(token_ids), strict=True)
 
     def _pools(self, text: TokenizedText, place: int) -> bool:
         match self.manifest.pooling:

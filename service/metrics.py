@@ -1,13 +1,15 @@
 """Every Prometheus series of the server, in one place. No label ever carries text, a user or a key.
 
 Where a server is several processes, each has all series, of which it moves its own, and a page shows them merged: sums,
-so that counters, queues, `throughput_tokens_per_second`, `gemm_flops_per_second` and `gpu_memory_bytes` are of all
-devices together, but
+so that counters, queues and their limit, `throughput_tokens_per_second` and `gemm_flops_per_second` are of all devices
+together, but
 - the largest of what each engine sets alike, of times at the start, and of the wait of the oldest input;
 - the smallest `token_budget` of an engine;
 - `ready` only if every front end is;
 - the mean over engines of `model_flops_utilization`;
 - and `build_info` once for each kind of device.
+
+What has the label `device` is of each device by itself, such as cuda:1; engines on one CPU are one device.
 """
 
 from __future__ import annotations
@@ -130,6 +132,7 @@ class Metrics:
         self.batch_fill_ratio = histogram("batch_fill_ratio", "A batch's tokens over batch_tokens", _RATIOS)
         self.queue_inputs = gauge("queue_inputs", "Inputs waiting for a batch", ("class",))
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch", ("class",))
+        self.max_queued_tokens = gauge("max_queued_tokens", "Tokens that may wait for a batch, in each class")
         self.queue_oldest_seconds = gauge("queue_oldest_seconds", "How long the oldest input has waited", ("class",))
         self.dedup_hits = counter("dedup_hits", "Inputs that shared the computation of an equal one that waited")
         self.cache_hits = counter("cache_hits", "Inputs whose vector was remembered")
@@ -154,8 +157,10 @@ class Metrics:
             "token_budget", "Most tokens in one batch, fewer for a while after one ran out of memory"
         )
         self.batch_tokens_full = gauge("batch_tokens_full", "Tokens at which a batch is full enough to go")
-        self.device_seconds = counter("device_seconds", "Time the device was at batches")
-        self.model_flops = counter("model_flops", "Floating-point operations of the tokens computed, filler left out")
+        self.device_seconds = counter("device_seconds", "Time the device was at batches", ("device",))
+        self.model_flops = counter(
+            "model_flops", "Floating-point operations of the tokens computed, filler left out", ("device",)
+        )
         self.gemm_flops_per_second = gauge(
             "gemm_flops_per_second", "Rate of this device at large matrix products, measured at the start"
         )
@@ -163,7 +168,7 @@ class Metrics:
             "model_flops_utilization", "model_flops over device_seconds and gemm_flops_per_second, of late"
         )
         self.throughput = gauge("throughput_tokens_per_second", "Tokens over device_seconds, of late")
-        self.gpu_memory_bytes = gauge("gpu_memory_bytes", "Device memory as torch sees it", ("kind",))
+        self.gpu_memory_bytes = gauge("gpu_memory_bytes", "Device memory as torch sees it", ("kind", "device"))
         self.ready = gauge("ready", "1 when the server answers, 0 while it loads or drains")
         self.model_load_seconds = gauge("model_load_seconds", "Loading the weights")
         self.warmup_seconds = gauge("warmup_seconds", "First batches, before the server was ready")
@@ -183,8 +188,6 @@ class Metrics:
             self.token_id_inputs.labels(decoder)
         for lane in LANES:
             self.queue_wait_seconds.labels(lane)
-        for kind in ("allocated", "reserved", "total"):
-            self.gpu_memory_bytes.labels(kind)
 
     def read_queue(
         self, lane: str, inputs: Callable[[], float], tokens: Callable[[], float], oldest: Callable[[], float]

@@ -27,9 +27,9 @@ PREFIX = "LLM2VEC_"
 # Tokens of one text, whatever more the model could read; callers of hosted APIs expect about this.
 DEFAULT_MAX_INPUT_TOKENS = 8192
 
-
-# A device so slow that this takes longer than a batch should is used as well as it can be.
-_LEAST_BATCH_TOKENS = 512
+# Most tokens in one batch and seconds of a full one, unless they are set.
+TOKEN_BUDGET = {"cuda": 16384, "cpu": 8192}
+BATCH_SECONDS = {"cuda": 0.1, "cpu": 1.5}
 
 Switch = Literal["auto", "on", "off"]
 
@@ -203,6 +203,9 @@ class Settings(BaseSettings):
         description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
         "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
     )
+    playground: bool = Field(
+        True, description="serve a page at `/` on which to try texts, and see tokens, vectors and the server's state"
+    )
     tei_metrics: bool = Field(
         False, description="give metrics under text-embeddings-inference's names too, for dashboards that have them"
     )
@@ -292,8 +295,7 @@ class Limits:
                 f"max_input_tokens is {self.max_input_tokens}, but {manifest.name} reads {reads} tokens: "
                 f"lower {PREFIX}MAX_INPUT_TOKENS to at most {reads}"
             )
-        on_cpu = device_type == "cpu"
-        self.token_budget = settings.token_budget or max(8192 if on_cpu else 16384, self.max_input_tokens)
+        self.token_budget = settings.token_budget or max(TOKEN_BUDGET[device_type], self.max_input_tokens)
         if self.token_budget < self.max_input_tokens:
             raise StartupError(
                 f"the model reads {self.max_input_tokens} tokens but token_budget is {self.token_budget}: raise "
@@ -305,13 +307,12 @@ class Limits:
                 f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
             )
         self._batch_tokens = settings.batch_tokens
-        self._batch_seconds = settings.batch_seconds or (1.5 if on_cpu else 0.1)
+        self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
 
     def for_batches(self, cost: CostModel) -> BatchLimits:
-        """The limits of a batch on a device that is so fast: large enough to be efficient, quick enough to wait for."""
-        quick = cost.tokens_within(self._batch_seconds)
-        efficient = max(min(cost.efficient_tokens(), quick), _LEAST_BATCH_TOKENS)
-        return BatchLimits(self._batch_tokens or min(efficient, self.token_budget), self.token_budget)
+        """The limits of a batch on a device that is so fast."""
+        full = self._batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
+        return BatchLimits(full, self.token_budget)
 
 
 def settings_table() -> str:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from model_store.encoder import Encoder, choose_device
 from model_store.pipeline import Pending, Pipeline
-from model_store.roofline import attention_flops, gemm_flops_per_second, linear_flops_per_token
+from model_store.roofline import gemm_flops_per_second
 from model_store.self_test import check_attention, check_same_vectors, compile_checked, pack_checked
+from model_store.shape import Shape
 from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan
 from service.cost_model import CostModel, fit
@@ -104,11 +105,13 @@ class EncoderWorker:
         if encoder.device.type == "cuda":
             self._time(limits.token_budget, limits.max_input_tokens)
         self._flops_per_second = gemm_flops_per_second(encoder.device, encoder.dtype)
-        self._linear_flops = linear_flops_per_token(encoder.model)
+        self._shape = Shape.read(encoder.model.config.to_dict())
         metrics.gemm_flops_per_second.set(self._flops_per_second)
         plan = self._plan(limits)
         metrics.warmup_seconds.set(time.perf_counter() - loaded)
         metrics.batch_tokens_full.set(plan.limits.batch_tokens)
+        for counted in (metrics.device_seconds, metrics.model_flops):
+            counted.labels(self.device)
         self._watch_memory()
         return plan
 
@@ -271,13 +274,12 @@ class EncoderWorker:
         seconds = ended - max(given, self._last_ended)
         self._last_ended = ended
         tokens = sum(map(len, rows))
-        config = self._pipeline.encoder.model.config
-        flops = self._linear_flops * tokens + attention_flops(config, map(len, rows))
+        flops = self._shape.linear_flops_per_token * tokens + self._shape.attention_flops(map(len, rows))
         for kind, amount in (("seconds", seconds), ("flops", flops), ("tokens", tokens)):
             self._of_late[kind] = (1 - _NEWEST) * self._of_late[kind] + _NEWEST * amount
         metrics, late = self._metrics, self._of_late
-        metrics.device_seconds.inc(seconds)
-        metrics.model_flops.inc(flops)
+        metrics.device_seconds.labels(self.device).inc(seconds)
+        metrics.model_flops.labels(self.device).inc(flops)
         metrics.model_flops_utilization.set(late["flops"] / late["seconds"] / self._flops_per_second)
         metrics.throughput.set(late["tokens"] / late["seconds"])
 
@@ -290,7 +292,7 @@ class EncoderWorker:
             ("reserved", lambda: torch.cuda.memory_reserved(device)),
             ("total", lambda: torch.cuda.get_device_properties(device).total_memory),
         ):
-            self._metrics.gpu_memory_bytes.labels(kind).set_function(read)
+            self._metrics.gpu_memory_bytes.labels(kind, self.device).set_function(read)
 
     @property
     def device(self) -> str:

@@ -42,7 +42,7 @@ def test_only_the_command_knows_that_there_may_be_several_processes() -> None:
 
 
 def test_policies_know_no_event_loop() -> None:
-    for name in ("scheduling", "cost_model", "processes/dispatch", "processes/wire"):
+    for name in ("scheduling", "cost_model", "simulation", "planning", "processes/dispatch", "processes/wire"):
         assert "asyncio" not in imports(ROOT / "service" / f"{name}.py"), name
 
 
@@ -68,10 +68,12 @@ def test_errors_know_nothing() -> None:
         "service.embedder",
         "service.settings",
         "service.cli",
+        "service.planning",
         "service.client",
         "model_store.evaluation.command",
         "model_store.manifest",
         "model_store.recipe",
+        "model_store.shape",
         "model_store.tokenizer",
         "model_store.pooling_modes",
         "model_store.sources",

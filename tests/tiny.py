@@ -74,6 +74,12 @@ def tiny_model(family: str, head: bool = False, seed: int = 0) -> Any:
     return model.eval()
 
 
+def product_weights(model: Any) -> int:
+    """Weights of the matrix products in a decoder's layers, whatever modules hold them."""
+    modules = (module for layer in model.layers for module in layer.modules())
+    return sum(int(module.in_features * module.out_features) for module in modules if hasattr(module, "in_features"))
+
+
 def tiny_tokenizer(bos: bool = True) -> Tokenizer:
     """A byte-level BPE tokenizer of about 300 tokens, with BOS before each text or without."""
     tokenizer = Tokenizer(models.BPE())

@@ -28,8 +28,8 @@ from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.pipeline import GRAPH_TOKENS, Pipeline, forward
 from model_store.quantization import quantize
-from model_store.roofline import attention_flops, linear_flops_per_token
 from model_store.self_test import compile_checked, largest_difference
+from model_store.shape import Shape
 from service.cost_model import fit
 
 SWEEP = {"real": [16 << i for i in range(11)], "tiny": [16, 32, 64]}
@@ -51,7 +51,7 @@ def measure(report: Report) -> None:
     def headline(name: str) -> None:
         def build() -> dict[str, int]:
             built[name] = random_encoder(SHAPES[size][name], device)
-            return {"flops_per_token": linear_flops_per_token(built[name].model)}
+            return {"flops_per_token": shape_of(built[name]).linear_flops_per_token}
 
         def compile_layers() -> dict[str, float]:
             return {"seconds": round(host_seconds(partial(compile_checked, built[name])), 1)}
@@ -119,6 +119,11 @@ def measure(report: Report) -> None:
             del built[name]
 
 
+def shape_of(encoder: Encoder) -> Shape:
+    """The sizes of its decoder."""
+    return Shape.read(encoder.model.config.to_dict())
+
+
 def even_lengths(tokens: int) -> list[int]:
     """So many tokens in texts of one length."""
     length = min(tokens, TEXT_TOKENS)
@@ -128,7 +133,7 @@ def even_lengths(tokens: int) -> list[int]:
 def sweep(pipeline: Pipeline, token_counts: Sequence[int], peak: float) -> dict[str, Any]:
     """By tokens: the device's time, the caller's and the host's, the rate and its share of the peak; and the fit."""
     encoder = pipeline.encoder
-    device, config = encoder.device, encoder.model.config
+    device, config, shape = encoder.device, encoder.model.config, shape_of(encoder)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     table, measured = {}, {}
@@ -143,7 +148,7 @@ def sweep(pipeline: Pipeline, token_counts: Sequence[int], peak: float) -> dict[
             run = partial(forward, encoder, batch.filled_up_to(16).to(device), widths.to(device))
             seconds = device_seconds(run, device)
         whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
-        flops = linear_flops_per_token(encoder.model) * tokens + attention_flops(config, lengths)
+        flops = shape.linear_flops_per_token * tokens + shape.attention_flops(lengths)
         measured[tokens] = statistics.median(whole)
         table[str(tokens)] = {
             "device_ms": ms(seconds),
@@ -170,7 +175,7 @@ def lone(pipeline: Pipeline, limits: dict[str, float], bytes_per_weight: int) ->
     config = pipeline.encoder.model.config
     rounds = 300 if pipeline.encoder.device.type == "cuda" else 10
     whole, launched = launch_seconds(pipeline, rows_of([16], config.vocab_size), rounds)
-    floor = linear_flops_per_token(pipeline.encoder.model) / 2 * bytes_per_weight / limits["bytes_per_second"]
+    floor = shape_of(pipeline.encoder).linear_parameters * bytes_per_weight / limits["bytes_per_second"]
     median, slow = np.percentile(whole, (50, 99))
     return {
         "p50_ms": ms(median),

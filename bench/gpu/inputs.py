@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 from bench.texts import sentences
 from model_store.attention import choose_kernel, implementation_name
 from model_store.encoder import Encoder
+from model_store.shape import known_configs
 from model_store.tokenizer import TokenizedText
 
 Shape = tuple[str, dict[str, Any]]
@@ -32,12 +33,19 @@ def gemma3(width: int, layers: int, head: int, mlp: int, vocabulary: int, **othe
     return "gemma3_text", llama(width, layers, 4, 1, mlp, vocabulary, **others)[1]
 
 
+def known(base: str, **others: Any) -> Shape:
+    """That of a packaged recipe's base."""
+    sizes = {**known_configs()[base], **others}
+    sizes.pop("layer_types", None)  # transformers has the same, for any number of layers
+    return sizes.pop("model_type"), sizes
+
+
 # By name; the most important first.
 SHAPES: dict[str, dict[str, Shape]] = {
     "real": {
-        "8B": llama(4096, 32, 32, 8, 14336, 128256, max_position_embeddings=8192),
-        "1.3B": llama(2048, 24, 16, 16, 5504, 32000, max_position_embeddings=32768),
-        "270M": gemma3(640, 18, 256, 2048, 262144, sliding_window=512, max_position_embeddings=32768),
+        "8B": known("meta-llama/Meta-Llama-3-8B-Instruct"),
+        "1.3B": known("princeton-nlp/Sheared-LLaMA-1.3B", max_position_embeddings=32768),
+        "270M": known("demo:", query_pre_attn_scalar=256),
     },
     "tiny": {
         "1.3B": llama(64, 2, 4, 2, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),

@@ -6,6 +6,7 @@ time. Encoders are built in a temporary folder when their turn comes, so disk an
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -37,5 +38,5 @@ def each_stage(
 
 def _names(adapters: tuple[str, ...]) -> list[str]:
     """The last part of each reference, or all of it where they would be the same."""
-    short = [reference.partition("@")[0].rstrip("/").rpartition("/")[2] for reference in adapters]
+    short = [re.split("[/:]", reference.partition("@")[0].rstrip("/"))[-1] for reference in adapters]
     return [f"+ {name}" for name in (short if len(set(short)) == len(short) else adapters)]

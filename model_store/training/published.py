@@ -32,7 +32,6 @@ class Published:
     before: tuple[Source, ...]
     config: Any
     pooling: PoolingMode
-    max_length: int
 
     def save(self, adapted: Any, folder: Path) -> None:
         """Write the adapter of peft's model, as it is now, and what goes with it but the tokenizer."""
@@ -41,15 +40,8 @@ class Published:
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         (folder / _WEIGHTS).chmod(0o644)
         _write(folder / _CONFIG, self._adapter_config(adapted))
-        _write(
-            folder / "llm2vec_config.json",
-            {
-                "pooling_mode": self.pooling,
-                "max_length": self.max_length,
-                "doc_max_length": min(400, self.max_length),
-                "skip_instruction": True,
-            },
-        )
+        # No max_length: texts that it was trained on are shorter than those that it may read.
+        _write(folder / "llm2vec_config.json", {"pooling_mode": self.pooling, "skip_instruction": True})
         if not self.before:
             _write(folder / "config.json", self._base_config())
 
@@ -89,7 +81,7 @@ class Published:
         rope = raw.get("rope_parameters") or {}
         if "rope_theta" in rope:  # where transformers looked for it until version 5
             raw.setdefault("rope_theta", rope["rope_theta"])
-        return {"_name_or_path": base_name(self.base, self.before), **raw}
+        return {**raw, "_name_or_path": base_name(self.base, self.before)}
 
 
 def load_weights(adapted: Any, folder: Path) -> None:

@@ -102,7 +102,7 @@ def prepare(
     length = config.max_seq_length or min(_DEFAULT_LENGTH[config.stage], positions)
     if length > positions:
         raise TrainingConfigError(f"max_seq_length is {length}, but {config.base} reads {positions} tokens: lower it")
-    published = Published(base, before, decoder.base_config, pooling, length)
+    published = Published(base, before, decoder.base_config, pooling)
     if isinstance(config, MntpConfig):
         trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
     else:

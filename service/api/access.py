@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from service.api_keys import ApiKeys
 from service.errors import Unauthorized
@@ -16,19 +16,22 @@ METRICS_PATH = "/metrics"
 class Access:
     """Every path needs one of the keys, if there are any, but those of health; metrics have a key of their own.
 
+    Pages are open to be read: what they ask for is not.
+
     OpenAI's, Cohere's, NVIDIA's, Ollama's, Infinity's and text-embeddings-inference's clients send
     `Authorization: Bearer KEY`; some gateways `x-api-key: KEY`.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, pages: Collection[str] = ()) -> None:
         """Raises: StartupError: if the file of keys can't be read."""
         self._keys = ApiKeys(settings.api_keys, settings.api_keys_file)
+        self._pages = pages
         self._metrics_key = ApiKeys(settings.metrics_key)
 
-    def refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Unauthorized | None:
+    def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Unauthorized | None:
         """Why a request may not be served; None if it may."""
         keys = self._metrics_key if path == METRICS_PATH else self._keys
-        if not keys.required or path in OPEN_PATHS:
+        if not keys.required or path in OPEN_PATHS or (path in self._pages and method in ("GET", "HEAD")):
             return None
         given = _given_keys(headers)
         known = [keys.knows(key) for key in given]

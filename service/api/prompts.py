@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import asyncio
+from collections.abc import Sequence
+from typing import Any
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from model_store.tokenizer import Part
 from service.api.answers import json_answer
-from service.api.common import alias_of, instructions_of
+from service.api.common import alias_of, ignored_fields, instructions_of
 from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
 from service.api.requests import read, while_connected
-from service.embedder import Embedder
+from service.embedder import Embedder, EmbedInput, Preview
 from service.instructions import ROLES
 
 router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
@@ -30,14 +34,16 @@ class PromptsAnswer(BaseModel):
 
 
 class PreviewAnswer(BaseModel):
-    """Each input as the model would read it, in tokens."""
+    """Each input in tokens: those that the model would read, and where there are such those that are cut."""
 
     class _Row(BaseModel):
         class _Token(BaseModel):
             id: int
             token: str
-            part: Literal["before", "text", "after"]
+            text: str
+            part: Part
             pooled: bool
+            cut: bool
 
         index: int
         instruction: str
@@ -45,6 +51,7 @@ class PreviewAnswer(BaseModel):
         tokens: list[_Token]
         token_count: int
         pooled_count: int
+        cut_count: int
         over_limit: int
 
     data: list[_Row]
@@ -70,27 +77,36 @@ async def list_prompts(request: Request) -> Response:
     **documented(EmbeddingsBody, PreviewAnswer, {"input": "how much protein a day", "input_type": "query"}),
 )
 async def preview(request: Request) -> Response:
-    """The tokens of each input of an embeddings request, and which of them are pooled. Nothing is computed."""
+    """The tokens of each input of an embeddings request: where each came from, which are pooled and which are cut.
+
+    Nothing is computed. An input that such a request would have refused for its length has an `over_limit`.
+    """
     body = await read(request, EmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
     alias = alias_of(request, body.model)
+    more = ignored_fields(embedder, body.model_extra or {})
     asked = to_embed_request(request, body, alias)
     previews = await while_connected(request, embedder.preview(asked))
+    # In a thread, as there can be hundreds of thousands of tokens.
+    content = await asyncio.to_thread(_write_previews, asked.inputs, previews, embedder.limits.max_input_tokens)
+    return Response(content, 200, more, "application/json")
+
+
+def _write_previews(inputs: Sequence[EmbedInput], previews: Sequence[Preview], limit: int) -> bytes:
     rows: list[dict[str, Any]] = []
-    for index, (item, one) in enumerate(zip(asked.inputs, previews, strict=True)):
+    for index, (item, preview) in enumerate(zip(inputs, previews, strict=True)):
+        cut_count = sum(token.cut for token in preview.tokens)
+        token_count = len(preview.tokens) - cut_count
         rows.append(
             {
                 "index": index,
                 "instruction": item.instruction.text,
                 "source": item.instruction.source,
-                "tokens": [
-                    {"id": token.token_id, "token": token.token, "part": token.part, "pooled": token.pooled}
-                    for token in one.tokens
-                ],
-                "token_count": len(one.tokens),
-                "pooled_count": sum(token.pooled for token in one.tokens),
-                "over_limit": max(len(one.tokens) - one.limit, 0),
+                "tokens": [token._asdict() for token in preview.tokens],
+                "token_count": token_count,
+                "pooled_count": sum(token.pooled for token in preview.tokens),
+                "cut_count": cut_count,
+                "over_limit": max(token_count - limit, 0),
             }
         )
-    answer = {"data": rows, "max_input_tokens": embedder.limits.max_input_tokens}
-    return json_answer(answer)
+    return orjson.dumps({"data": rows, "max_input_tokens": limit})

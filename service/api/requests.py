@@ -100,7 +100,7 @@ class RequestContext:
         self._metrics.inflight.inc()
         try:
             endpoint = self._direct.get((scope["method"], scope["path"]))
-            if (refusal := self._access.refusal(scope["path"], headers)) is not None:
+            if (refusal := self._access.refusal(scope["method"], scope["path"], headers)) is not None:
                 state["route"] = scope["path"] if endpoint else ""
                 await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
             elif endpoint is None:

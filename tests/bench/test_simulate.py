@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from bench.simulate import LOADS, MODELS, Client, Fifo, Input, Lanes, Outcome, Policy, cost_model, policies, simulate
+from bench.simulate import LOADS, MODELS, Fifo, cost_model, policies
 from service.cost_model import CostModel
 from service.scheduling import Lane
+from service.simulation import Client, Input, Lanes, Outcome, Policy, simulate
 
 COST = MODELS["8B"]
 WINDOW, CONTINUOUS, LANES_16384, LANES_2048, AHEAD, LATE, _ = policies(COST)

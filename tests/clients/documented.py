@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
+from tests.npm import npm_folder
 
-_ROOT = Path(__file__).parents[2]
-_PAGE = _ROOT / "docs" / "clients.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 
 NODE_PACKAGE = "openai@6.49.0"
 
@@ -40,17 +37,4 @@ def snippets(language: str) -> list[Snippet]:
 
 def node_client() -> Path:
     """A folder into which npm has installed the openai package; skips the test where it can not be."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
-    folder = _ROOT / "build" / "clients-node"
-    folder.mkdir(parents=True, exist_ok=True)
-    installed = folder / "installed.txt"
-    if not installed.exists() or installed.read_text() != NODE_PACKAGE:
-        (folder / "package.json").write_text('{"private": true, "type": "module"}\n')
-        command = [npm, "install", "--no-fund", "--no-audit", "--no-save", NODE_PACKAGE]
-        ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        if ran.returncode:
-            pytest.skip(f"npm could not install {NODE_PACKAGE}: {ran.stderr[-400:]}")
-        installed.write_text(NODE_PACKAGE)
-    return folder
+    return npm_folder("clients-node", NODE_PACKAGE)

@@ -11,8 +11,7 @@ from torch import nn
 
 from model_store import cpu_linear
 from model_store.cpu_linear import PackedGatedMlp, PackedLinear, can_pack, pack_linears
-from model_store.roofline import linear_flops_per_token
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, product_weights, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -51,10 +50,10 @@ def test_every_family_s_mlp(family: str) -> None:
 
 def test_no_layer_is_left_out_and_none_is_counted_twice() -> None:
     model = tiny_model("qwen2").bfloat16()
-    before = linear_flops_per_token(model)
+    before = product_weights(model)
     pack_linears(model)
     assert not [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
-    assert linear_flops_per_token(model) == before
+    assert product_weights(model) == before
 
 
 def test_the_weights_go_with_the_model() -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from model_store import progress
 from model_store.build import build_encoder
-from model_store.recipe import recipe_from
+from model_store.recipe import load_recipe, recipe_from
 from model_store.sources import SourceError, resolve, wanted_files
+from model_store.training.config import Stage, parse_config
 from tests.tiny import save_adapter, save_base, tiny_model
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -99,6 +101,25 @@ def test_what_is_neither_folder_nor_hub_id() -> None:
             pass
 
 
+def test_the_demo_s_adapters_come_with_the_package() -> None:
+    """Under names that any machine knows."""
+    for reference in load_recipe("demo").adapters:
+        with resolve(reference) as source:
+            assert json.loads((source.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "demo:"
+            assert (source.folder / "adapter_model.safetensors").stat().st_size > 1_000_000
+    with resolve("demo:mntp") as source:
+        assert json.loads((source.folder / "config.json").read_text())["_name_or_path"] == "demo:"
+    with pytest.raises(SourceError, match=r"no demo:\.\.: use demo:, demo:mntp, demo:simcse"), resolve("demo:.."):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_the_demo_s_training_can_be_asked_for_again(stage: Stage) -> None:
+    with resolve(f"demo:{stage}") as source:
+        config = parse_config(stage, json.loads((source.folder / "training_config.json").read_text()))
+    assert config.base == "demo:"
+
+
 def test_a_hub_id_is_pinned_to_its_commit(hub: type[_Hub], tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     (tmp_path / "base" / "modeling_evil.py").write_text("raise SystemExit('remote code ran')")
@@ -111,6 +132,22 @@ def test_a_hub_id_is_pinned_to_its_commit(hub: type[_Hub], tmp_path: Path) -> No
     assert [stage.commit for stage in manifest.adapters] == [COMMITS["v1"]]
     assert not [path for path in hub.asked if path.endswith(".py")]
     assert not [path for path in hub.asked if "/resolve/main/" in path]
+
+
+def test_without_a_terminal_fetching_is_told_in_whole_lines(
+    hub: type[_Hub], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    save_base(tmp_path / "base")
+    hub.folders["org/base"] = tmp_path / "base"
+    capfd.readouterr()
+    with resolve("org/base") as source:
+        size = sum(path.stat().st_size for path in source.folder.iterdir())
+    told = capfd.readouterr().err
+    assert "\r" not in told
+    assert told.endswith("\n")
+    assert f"{size / 1000:.0f}k" in told
+    assert "Fetching" in told
 
 
 @pytest.mark.parametrize(

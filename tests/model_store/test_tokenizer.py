@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import AddedToken
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
@@ -194,6 +195,55 @@ def test_each_token_stands_for_its_characters(template: Template) -> None:
     for token_id, (start, end) in zip(row.token_ids[row.head + 1 : len(row) - row.tail], own, strict=True):
         if text[start:end].isascii():
             assert tiny_tokenizer().decode([token_id]) == text[start:end]
+
+
+@pytest.mark.parametrize("instruction", ["", INSTRUCTION])
+@pytest.mark.parametrize("template", [Template(), AROUND, Template("", "<eos>", strip=True)])
+def test_each_token_is_of_a_part(template: Template, instruction: str) -> None:
+    tokenizer = text_tokenizer(template)
+    row = tokenizer.encode_batch([TEXT], [instruction])[0]
+    parts, texts = tokenizer.parts(row, instruction), tokenizer.token_texts(row.token_ids)
+
+    def of(part: str, where: slice = slice(None)) -> str:
+        pairs = list(zip(parts, texts, strict=True))[where]
+        return "".join(text for own, text in pairs if own == part)
+
+    assert "".join(texts) == "<bos>" + template.prefix + (instruction and f"{instruction} ") + TEXT + template.suffix
+    assert of("special") == "<bos>"
+    assert of("template", slice(row.head)).strip() == template.prefix.strip()
+    assert of("instruction").strip() == instruction
+    assert of("text").strip() == TEXT
+    assert of("template", slice(row.head, None)) == template.suffix
+    assert "text" in parts[row.span_start :]
+
+
+def test_a_part_is_what_it_is_of_where_the_count_of_what_is_pooled_is_off() -> None:
+    """Alone, a text may have more tokens than behind an instruction: then some of that is pooled."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(" mill", single_word=True)])
+    rows = TextTokenizer(tokenizer, Template(), True, VOCABULARY + 1)
+    row = rows.encode_batch(["mill"], ["Find:"])[0]
+    parts = rows.parts(row, "Find:")
+    assert [part for part in parts[row.span_start :] if part != "text"]
+    assert parts[-1] == "text"
+    assert rows.token_texts(row.token_ids)[-1] == " mill"
+    assert parts.count("text") == 1
+
+
+def test_some_of_a_character_s_bytes_have_no_text() -> None:
+    tokenizer = text_tokenizer()
+    row = tokenizer.encode_batch(["\N{SLIGHTLY SMILING FACE}"], [""])[0]
+    assert "\ufffd" in tokenizer.token_texts(row.token_ids)[1]
+    assert tokenizer.parts(row, "") == ["special", *["text"] * (len(row) - 1)]
+
+
+def test_parts_of_token_ids_and_of_nothing() -> None:
+    tokenizer = text_tokenizer(AROUND)
+    row = tokenizer.encode_batch([[70, 71]], [INSTRUCTION])[0]
+    found = tokenizer.parts(row, INSTRUCTION)
+    assert found.count("text") == 2
+    assert {"special", "template", "instruction", "text"} == set(found)
+    assert set(tokenizer.parts(tokenizer.encode_nothing(), "")) == {"special", "template"}
 
 
 def test_nothing_has_a_row_too() -> None:

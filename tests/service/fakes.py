@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from model_store.manifest import Manifest, SourceRecord
 from model_store.recipe import Recipe
 from model_store.templates import Template
-from model_store.tokenizer import TokenizationError, TokenizedText
+from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.app import create_app
 from service.backend import LocalBackend
 from service.batcher import DevicePlan
@@ -89,7 +89,7 @@ class FakeTokenizer:
         return rows
 
     def encode_nothing(self) -> TokenizedText:
-        return TokenizedText([1], 0)
+        return TokenizedText([1], 0, head=1)
 
     def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
         row = self.encode_batch([text], [instruction])[0]
@@ -97,6 +97,13 @@ class FakeTokenizer:
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
         return ["<bos>" if token_id == 1 else chr(token_id) for token_id in token_ids]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        return ["" if token_id == 1 else chr(token_id) for token_id in token_ids]
+
+    def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
+        places = range(len(row))
+        return ["special" if not place else "instruction" if place < row.head else "text" for place in places]
 
     def special_tokens(self) -> frozenset[int]:
         return frozenset({1})

@@ -76,7 +76,6 @@ def test_only_health_and_metrics_are_open() -> None:
         for path in ("/health", "/livez", "/readyz", "/ping", "/metrics"):
             assert server.client.get(path).status_code == 200, path
         for path in (
-            "/",
             "/docs",
             "/openapi.json",
             "/version",
@@ -88,6 +87,8 @@ def test_only_health_and_metrics_are_open() -> None:
         ):
             assert server.client.get(path).status_code == 401, path
         assert server.client.get("/docs", headers=bearer(KEY)).status_code == 200
+        assert server.client.get("/").status_code == 200  # a page without anything on it: see test_playground.py
+        assert server.client.post("/", json={"inputs": "a"}).status_code == 401
 
 
 def test_metrics_have_a_key_of_their_own() -> None:

@@ -198,10 +198,55 @@ def test_preview_shows_what_is_pooled(server: Server) -> None:
     assert first["source"] == "input_type"
     assert [token["token"] for token in first["tokens"]] == ["<bos>", *"Find: ab"]
     assert [token["token"] for token in first["tokens"] if token["pooled"]] == ["a", "b"]
-    assert {token["part"] for token in first["tokens"][:7]} == {"before"}
-    assert first["pooled_count"] == 2
-    assert first["over_limit"] == 0
+    parts = [token["part"] for token in first["tokens"]]
+    assert parts == ["special", *["instruction"] * 6, "text", "text"]
+    assert first["tokens"][1] == {
+        "id": ord("F"),
+        "token": "F",
+        "text": "F",
+        "part": "instruction",
+        "pooled": False,
+        "cut": False,
+    }
+    assert (first["token_count"], first["pooled_count"], first["cut_count"], first["over_limit"]) == (9, 2, 0, 0)
     assert server.worker.batches == []
+
+
+def previewed(server: Server, **body: Any) -> dict[str, Any]:
+    answer = server.client.post("/v1/prompts/preview", json=body)
+    assert answer.status_code == 200, answer.text
+    row: dict[str, Any] = answer.json()["data"][0]
+    return row
+
+
+def letters(row: dict[str, Any], cut: bool) -> str:
+    return "".join(token["text"] for token in row["tokens"] if token["cut"] == cut)
+
+
+def test_preview_shows_what_is_cut_where_it_stood() -> None:
+    with (server := Server(max_input_tokens=10)).client:
+        text = "abcdefghijkl"
+        end = previewed(server, input=text, truncate="END", instruction="Q:")
+        assert (letters(end, False), letters(end, True)) == ("Q: abcdef", "ghijkl")
+        assert [token["cut"] for token in end["tokens"]] == [False] * 10 + [True] * 6
+        assert (end["token_count"], end["pooled_count"], end["cut_count"], end["over_limit"]) == (10, 6, 6, 0)
+        start = previewed(server, input=text, truncate="START", instruction="Q:")
+        assert (letters(start, False), letters(start, True)) == ("Q: ghijkl", "abcdef")
+        assert [token["cut"] for token in start["tokens"]] == [False] * 4 + [True] * 6 + [False] * 6
+        for other in ({}, {"overflow": "mean"}, {"truncate": "END", "instruction": "far too long for a text"}):
+            whole = previewed(server, input=text, **other)
+            assert whole["cut_count"] == 0
+            assert whole["over_limit"] == whole["token_count"] - 10 > 0
+        kept = server.embed(input=text, truncate="END", instruction="Q:")
+        assert kept.json()["usage"]["prompt_tokens"] == end["token_count"]
+
+
+def test_preview_is_limited_like_embedding() -> None:
+    with (server := Server(max_tokens_per_request=20)).client:
+        answer = server.client.post("/v1/prompts/preview", json={"input": ["a" * 30]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request_too_large")
+        answer = server.client.post("/v1/prompts/preview", json={"input": "a", "colour": "red"})
+        assert answer.headers["x-ignored-fields"] == "colour"
 
 
 def test_token_ids(server: Server) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 
+from model_store.tokenizer import TokenizedText
 from service.batcher import MicroBatcher
 from service.embedder import Embedder, EmbedInput, EmbedRequest
 from service.errors import InvalidRequest, Unavailable
@@ -46,6 +47,27 @@ async def test_a_result_carries_its_own_measurements() -> None:
     assert result.truncated_inputs == 0
     assert min(result.tokenize_seconds, result.queue_seconds, result.inference_seconds) >= 0
     np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, rtol=1e-6)
+
+
+class CutsItself(FakeTokenizer):
+    """As under reference truncation: no text keeps more than four of its characters."""
+
+    def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
+        rows = super().encode_batch(texts, instructions)
+        return [row.shortened(row.head + 4) for row in rows]
+
+    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
+        return FakeTokenizer().locate(text, instruction)
+
+
+async def test_a_preview_has_what_the_tokenizer_cut_by_itself() -> None:
+    async with embedder(FakeWorker()) as one:
+        one.tokenizer = CutsItself()
+        long, short = await one.preview(request("abcdefg", "abcd"))
+        assert [token.text for token in long.tokens if not token.cut] == ["", *"abcd"]
+        assert [token.text for token in long.tokens if token.cut] == [*"efg"]
+        assert [token.pooled for token in long.tokens] == [False, *[True] * 4, *[False] * 3]
+        assert not any(token.cut for token in short.tokens)
 
 
 async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:

@@ -32,6 +32,8 @@ def test_processes_are_added_up() -> None:
         engine.model_flops_utilization.set(0.2 * number)
         engine.throughput.set(1000 * number)
         engine.warmup_seconds.set(number)
+        engine.max_queued_tokens.set(500)
+        engine.device_seconds.labels(f"cuda:{number}").inc(number)
         engine.token_budget.set(8192 // number)
         engine.build_info.labels("1", "m", "cpu", "float32", "mean").set(1)
     page = merged_page([one.samples() for one in fronts], [one.samples() for one in engines])
@@ -46,6 +48,8 @@ def test_processes_are_added_up() -> None:
         'llm2vec_queue_oldest_seconds{class="bulk"}': 0.2,
         "llm2vec_throughput_tokens_per_second": 3000,
         "llm2vec_warmup_seconds": 2,
+        "llm2vec_max_queued_tokens": 1000,
+        'llm2vec_device_seconds_total{device="cuda:2"}': 2,
         'llm2vec_build_info{device="cpu",dtype="float32",model="m",pooling="mean",version="1"}': 1,
     }.items():
         assert value(page, series) == expected, series

@@ -14,8 +14,11 @@ from model_store.training.config import Stage, parse_config
 from model_store.training.run import train
 
 
-class _KeepGradients(TrainerCallback):  # type: ignore[misc]
+class KeepGradients(TrainerCallback):  # type: ignore[misc]
+    """Writes them in the first process, before each update."""
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called by the Trainer."""
         if args.process_index == 0:
             named = others["model"].named_parameters()
             gradients = {name: parameter.grad for name, parameter in named if parameter.grad is not None}
@@ -24,4 +27,4 @@ class _KeepGradients(TrainerCallback):  # type: ignore[misc]
 
 if __name__ == "__main__":
     stage, path = sys.argv[1:]
-    train(parse_config(cast(Stage, stage), json.loads(Path(path).read_text())), callbacks=[_KeepGradients()])
+    train(parse_config(cast(Stage, stage), json.loads(Path(path).read_text())), callbacks=[KeepGradients()])

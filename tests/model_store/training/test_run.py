@@ -160,7 +160,8 @@ def test_files_have_the_published_shape(tmp_path: Path) -> None:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     assert not (second / "config.json").exists()
-    assert json.loads((second / "llm2vec_config.json").read_text())["pooling_mode"] == "mean"
+    pooled = json.loads((second / "llm2vec_config.json").read_text())
+    assert pooled == {"pooling_mode": "mean", "skip_instruction": True}
     base_tokenizer = (tmp_path / "base" / "tokenizer.json").read_bytes()
     assert (mntp / "tokenizer.json").read_bytes() == base_tokenizer
 

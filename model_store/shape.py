@@ -1,0 +1,127 @@
+"""How large a decoder is, by its config.json: what its weights and a batch take in memory, and what a token costs.
+
+Arithmetic only. Norms and biases, less than a thousandth of a model, are left out. No torch here, and no weights.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Literal
+
+from model_store.architectures import TEXT_MODEL_OF, architecture_of
+
+# What a weight takes, by the arithmetic that it is multiplied in.
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
+
+Arithmetic = Literal["float32", "bfloat16", "fp8"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes; `windows` has the sliding window of each layer, or None where it attends to all of a text."""
+
+    width: int
+    heads: int
+    key_heads: int
+    head_width: int
+    mlp_width: int
+    vocabulary: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Shape:
+        """From what a config.json says, defaults filled in; of a multimodal wrapper, from its text model.
+
+        Raises:
+            UnsupportedArchitectureError: for a family that can't become an encoder.
+        """
+        if config["model_type"] in TEXT_MODEL_OF:
+            config = config["text_config"]
+        window = config.get("sliding_window") if architecture_of(config["model_type"]).windowed else None
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        kinds = config.get("layer_types") or ["sliding_attention"] * layers
+        return cls(
+            width=config["hidden_size"],
+            heads=heads,
+            key_heads=config.get("num_key_value_heads") or heads,
+            head_width=config.get("head_dim") or config["hidden_size"] // heads,
+            mlp_width=config["intermediate_size"],
+            vocabulary=config["vocab_size"],
+            max_positions=config["max_position_embeddings"],
+            windows=tuple(window if window and kind == "sliding_attention" else None for kind in kinds),
+        )
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        return len(self.windows)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Weights of the layers' matrix products: query and output, key and value, and an MLP with a gate."""
+        attention = 2 * self.width * self.head_width * (self.heads + self.key_heads)
+        return self.layers * (attention + 3 * self.width * self.mlp_width)
+
+    @property
+    def parameters(self) -> int:
+        """These and the embedding table."""
+        return self.linear_parameters + self.vocabulary * self.width
+
+    @property
+    def linear_flops_per_token(self) -> int:
+        """2 for each weight of the layers' matrix products; the embedding table is only looked up."""
+        return 2 * self.linear_parameters
+
+    def attention_flops(self, lengths: Iterable[int]) -> int:
+        """4·S·S·(heads · head width) for each text of S tokens and layer: scores and their product with the values.
+
+        In layers with a sliding window a token meets at most 2·window + 1 others.
+        """
+        texts = list(lengths)
+        pairs = sum(
+            length * min(length, 2 * window + 1 if window else length) * self.windows.count(window)
+            for window in set(self.windows)
+            for length in texts
+        )
+        return 4 * self.heads * self.head_width * pairs
+
+    def flops_per_token(self, text_tokens: int) -> float:
+        """All products, for each token of texts of this length."""
+        return self.linear_flops_per_token + self.attention_flops([text_tokens]) / text_tokens
+
+    def weight_bytes(self, arithmetic: Arithmetic = "bfloat16") -> int:
+        """What the weights take on a device. In fp8 the embedding table stays in bfloat16."""
+        table = self.vocabulary * self.width * max(WEIGHT_BYTES[arithmetic], 2)
+        return self.linear_parameters * WEIGHT_BYTES[arithmetic] + table
+
+    def activation_bytes(self, tokens: int, arithmetic: Arithmetic = "bfloat16") -> int:
+        """Most that a batch of so many tokens takes beside the weights, at its widest point, within an MLP.
+
+        Gate, up and their product are held there, the residual stream, the normalised input, and what makes it.
+        """
+        return tokens * max(WEIGHT_BYTES[arithmetic], 2) * (3 * self.mlp_width + 6 * self.width)
+
+
+def known_configs() -> dict[str, dict[str, Any]]:
+    """What config.json says of the packaged recipes' bases, by their references."""
+    return tomllib.loads((files("model_store") / "shapes.toml").read_text())
+
+
+def shape_of(reference: str) -> Shape:
+    """Of a packaged recipe's base, without a hub; else of a folder with a config.json, or of a hub id[@revision].
+
+    Raises:
+        SourceError: if there is no config.json to be had.
+        UnsupportedArchitectureError: for a family that can't become an encoder.
+    """
+    if config := known_configs().get(reference):
+        return Shape.read(config)
+    from transformers import AutoConfig
+
+    from model_store.sources import config_folder
+
+    return Shape.read(AutoConfig.from_pretrained(config_folder(reference), trust_remote_code=False).to_dict())

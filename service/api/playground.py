@@ -1,0 +1,77 @@
+"""The playground: one page at `/` on which people try the encoder. Its files are read once and answered from memory.
+
+The page is data: it asks the API for what it shows, with the key that its reader types where keys are set, so that it
+needs none itself and learns nothing that its reader may not. It loads nothing from elsewhere and has no inline script
+or style, which the Content-Security-Policy holds it to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import PurePath
+
+from fastapi import APIRouter, Request, Response
+
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    # Kept, but asked for anew each time: so a server's page is never another version's.
+    "cache-control": "no-cache",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """A file as it is answered."""
+
+    content: bytes
+    headers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, content: bytes, media_type: str) -> Page:
+        """The file with its headers."""
+        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        return cls(content, {**HEADERS, "content-type": media_type, "etag": tag})
+
+    def answer(self, request: Request) -> Response:
+        """The file; or that the browser has it, in which case nothing but headers."""
+        known = request.headers.get("if-none-match", "").split(",")
+        if self.headers["etag"] in [tag.strip().removeprefix("W/") for tag in known]:
+            return Response(None, 304, self.headers)
+        return Response(self.content, 200, self.headers)
+
+
+def load_pages() -> dict[str, Page]:
+    """The page at `/` and what it is made of below `/playground/`, by path."""
+    pages = {}
+    for entry in files("service").joinpath("playground").iterdir():
+        if media_type := _TYPES.get(PurePath(entry.name).suffix):
+            path = "/" if entry.name == "index.html" else f"/playground/{entry.name}"
+            pages[path] = Page.of(entry.read_bytes(), media_type)
+    return pages
+
+
+def router_of(pages: Mapping[str, Page]) -> APIRouter:
+    """The routes of these pages."""
+    router = APIRouter(include_in_schema=False)
+
+    async def page(request: Request) -> Response:
+        return pages[request.scope["path"]].answer(request)
+
+    for path in pages:
+        router.add_api_route(path, page, methods=["GET", "HEAD"])
+    return router
