@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from service.bulk.asked import OnError
 from service.bulk.folder import JobFolder
-from service.bulk.job import Job, VectorSource, bad_row
+from service.bulk.job import Job, JobError, VectorSource, bad_row, state_of
 from service.bulk.reading import BadRow, Columns, Input, Row
 from service.bulk.shards import ShardRows, ShardWriter
 from service.errors import EncodingError, InvalidRequest
@@ -119,6 +119,7 @@ async def run(
 
     Raises:
         InputError: for a bad row if that is to stop the job, or a file that can't be read.
+        JobError: if an input was changed meanwhile.
         ServiceError: if the vectors can't be had; the same job can be gone on with later.
     """
     manifest = folder.manifest
@@ -142,6 +143,8 @@ async def run(
             await writing
     if filling.read:
         await asyncio.to_thread(folder.add, *filling.taken(), writer)
+    if changed := [one.path for one, was in zip(inputs, job.inputs, strict=True) if state_of(one) != was.state]:
+        raise JobError(f"{changed[0]} was changed while it was embedded: begin anew with --overwrite")
     folder.finish()
 
 

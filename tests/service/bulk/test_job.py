@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyarrow import dataset, parquet
 from service.bulk.asked import FileFormat
 from service.bulk.folder import JobFolder
 from service.bulk.job import JobError
-from service.bulk.pipeline import SIZES, Window, embedded, requests_of, take_windows
+from service.bulk.pipeline import SIZES, Embedded, Window, embedded, requests_of, take_windows
 from service.bulk.reading import BadRow, Columns, Input, InputError, Row
 from service.errors import Unavailable
 from tests.service.bulk.fakes import REFUSED, SMALL, WIDTH, FakeVectors, do_job, expected
@@ -194,6 +194,21 @@ def test_inputs_that_changed_are_refused_and_those_that_only_moved_are_not(tmp_p
         do_job([one, write_rows(tmp_path / "b.jsonl", ["b"])], tmp_path / "out", FakeVectors())
     do_job([write_rows(tmp_path / "moved.jsonl", texts)], tmp_path / "out", FakeVectors())
     assert read_output(tmp_path / "out").rows == list(range(25))
+
+
+def test_an_input_that_is_written_to_meanwhile_is_not_taken_for_whole(tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "a.jsonl", some_texts(40))
+
+    class Writes(FakeVectors):
+        async def embed(self, texts: Sequence[str]) -> Embedded:
+            with one.path.open("a") as file:
+                file.write('{"text": "one more"}\n')
+            return await super().embed(texts)
+
+    with pytest.raises(JobError, match=r"a.jsonl was changed while it was embedded: begin anew with --overwrite"):
+        do_job([one], tmp_path / "out", Writes())
+    with pytest.raises(JobError, match="was begun with another"):
+        do_job([one], tmp_path / "out", FakeVectors())
 
 
 def test_overwriting_leaves_nothing_of_the_job_before(tmp_path: Path) -> None:
