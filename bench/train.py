@@ -35,8 +35,8 @@ def main() -> None:
     """Print a table, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, default=DEMO, help="a stored encoder (default %(default)s)")
-    parser.add_argument("--texts", type=int, default=24, help="texts of a step, each taken twice (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each (default %(default)s)")
+    parser.add_argument("--texts", type=int, default=8, help="texts of a step, each taken twice (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each (default %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.3)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
