@@ -75,8 +75,9 @@ async function run() {
     state.isStale = false;
     fail("embed", null);
     const { cost } = state.embedded;
-    say(summary(state.embedded), cost.truncated ? `${count(cost.truncated, "text was", "texts were")} cut: see Tokens.` : "");
+    say(summary(state.embedded), cost.truncated ? "Not all of it was read: see Tokens for what was cut." : "");
     show();
+    if (JSON.stringify(typed()) !== JSON.stringify(asked)) changed();
   } catch (error) {
     if (!now.signal.aborted) fail("embed", error);
   } finally {
@@ -145,7 +146,7 @@ async function learn(signal) {
     el("option", { value: OWN }, "Words of my own"),
     el("optgroup", { label: "Named prompts" }, Object.keys(known.prompts).map((name) => el("option", { value: name }, name))),
   );
-  if (before) select.value = OWN;
+  if (before) select.value = names.find((name) => state.prompts[name].query === before) ?? OWN;
   else choosePrompt(own ? names[0] : NONE);
 }
 
