@@ -6,7 +6,8 @@ The command runs in a process of its own. Whenever it has finished a shard it is
 alone embeds a share of that shard's texts in this process, already tokenized and sorted by length: so both are timed
 by turns, on the same texts, on a machine whose speed drifts, and the shard's vectors are held to the encoder's own. At
 a third and at two thirds the command is killed at a random moment. In the end every row must be there once, in order.
-A shard during which the command was started says nothing of its speed, and is left out.
+Each life of the command is timed from its first shard to its last; the job's last three shards are left out, since
+nothing is computed behind them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import json
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -114,28 +114,24 @@ class Alone:
         alone.embed(sentences()[:200])  # the first batches are not typical
         return cls(encoder, alone.tokenizer)
 
-    def embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], float]:
-        """(n, D) vectors in the texts' order, and tokens a second."""
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, D) vectors in the texts' order, with the time for batches alone."""
         rows = self.tokenizer.encode_batch(texts, [""] * len(texts))
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         batches = list(pack([rows[place] for place in order], self.encoder.manifest.pooling))
         began = time.perf_counter()
         pooled = torch.cat([self.encoder.encode(batch) for batch in batches])
-        seconds = time.perf_counter() - began
-        tokens = sum(map(len, rows))
-        self.tokens += tokens
-        self.seconds += seconds
+        self.seconds += time.perf_counter() - began
+        self.tokens += sum(map(len, rows))
         widths = torch.full((len(rows),), self.encoder.manifest.width)
         vectors = np.empty((len(rows), self.encoder.manifest.width), np.float32)
         vectors[order] = shorten_and_normalize(pooled, widths).numpy()
-        return vectors, tokens / seconds
+        return vectors
 
-    def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> float:
-        """Embed the texts, hold vectors to theirs; tokens a second."""
-        own, rate = self.embed(texts)
-        self.least_cosine = min(self.least_cosine, float((own * vectors).sum(1).min()))
+    def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
+        """Embed the texts, and hold vectors to theirs."""
+        self.least_cosine = min(self.least_cosine, float((self.embed(texts) * vectors).sum(1).min()))
         self.checked += len(texts)
-        return rate
 
 
 @dataclass
@@ -177,6 +173,21 @@ class Command:
         self.awake_seconds = self.clock()
 
 
+@dataclass
+class Life:
+    """The command from a start to its end: tokens and seconds behind its first shard, and the encoder's rate then."""
+
+    began: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    alone: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+
 def run(
     command: Sequence[str], environment: dict[str, str], out: Path, texts: Sequence[str], alone: Alone
 ) -> dict[str, Any]:
@@ -185,8 +196,9 @@ def run(
     job = Command(command, environment)
     kills = [round(share * len(texts)) for share in _KILLS_AT]
     killed_at: list[int] = []
-    slices: list[dict[str, float]] = []
-    seen, last = 0, None
+    lives = [life := Life()]
+    alone_before = (0, 0.0)
+    seen = 0
     job.start()
     try:
         while True:
@@ -198,38 +210,37 @@ def run(
             for shard in shards[seen:]:
                 places = chance.sample(range(shard["rows"]), max(round(_SHARE * shard["rows"]), 1))
                 numbers, vectors = read_shard(out / shard["file"])
-                own = alone.check([texts[numbers[place]] for place in places], vectors[places])
-                if last is not None and len(shards) == seen + 1:
-                    rate = shard["tokens"] / (finished - last)
-                    slices.append({"embed": rate, "alone": own, "ratio": rate / own})
-                    print(
-                        f"{shard['first_row'] + shard['read']:7} rows: {rate:7.0f} tokens/s, encoder alone {own:7.0f}",
-                        flush=True,
-                    )
-            seen, last = len(shards), finished
+                alone.check([texts[numbers[place]] for place in places], vectors[places])
             done = sum(shard["read"] for shard in shards)
+            if not life.began:
+                life.began, alone_before = finished, (alone.tokens, alone.seconds)
+            elif done < len(texts) - 3 * shards[0]["read"]:
+                life.tokens += sum(shard["tokens"] for shard in shards[seen:])
+                life.seconds = finished - life.began
+                life.alone = (alone.tokens - alone_before[0]) / (alone.seconds - alone_before[1])
+                print(f"{done:7} rows: {life.rate:7.0f} tokens/s, encoder alone {life.alone:7.0f}", flush=True)
+            seen = len(shards)
             job.go_on()
             if kills and done >= kills[0]:
                 kills.pop(0)
                 time.sleep(chance.uniform(0, finished / max(done, 1) * shards[-1]["rows"]))
                 job.kill()
+                seen = len(shards_in(out))  # one more may have been written
                 killed_at.append(done)
                 print(f"killed after {done} rows", flush=True)
                 job.start()
-                last = None
+                lives.append(life := Life())
     finally:
         job.process.kill()
         job.process.wait()
-    return {**verdict(out, texts), **figures(slices, alone), "killed_after_rows": killed_at, "starts": job.starts}
+    return {**verdict(out, texts), **figures(lives, alone), "killed_after_rows": killed_at, "starts": job.starts}
 
 
 def wait_for_shards(job: Command, out: Path, seen: int) -> list[dict[str, Any]]:
     """The shards, once there are more than were seen, or the command has ended well."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
-        status = job.process.poll()
-        path = out / "manifest.json"
-        shards: list[dict[str, Any]] = json.loads(path.read_text())["shards"] if path.exists() else []
+        status, shards = job.process.poll(), shards_in(out)
         if len(shards) > seen:
             return shards
         if status is not None:
@@ -237,6 +248,13 @@ def wait_for_shards(job: Command, out: Path, seen: int) -> list[dict[str, Any]]:
             return shards
         time.sleep(_LOOK_SECONDS)
     raise AssertionError("the command has done nothing for long")
+
+
+def shards_in(out: Path) -> list[dict[str, Any]]:
+    """What the manifest says of shards."""
+    path = out / "manifest.json"
+    shards: list[dict[str, Any]] = json.loads(path.read_text())["shards"] if path.exists() else []
+    return shards
 
 
 def read_shard(path: Path) -> tuple[list[int], NDArray[np.float32]]:
@@ -257,14 +275,20 @@ def verdict(out: Path, texts: Sequence[str]) -> dict[str, Any]:
     return {"rows": len(numbers), "tokens": sum(shard["tokens"] for shard in manifest["shards"])}
 
 
-def figures(slices: Sequence[dict[str, float]], alone: Alone) -> dict[str, Any]:
+def figures(lives: Sequence[Life], alone: Alone) -> dict[str, Any]:
     """Rates, and how near the vectors are to the encoder's own."""
     assert alone.least_cosine > _LEAST_COSINE, f"a vector's cosine to the encoder's own is {alone.least_cosine}"
+    timed = [life for life in lives if life.seconds]
+    if not timed:
+        raise SystemExit("no two shards were written in one life: give more texts, or fewer rows to a shard")
+    seconds = sum(life.seconds for life in timed)
+    embed = sum(life.tokens for life in timed) / seconds
+    own = sum(life.alone * life.seconds for life in timed) / seconds
     return {
-        "embed_tokens_per_second": round(statistics.median(part["embed"] for part in slices)),
-        "encoder_tokens_per_second": round(statistics.median(part["alone"] for part in slices)),
-        "ratio": round(statistics.median(part["ratio"] for part in slices), 3),
-        "ratios": [round(part["ratio"], 3) for part in slices],
+        "embed_tokens_per_second": round(embed),
+        "encoder_tokens_per_second": round(own),
+        "ratio": round(embed / own, 3),
+        "ratios": [round(life.rate / life.alone, 3) for life in timed],
         "rows_held_to_the_encoder": alone.checked,
         "least_cosine": round(alone.least_cosine, 6),
     }

@@ -1,12 +1,14 @@
 """The server on Ray Serve: two replicas, one killed under load; and its throughput beside the plain server's.
 
-    python -m bench.ray_serve [--model DIR|RECIPE] [--requests 400] [--only killed|speed] [--save]
+    python -m bench.ray_serve [--model DIR|RECIPE] [--requests 400] [--only killed|scaled|speed] [--save]
 
 killed  Clients in closed loop ask two replicas; when a third of the answers are there, one replica is killed (SIGKILL).
         What each attempt came to is counted: an answer, an error after which a client may come again (429 or 5xx), or a
         connection that broke; a request is lost if it got none of these. The same load is then asked by OpenAI's own
         client, which comes again by itself, while the other replica is killed: there every request must get its
         vectors. Each vector is held to those of before. Healed means that two replicas are running again.
+scaled  One replica is asked by many clients until there are two, by the tokens that wait, and then by nobody until
+        there is one again.
 speed   The same requests to one replica and to `llm2vec-service serve`, by turns; whoever is not asked is idle.
 
 Ray starts on this machine, with as much of it as it finds.
@@ -37,6 +39,7 @@ import ray
 from numpy.typing import NDArray
 from openai import OpenAI
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from bench.load import ask
 from bench.report import finish
@@ -49,6 +52,11 @@ from tests.e2e.process import ServerProcess
 _CLIENTS = 8
 _ROUNDS = 3
 _HEAL_SECONDS = 240.0
+
+# Of the part that scales.
+_MANY_CLIENTS = 32
+_TARGET_TOKENS = 500
+
 _MOST_ATTEMPTS = 100
 
 # bfloat16 in other batches.
@@ -60,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--requests", type=int, default=400, help="of each part, 4 texts each (default %(default)s)")
-    parser.add_argument("--only", choices=("killed", "speed"))
+    parser.add_argument("--only", choices=("killed", "scaled", "speed"))
     parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
@@ -70,12 +78,10 @@ def main() -> None:
     ]
     result: dict[str, Any] = {"model": manifest.name, "requests": len(requests), "clients": _CLIENTS}
     with ray_cluster() as port:
-        if options.only != "speed":
-            result["killed"] = killed(folder, manifest.name, port, requests)
-            print(result["killed"], flush=True)
-        if options.only != "killed":
-            result["speed"] = speed(folder, manifest.name, port, requests)
-            print(result["speed"], flush=True)
+        for name, part in (("killed", killed), ("scaled", scaled), ("speed", speed)):
+            if options.only in (None, name):
+                result[name] = part(folder, manifest.name, port, requests)
+                print(name, result[name], flush=True)
     finish("ray_serve", result, options.save)
 
 
@@ -92,6 +98,7 @@ def ray_cluster() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+    os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     ray.init(include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False, num_cpus=8)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -101,12 +108,13 @@ def ray_cluster() -> Iterator[int]:
         ray.shutdown()
 
 
-def deploy(folder: Path, replicas: int) -> None:
+def deploy(folder: Path, replicas: int, **further: Any) -> None:
     """So many replicas of the encoder, which share the cores, once they are ready."""
     threads = max(len(os.sched_getaffinity(0)) // replicas, 1)
     settings = {"model": str(folder), "device": "cpu", "log_level": "warning"}
     options: dict[str, Any] = {
-        "num_replicas": replicas,
+        **({} if further else {"num_replicas": replicas}),
+        **further,
         "health_check_period_s": 1,
         "ray_actor_options": {"num_cpus": 1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}},
     }
@@ -169,19 +177,8 @@ def load_and_kill(
         killed_at.append(time.perf_counter())
 
     found = load(requests, client, after=len(requests) // 3, then=kill)
-    end = time.perf_counter() + _HEAL_SECONDS
-    while not healed(victims[0]):
-        assert time.perf_counter() < end, "the replica was not replaced"
-        time.sleep(0.2)
+    seconds_until(lambda: running_replicas() == 2 and victims[0] not in replica_processes())
     return found, round(time.perf_counter() - killed_at[0], 1)
-
-
-def healed(victim: int) -> bool:
-    """Whether two replicas take requests, neither of them the one that was killed."""
-    (found,) = serve.status().applications["llm2vec"].deployments.values()
-    states = found.replica_states.items()
-    replicas = {str(state): count for state, count in states}
-    return replicas.get("RUNNING") == 2 and found.status == "HEALTHY" and victim not in replica_processes()
 
 
 def replica_processes() -> list[int]:
@@ -282,6 +279,56 @@ def openai_client(port: int, model: str) -> Callable[[], Callable[[Sequence[str]
         return embed
 
     return make
+
+
+# How many replicas there are.
+
+
+def scaled(folder: Path, model: str, port: int, requests: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Seconds of load until there were two replicas, and seconds without until there was one."""
+    policy = AutoscalingPolicy(policy_function="service.scaling:QueuedTokens", policy_kwargs={"target": _TARGET_TOKENS})
+    scaling = AutoscalingConfig(
+        min_replicas=1, max_replicas=2, upscale_delay_s=2, downscale_delay_s=5, look_back_period_s=15, policy=policy
+    )
+    deploy(folder, 1, autoscaling_config=scaling)
+    assert running_replicas() == 1
+    asking = threading.Event()
+    asking.set()
+    answered: Counter[str] = Counter()
+
+    def work(number: int) -> None:
+        found = Attempts()
+        embed = counting_client(port, model)()
+        while asking.is_set():
+            embed([f"{number} {text}" for text in requests[found.outcomes.total() % len(requests)]], found)
+        answered.update(found.outcomes)
+
+    with ThreadPoolExecutor(_MANY_CLIENTS) as pool:
+        work_done = [pool.submit(work, number) for number in range(_MANY_CLIENTS)]
+        up = seconds_until(lambda: running_replicas() == 2)
+        asking.clear()
+        for one in work_done:
+            one.result()
+    return {
+        "up_after_seconds": up,
+        "answers": dict(answered),
+        "down_after_seconds": seconds_until(lambda: running_replicas() == 1),
+    }
+
+
+def running_replicas() -> int:
+    """Those that take requests."""
+    (found,) = serve.status().applications["llm2vec"].deployments.values()
+    return {str(state): count for state, count in found.replica_states.items()}.get("RUNNING", 0)
+
+
+def seconds_until(holds: Callable[[], bool]) -> float:
+    """How long it took."""
+    began = time.perf_counter()
+    while not holds():
+        assert time.perf_counter() < began + _HEAL_SECONDS, "it did not happen"
+        time.sleep(0.2)
+    return round(time.perf_counter() - began, 1)
 
 
 # How fast it is.
