@@ -6,8 +6,8 @@ The command runs in a process of its own. Whenever it has finished a shard it is
 alone embeds a share of that shard's texts in this process, already tokenized and sorted by length: so both are timed
 by turns, on the same texts, on a machine whose speed drifts, and the shard's vectors are held to the encoder's own. At
 a third and at two thirds the command is killed at a random moment. In the end every row must be there once, in order.
-Each life of the command is timed from its first shard to its last; the job's last three shards are left out, since
-nothing is computed behind them.
+Each life of the command is timed from behind its third shard, as three windows of texts are begun at once; the
+job's last three shards are left out, since nothing is computed behind them.
 """
 
 from __future__ import annotations
@@ -39,11 +39,17 @@ from bench.texts import sentences
 from model_store.encoder import Encoder
 from model_store.pooling import shorten_and_normalize
 from model_store.tokenizer import TextTokenizer
+from service.bulk.pipeline import SIZES
 from service.server import prepare_store
 from service.settings import Settings
 
-# Of each shard's texts, as many are embedded by the encoder alone.
+# Of each shard's texts, as many are embedded by the encoder alone; and no fewer, if there are, since after a pause the
+# first batches are slow.
 _SHARE = 0.2
+_LEAST_TEXTS = 400
+
+# Shards that the command works at when it has just started: its windows, one of which is a shard at most.
+_BEGUN_AT_ONCE = 1 + SIZES.windows_ahead
 
 _KILLS_AT = (1 / 3, 2 / 3)
 _LOOK_SECONDS = 0.02
@@ -58,14 +64,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, help="a text a line, may be .gz; by default made of packaged sentences")
     parser.add_argument("--limit", type=int, default=100_000, help="of texts (default %(default)s)")
-    parser.add_argument("--rows-per-shard", type=int, help="by default a fiftieth of the texts, and at least 100")
+    parser.add_argument("--rows-per-shard", type=int, help="by default a fiftieth of the texts, and at least 200")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--compile", choices=("auto", "off"), default="auto")
     parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     texts = read_texts(options.texts, options.limit)
-    rows_per_shard = options.rows_per_shard or max(len(texts) // 50, 100)
+    rows_per_shard = options.rows_per_shard or max(len(texts) // 50, 200)
     settings = Settings(model=options.model)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
     folder, _ = prepare_store(settings, lambda done, total: None)
@@ -175,8 +181,9 @@ class Command:
 
 @dataclass
 class Life:
-    """The command from a start to its end: tokens and seconds behind its first shard, and the encoder's rate then."""
+    """The command from a start to its end: tokens and seconds behind the first shards, and the encoder's rate then."""
 
+    shards: int = 0
     began: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
@@ -208,13 +215,15 @@ def run(
             job.stop()
             finished = job.awake_seconds
             for shard in shards[seen:]:
-                places = chance.sample(range(shard["rows"]), max(round(_SHARE * shard["rows"]), 1))
+                count = min(max(round(_SHARE * shard["rows"]), _LEAST_TEXTS), shard["rows"])
+                places = chance.sample(range(shard["rows"]), count)
                 numbers, vectors = read_shard(out / shard["file"])
                 alone.check([texts[numbers[place]] for place in places], vectors[places])
             done = sum(shard["read"] for shard in shards)
-            if not life.began:
+            life.shards += len(shards) - seen
+            if life.shards <= _BEGUN_AT_ONCE or not life.began:
                 life.began, alone_before = finished, (alone.tokens, alone.seconds)
-            elif done < len(texts) - 3 * shards[0]["read"]:
+            elif done < len(texts) - _BEGUN_AT_ONCE * shards[0]["read"]:
                 life.tokens += sum(shard["tokens"] for shard in shards[seen:])
                 life.seconds = finished - life.began
                 life.alone = (alone.tokens - alone_before[0]) / (alone.seconds - alone_before[1])
