@@ -20,6 +20,7 @@ def main() -> None:
     """Read, embed, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".parquet, .jsonl or .csv")
+    parser.add_argument("--input-format", choices=("parquet", "jsonl", "csv"), help="where names do not say it")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--model", default="demo", metavar="DIR|RECIPE")
     parser.add_argument("--text-column", default="text")
@@ -32,11 +33,14 @@ def main() -> None:
     parser.add_argument("--rows-at-once", type=int, default=2048, help="enough to fill several batches of the device")
     options = parser.parse_args()
 
+    readers = {"parquet": ray.data.read_parquet, "jsonl": ray.data.read_json, "csv": ray.data.read_csv}
+    kind = options.input_format or options.inputs[0].rpartition(".")[2]
+    if kind not in readers:
+        parser.error(f"{options.inputs[0]}: its name does not say what it is: give --input-format")
+
     ray.init(ignore_reinit_error=True)
-    suffix = options.inputs[0].rpartition(".")[2]
-    read = {"parquet": ray.data.read_parquet, "jsonl": ray.data.read_json, "csv": ray.data.read_csv}[suffix]
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    vectors = read(options.inputs).map_batches(
+    vectors = readers[kind](options.inputs).map_batches(
         EmbedBatches,
         fn_constructor_kwargs={
             "model": options.model,

@@ -259,9 +259,11 @@ class TextTokenizer:
 
     def _row(self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True) -> TokenizedText:
         """A row of the joined text's `ids`, of which the last `pooled` are the text's own."""
+        suffix = self._suffix_tokens
         if self._reference and reference:
             room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
-            cut = cut or len(ids) > room
+            lost = max(len(ids) - room, 0)
+            cut, suffix = cut or lost > 0, max(suffix - lost, 0)
             ids = ids[:room]
             pooled = min(pooled, self._reference.max_length)
         row = [*self._before, *ids, *self._after]
@@ -275,7 +277,7 @@ class TextTokenizer:
         # A text that was cut to nothing: the official library then pools the whole row.
         span_start = max(len(row) - pooled, 0) if self._skip_instruction and pooled else 0
         head = min(max(len(row) - pooled, 0), len(row) - 1)
-        tail = min(self._suffix_tokens + len(self._after), len(row) - 1 - head)
+        tail = min(suffix + len(self._after), len(row) - 1 - head)
         return TokenizedText(row, span_start, cut, head, tail)
 
     def _shorten(self, text: str) -> str:

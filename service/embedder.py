@@ -619,27 +619,25 @@ class Embedder:
 
     def _explain(self, item: EmbedInput, row: TokenizedText, request: EmbedRequest) -> Preview:
         """The tokens of a row as it would be read: cut as the request says, or by the tokenizer already."""
-        most, whole = self.limits.max_input_tokens, row
+        most, whole, keep = self.limits.max_input_tokens, row, request.keep
         if row.cut and isinstance(item.text, str):
             whole, _ = self.tokenizer.locate(item.text, item.instruction.text)
+            keep = "start"
         if request.overflow == "truncate" and row.room(most) >= 1:
             row = row.shortened(most, request.keep)
         instruction = "" if _is_empty(item.text) else item.instruction.text
-        tokens = [
-            PreviewToken(*told, part, self._pools(row, place), False)
-            for place, (told, part) in enumerate(
-                zip(self._told(row.token_ids), self.tokenizer.parts(row, instruction), strict=True)
-            )
-        ]
-        text = whole.token_ids[whole.head : len(whole) - whole.tail]
-        lost = max(len(whole) - len(row), 0)
-        lost_ids = text[:lost] if request.keep == "end" else text[len(text) - lost :]
-        place = row.head if request.keep == "end" else len(row) - row.tail
-        tokens[place:place] = [PreviewToken(*told, "text", False, True) for told in self._told(lost_ids)]
-        return Preview(tokens)
 
-    def _told(self, token_ids: Sequence[int]) -> Iterable[tuple[int, str, str]]:
-        return zip(token_ids, self.tokenizer.tokens(token_ids), self.tokenizer.token_texts(token_ids), strict=True)
+        def told(ids: Sequence[int], parts: Sequence[Part], pooled: Iterable[bool], cut: bool) -> list[PreviewToken]:
+            spelled, texts = self.tokenizer.tokens(ids), self.tokenizer.token_texts(ids)
+            return [PreviewToken(*one, cut) for one in zip(ids, spelled, texts, parts, pooled, strict=True)]
+
+        pooled = [self._pools(row, place) for place in range(len(row))]
+        tokens = told(row.token_ids, self.tokenizer.parts(row, instruction), pooled, False)
+        place = row.head if keep == "end" else len(row) - row.tail
+        lost = slice(place, place + max(len(whole) - len(row), 0))
+        lost_ids, lost_parts = whole.token_ids[lost], self.tokenizer.parts(whole, instruction)[lost]
+        tokens[place:place] = told(lost_ids, lost_parts, [False] * len(lost_ids), True)
+        return Preview(tokens)
 
     def _pools(self, text: TokenizedText, place: int) -> bool:
         match self.manifest.pooling:

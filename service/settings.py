@@ -306,12 +306,12 @@ class Limits:
                 f"batch_tokens is {settings.batch_tokens} but token_budget is {self.token_budget}: lower "
                 f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
             )
-        self._batch_tokens = settings.batch_tokens
+        self.batch_tokens = settings.batch_tokens  # None is for the calibration to find
         self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
 
     def for_batches(self, cost: CostModel) -> BatchLimits:
         """The limits of a batch on a device that is so fast."""
-        full = self._batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
+        full = self.batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
         return BatchLimits(full, self.token_budget)
 
 

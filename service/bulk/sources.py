@@ -62,7 +62,10 @@ class LocalVectors:
             )
         # What waits here is what this process asks for.
         settings = settings.model_copy(update={"max_queued_tokens": _NO_LIMIT})
-        return cls(prepare(settings, progress), settings, wanted)
+        prepared = prepare(settings, progress)
+        if settings.batch_tokens is None:
+            prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a batch to end
+        return cls(prepared, settings, wanted)
 
     @property
     def source(self) -> VectorSource:

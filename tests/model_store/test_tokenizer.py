@@ -246,6 +246,16 @@ def test_parts_of_token_ids_and_of_nothing() -> None:
     assert set(tokenizer.parts(tokenizer.encode_nothing(), "")) == {"special", "template"}
 
 
+def test_a_suffix_that_the_reference_cuts_off_is_none() -> None:
+    uncut = text_tokenizer(AROUND).encode_batch(["the river"], [""])[0]
+    for most in (len(uncut) - lost for lost in (0, 1, uncut.tail, uncut.tail + 1)):
+        rows = TextTokenizer(tiny_tokenizer(), AROUND, True, VOCABULARY, ReferenceLimits(most, 400))
+        row = rows.encode_batch(["the river"], [""])[0]
+        whole = rows.locate("the river", "")[0]
+        assert row.cut == (len(row) < len(whole))
+        assert rows.parts(row, "") == rows.parts(whole, "")[: len(row)]
+
+
 def test_nothing_has_a_row_too() -> None:
     assert text_tokenizer().encode_nothing().token_ids == [1]
     assert len(text_tokenizer(AROUND).encode_nothing()) > 1

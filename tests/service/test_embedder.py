@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from model_store.tokenizer import TokenizedText
+from model_store.templates import Template
+from model_store.tokenizer import ReferenceLimits, TextTokenizer, TokenizedText
 from service.batcher import MicroBatcher
 from service.embedder import Embedder, EmbedInput, EmbedRequest
 from service.errors import InvalidRequest, Unavailable
@@ -18,6 +19,7 @@ from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings
 from tests.service.fakes import WIDTH, FakeTokenizer, FakeWorker, fake_manifest, fake_vector
+from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
 @asynccontextmanager
@@ -68,6 +70,19 @@ async def test_a_preview_has_what_the_tokenizer_cut_by_itself() -> None:
         assert [token.text for token in long.tokens if token.cut] == [*"efg"]
         assert [token.pooled for token in long.tokens] == [False, *[True] * 4, *[False] * 3]
         assert not any(token.cut for token in short.tokens)
+
+
+@pytest.mark.parametrize("keep", ["start", "end"])
+async def test_a_preview_has_a_template_that_was_cut_off_with_the_text(keep: Literal["start", "end"]) -> None:
+    template = Template("[INST] ", " [/INST]", strip=True)
+    async with embedder(FakeWorker()) as one:
+        one.tokenizer = TextTokenizer(tiny_tokenizer(), template, True, VOCABULARY, ReferenceLimits(10, 400))
+        (found,) = await one.preview(request("the river ran past the mill", keep=keep))
+    assert "".join(token.text for token in found.tokens) == "<bos>[INST] the river ran past the mill [/INST]"
+    assert [token.cut for token in found.tokens] == [False] * 10 + [True] * (len(found.tokens) - 10)
+    cut = [token.part for token in found.tokens if token.cut]
+    assert cut == sorted(cut, reverse=True)
+    assert set(cut) == {"text", "template"}
 
 
 async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:
