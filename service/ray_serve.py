@@ -17,12 +17,10 @@ from typing import Any
 from ray import serve
 
 from service import watchdog
-from service.app import create_app
 from service.logs import log
 from service.scaling import BUSY, QUEUED_TOKENS
-from service.server import prepare, settle
+from service.server import prepare
 from service.settings import load_settings
-from service.tracing import start_traces
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
@@ -50,11 +48,6 @@ def _app(arguments: dict[str, Any]) -> Any:
     prepared = prepare(settings, lambda done, total: None)
     started: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
 
-    def on_ready(facts: dict[str, object]) -> None:
-        settle()
-        log.info("ready", extra={"fields": facts})
-        started.set_result(facts)
-
     def on_fatal(error: BaseException) -> None:
         if not started.done():
             started.set_exception(error)
@@ -62,17 +55,7 @@ def _app(arguments: dict[str, Any]) -> Any:
         log.critical("the replica can't go on: %s", error)
         watchdog.end_within(watchdog.GRACE_SECONDS)  # Ray sees that it is gone, and starts another
 
-    app = create_app(
-        settings,
-        prepared.manifest,
-        prepared.tokenizer,
-        prepared.limits,
-        prepared.backend,
-        prepared.metrics,
-        on_fatal,
-        on_ready,
-        start_traces(),
-    )
+    app = prepared.app(settings, on_fatal, started.set_result)
     serving = app.router.lifespan_context
 
     @asynccontextmanager

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
@@ -60,30 +61,10 @@ def serve(settings: Settings, progress: Progress) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
     prepared = prepare(settings, progress)
-    manifest = prepared.manifest
-
-    def on_ready(facts: dict[str, object]) -> None:
-        settle()
-        log.info("ready", extra={"fields": facts})
-
     with listen(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
-        log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
-        return answer(
-            settings,
-            listener,
-            lambda on_fatal: create_app(
-                settings,
-                manifest,
-                prepared.tokenizer,
-                prepared.limits,
-                prepared.backend,
-                prepared.metrics,
-                on_fatal,
-                on_ready,
-                start_traces(),
-            ),
-        )
+        log.info("listening", extra={"fields": {"host": host, "port": port, "model": prepared.manifest.name}})
+        return answer(settings, listener, partial(prepared.app, settings))
 
 
 @dataclass(frozen=True)
@@ -96,6 +77,31 @@ class Prepared:
     metrics: Metrics
     backend: LocalBackend
     dtype: str
+
+    def app(
+        self,
+        settings: Settings,
+        on_fatal: Callable[[BaseException], None],
+        then: Callable[[dict[str, object]], None] = lambda facts: None,
+    ) -> FastAPI:
+        """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
+
+        def on_ready(facts: dict[str, object]) -> None:
+            settle()
+            log.info("ready", extra={"fields": facts})
+            then(facts)
+
+        return create_app(
+            settings,
+            self.manifest,
+            self.tokenizer,
+            self.limits,
+            self.backend,
+            self.metrics,
+            on_fatal,
+            on_ready,
+            start_traces(),
+        )
 
 
 def prepare(settings: Settings, progress: Progress) -> Prepared:
