@@ -305,8 +305,10 @@ def scaled(folder: Path, model: str, port: int, requests: Sequence[Sequence[str]
 
     with ThreadPoolExecutor(_MANY_CLIENTS) as pool:
         work_done = [pool.submit(work, number) for number in range(_MANY_CLIENTS)]
-        up = seconds_until(lambda: running_replicas() == 2)
-        asking.clear()
+        try:
+            up = seconds_until(lambda: running_replicas() == 2)
+        finally:
+            asking.clear()
         for one in work_done:
             one.result()
     return {

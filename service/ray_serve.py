@@ -87,7 +87,9 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray every few seconds: what waits now, and how busy the device was since the last time."""
         state = self.app.state
-        now, computed = time.monotonic(), state.metrics.registry.get_sample_value("llm2vec_device_seconds_total")
+        (family,) = state.metrics.device_seconds.collect()
+        computed = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+        now = time.monotonic()
         (before, computed_before), self._told = self._told, (now, computed)
         busy = (computed - computed_before) / (now - before) if before else 0.0
         return {QUEUED_TOKENS: float(state.backend.batcher.queued_tokens), BUSY: min(busy, 1.0)}

@@ -93,3 +93,20 @@ def test_the_configuration_is_one_that_ray_takes() -> None:
     QueuedTokens(**policy["policy_kwargs"])
     checks = "import json, sys, ray.serve.schema as s; s.ServeDeploySchema.model_validate(json.loads(sys.argv[1]))"
     run("-c", checks, json.dumps(document))
+
+
+def test_a_replica_tells_what_waits_and_how_busy_its_device_is() -> None:
+    lines = """
+import types
+from service.metrics import Metrics
+from service.ray_serve import Replica
+metrics, replica = Metrics(), Replica()
+batcher = types.SimpleNamespace(queued_tokens=700)
+backend = types.SimpleNamespace(batcher=batcher)
+replica.app = types.SimpleNamespace(state=types.SimpleNamespace(metrics=metrics, backend=backend))
+before = replica.record_autoscaling_stats()
+metrics.device_seconds.labels("cpu").inc(1000)
+print(before, replica.record_autoscaling_stats(), replica.record_autoscaling_stats())
+"""
+    idle, busy = {"queued_tokens": 700.0, "busy": 0.0}, {"queued_tokens": 700.0, "busy": 1.0}
+    assert run("-c", lines).strip() == f"{idle} {busy} {idle}"
