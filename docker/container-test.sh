@@ -94,15 +94,23 @@ YAML
 export MODEL=demo PORT=127.0.0.1:$port HF_TOKEN=
 compose=("${up[@]}" --project-name "$project" -f docker-compose.yml -f docker/compose.cpu.yml -f "$scratch/test.yml")
 "${compose[@]}" down --volumes >/dev/null 2>&1 || true  # what a run that was killed has left
-SECONDS=0
-"${compose[@]}" up --detach --no-build
-until "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=35)' \
-  "http://127.0.0.1:$port/health" 2>/dev/null; do
-  [ "$("$engine" inspect --format '{{.State.Running}}' "$project")" = true ] || fail "the server ended while starting"
-  [ "$SECONDS" -lt "$start_seconds" ] || fail "the server is not ready after $SECONDS s"
-  sleep 2
-done
-echo "ready in $SECONDS s"
+
+start() {
+  SECONDS=0
+  "${compose[@]}" up --detach --no-build
+  until "$python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=35)' \
+    "http://127.0.0.1:$port/health" 2>/dev/null; do
+    [ "$("$engine" inspect --format '{{.State.Running}}' "$project")" = true ] || fail "the server ended while starting"
+    [ "$SECONDS" -lt "$start_seconds" ] || fail "the server is not ready after $SECONDS s"
+    sleep 2
+  done
+  echo "ready in $SECONDS s"
+}
+
+# When each file of the encoder was written.
+stored() { "$engine" exec "$project" sh -c 'cd /models/demo && stat --format "%n %Y" *'; }
+
+start
 
 say "check"
 user=$("$engine" exec "$project" id -u)
@@ -132,12 +140,19 @@ assert vectors[0] != vectors[1]
 print("2 vectors of 640 numbers, norms", *(f"{norm:.6f}" for norm in norms))
 PY
 
+before=$(stored)
 say "stop"
 SECONDS=0
 "${compose[@]}" stop
 status=$("$engine" inspect --format '{{.State.ExitCode}}' "$project")
 [ "$status" -eq 0 ] || fail "the server ended with status $status"
 echo "ended with status 0 in $SECONDS s"
+
+say "start again, with the volume alone left"
+"${compose[@]}" down
+start
+[ "$(stored)" = "$before" ] || fail "the encoder was built once more"
+echo "the encoder of the first start was found"
 
 echo
 echo "1 passed, 0 failed"
