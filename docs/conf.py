@@ -48,10 +48,6 @@ def read_page(app: Any, page: str, content: list[str]) -> None:
     text = turned(content[0])
     if page == "reference":
         text = text.replace("<!-- operations -->", reference())
-    if page == "index":
-        named = {"index", *text.splitlines()}
-        others = sorted(path.stem for path in Path(app.srcdir).glob("*.md") if path.stem not in named)
-        text = text.replace("<others>", "\n".join(others))
     content[0] = text
 
 
