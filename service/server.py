@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
-from fastapi import FastAPI
 
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
@@ -83,7 +82,7 @@ class Prepared:
         settings: Settings,
         on_fatal: Callable[[BaseException], None],
         then: Callable[[dict[str, object]], None] = lambda facts: None,
-    ) -> FastAPI:
+    ) -> Any:
         """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
 
         def on_ready(facts: dict[str, object]) -> None:
