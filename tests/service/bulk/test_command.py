@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.tokenizer import TextTokenizer
+from service.bulk.sources import LocalVectors, Wanted
 from service.cli import main
-from service.settings import KEY_VARIABLE
+from service.settings import KEY_VARIABLE, Settings
 from service.vector_dtypes import quantize_vectors
 from tests.e2e.process import ServerProcess
 from tests.service.bulk.output import read_output
@@ -58,6 +59,14 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers, logging._srcfile = handlers, caller
     root.setLevel(level)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = True
+
+
+@pytest.mark.parametrize(("given", "full"), [({}, 4096), ({"batch_tokens": 99}, 99)])
+async def test_a_batch_has_all_that_fits_unless_told(encoder: Path, given: dict[str, int], full: int) -> None:
+    settings = Settings(model=str(encoder), device="cpu", dtype="float32", token_budget=4096, **given)  # type: ignore[arg-type]
+    vectors = LocalVectors.prepare(settings, Wanted(), lambda done, total: None)
+    async with vectors.running():
+        assert vectors.prepared.backend.batcher.batch_tokens == full
 
 
 def reference(
