@@ -18,13 +18,12 @@ from torch import Tensor
 
 from bench.report import finish
 from bench.texts import mixed_texts, sentences
-from model_store.encoder import choose_device, choose_dtype
+from model_store.devices import choose_device, choose_dtype
 from model_store.manifest import read_manifest
-from model_store.packing import PackedBatch
+from model_store.packing import PackedBatch, to_device
 from model_store.sources import Source
 from model_store.tokenizer import TextTokenizer, TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
-from model_store.training.examples import as_inputs
 from model_store.training.losses import in_batch_loss
 from model_store.training.stages import ContrastiveEncoder
 
@@ -95,8 +94,8 @@ def _measure(options: argparse.Namespace, decoder: TrainableDecoder, device: tor
 
 
 def _packed(stage: ContrastiveEncoder, rows: list[TokenizedText], device: torch.device) -> Tensor:
-    batch = PackedBatch.pack(rows, "mean").to(device)
-    return stage([as_inputs(batch) | {"pooling_weights": batch.pooling_weights}])  # type: ignore[no-any-return]
+    batch = PackedBatch.pack(rows, "mean")
+    return stage([vars(batch) | to_device(batch.tensors, device)])  # type: ignore[no-any-return]
 
 
 def _padded(decoder: TrainableDecoder, rows: list[TokenizedText], device: torch.device) -> Tensor:

@@ -18,12 +18,14 @@ class Architecture:
     """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text.
 
     `windowed` False drops a sliding window that config.json asks for: LLM2Vec models of that family were trained by the
-    official library, which attends to the whole text.
+    official library, which attends to the whole text. `float16` False says that activations of published models of the
+    family exceed 65,504, the largest number of that dtype.
     """
 
     model_type: str
     eos_text: str
     windowed: bool = True
+    float16: bool = True
 
 
 ARCHITECTURES = {
@@ -31,11 +33,11 @@ ARCHITECTURES = {
     for row in (
         Architecture("llama", " </s>"),
         Architecture("mistral", " </s>", windowed=False),
-        Architecture("qwen2", "<|endoftext|>"),
-        Architecture("qwen3", "<|endoftext|>"),
-        Architecture("gemma", "<eos>"),
-        Architecture("gemma2", "<eos>"),
-        Architecture("gemma3_text", "<eos>"),
+        Architecture("qwen2", "<|endoftext|>", float16=False),
+        Architecture("qwen3", "<|endoftext|>", float16=False),
+        Architecture("gemma", "<eos>", float16=False),
+        Architecture("gemma2", "<eos>", float16=False),
+        Architecture("gemma3_text", "<eos>", float16=False),
         Architecture("phi3", "<|endoftext|>"),
     )
 }

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from model_store.packing import to_device
+
 # T packed tokens, B texts, S tokens of one text, H query heads, G key/value heads, d head width
 
 Kernel = Literal["sdpa", "torch-flash", "flash-attn"]
@@ -31,6 +33,14 @@ _QUERY_BLOCK = 128
 # Texts of up to this many tokens are taken together, padded to a multiple of the second.
 _SHORT = 64
 _SHORT_STEP = 16
+
+# What the flash kernels take: this compute capability and later, and heads of a multiple of so many numbers at most.
+_FLASH_CAPABILITY = (8, 0)
+_FLASH_WIDEST = 256
+_FLASH_STEP = 8
+
+# Major compute capability → what `torch.nn.attention.activate_flash_attention_impl` calls kernels made for such GPUs.
+_NEWER_FLASH = {9: ("FA3", "FA4"), 10: ("FA4",)}
 
 # Keywords that reach an attention function and say nothing about what it computes over packed texts.
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
@@ -74,9 +84,16 @@ def packed_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Te
 
 
 def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
-    """CUDA, sm80 and later, bf16 or fp16: the varlen FlashAttention-2 kernel (Dao 2023) that torch ships."""
+    """CUDA, sm80 and later, bf16 or fp16: the varlen FlashAttention-2 kernel (Dao 2023) that torch ships.
+
+    Or a later one, where `torch.nn.attention.activate_flash_attention_impl` has put it in that kernel's place.
+    """
     if layout.softcap is not None:
         raise AttentionError("torch's flash kernel has no soft-capping: set LLM2VEC_ATTENTION to flash-attn or sdpa")
+    width = query.shape[-1]
+    scale = width**-0.5 if layout.scale is None else layout.scale
+    if width % _FLASH_STEP:  # zeros behind a head change no product
+        query, key, value = (F.pad(part, (0, -width % _FLASH_STEP)) for part in (query, key, value))
     out: Tensor = torch.ops.aten._flash_attention_forward(
         query[0].transpose(0, 1),  # (T, H, d); only the last dimension has to be contiguous
         key[0].transpose(0, 1),
@@ -88,11 +105,11 @@ def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout
         layout.dropout,
         False,
         False,
-        scale=layout.scale,
+        scale=scale,
         window_size_left=layout.window,
         window_size_right=layout.window,
     )[0]
-    return out[None]
+    return out[None, ..., :width]
 
 
 def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -159,29 +176,66 @@ for _name, _kernel in _KERNELS.items():
     AttentionInterface.register(implementation_name(_name), packed_bidirectional(_kernel))
 
 
-def choose_kernel(asked: Kernel | Literal["auto"], device: torch.device, dtype: torch.dtype, softcap: bool) -> Kernel:
-    """The kernel for a model on a device: the one asked for if it can serve, else the fastest that can.
+def newer_flash(device: torch.device) -> tuple[str, ...]:
+    """FlashAttentions that torch can put in the place of its own on this GPU, the fastest first, installed or not."""
+    if not hasattr(torch.nn.attention, "activate_flash_attention_impl"):  # before torch 2.11
+        return ()
+    return _NEWER_FLASH.get(torch.cuda.get_device_capability(device)[0], ())
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a kernel has to serve, and where: `capability` is a GPU's, None on the CPU."""
+
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_width: int
+    softcap: bool = False
+    package: bool = False  # whether flash-attn is installed
+
+    @classmethod
+    def of(cls, config: Any, device: torch.device, dtype: torch.dtype) -> Demand:
+        """Of a decoder with this transformers configuration."""
+        return cls(
+            torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtype,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            getattr(config, "attn_logit_softcapping", None) is not None,
+            _has_flash_attn(),
+        )
+
+
+def kernel_lacks(kernel: Kernel, demand: Demand) -> str:
+    """Why a kernel can't serve; empty if it can. A sliding window is no matter: all kernels have it."""
+    if kernel == "sdpa":
+        return ""
+    if demand.capability is None or demand.capability < _FLASH_CAPABILITY:
+        found = "a CPU" if demand.capability is None else f"compute capability {'.'.join(map(str, demand.capability))}"
+        return f"a GPU of compute capability 8.0 or later, not {found}"
+    if demand.dtype not in (torch.bfloat16, torch.float16):
+        return f"a 16-bit dtype, not {str(demand.dtype).removeprefix('torch.')}"
+    if demand.head_width > _FLASH_WIDEST:
+        return f"heads of at most {_FLASH_WIDEST} numbers, not {demand.head_width}"
+    if kernel == "torch-flash" and demand.softcap:
+        return "a model without soft-capping of attention"
+    if kernel == "flash-attn" and not demand.package:
+        return "the flash-attn package"
+    return ""
+
+
+def choose_kernel(asked: Kernel | Literal["auto"], device: torch.device, dtype: torch.dtype, config: Any) -> Kernel:
+    """The kernel for a decoder's configuration on a device: the one asked for, or the fastest that can serve it.
 
     Raises:
         AttentionError: if the kernel asked for can't serve this model here.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash_device = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    lacks = {
-        "sdpa": "",
-        "torch-flash": ""
-        if flash_device and half and not softcap
-        else "needs CUDA (sm80 or later), a 16-bit dtype and a model without soft-capping",
-        "flash-attn": ""
-        if flash_device and half and _has_flash_attn()
-        else "needs CUDA (sm80 or later), a 16-bit dtype and the flash-attn package",
-    }
-    if asked != "auto":
-        if lacks[asked]:
-            raise AttentionError(f"the attention kernel {asked} {lacks[asked]}: set LLM2VEC_ATTENTION=auto")
-        return asked
-    order: tuple[Kernel, ...] = ("torch-flash", "flash-attn", "sdpa")
-    return next(kernel for kernel in order if not lacks[kernel])
+    demand = Demand.of(config, device, dtype)
+    if asked == "auto":
+        order: tuple[Kernel, ...] = ("torch-flash", "flash-attn", "sdpa")
+        return next(kernel for kernel in order if not kernel_lacks(kernel, demand))
+    if lacks := kernel_lacks(asked, demand):
+        raise AttentionError(f"the attention kernel {asked} needs {lacks}: set LLM2VEC_ATTENTION=auto")
+    return asked
 
 
 def _has_flash_attn() -> bool:
@@ -192,9 +246,7 @@ def _has_flash_attn() -> bool:
     return True
 
 
-# One operation to torch.compile, so that the loop over texts does not break the layer's graph.
-@torch.library.custom_op("llm2vec::attend_each_text", mutates_args=())
-def _attend_each_text(
+def attend_each_text(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,7 +255,7 @@ def _attend_each_text(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """(1, T, H, d) for packed texts."""
+    """(1, T, H, d) for packed texts. With `cu_seqlens` on the host it waits for no device."""
     out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
     # Where several heads share their keys, one matrix product serves them all, and on a CPU with 16-bit
     # products that is up to twice as fast as the fused kernel, which takes each head by itself.
@@ -228,6 +280,10 @@ def _attend_each_text(
     return out
 
 
+# One operation to torch.compile, so that the loop over texts does not break the layer's graph.
+_attend_each_text = torch.library.custom_op("llm2vec::attend_each_text", mutates_args=())(attend_each_text)
+
+
 @_attend_each_text.register_fake
 def _(query: Tensor, *others: object) -> Tensor:
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
@@ -250,13 +306,12 @@ def _attend_short(
     that depends on nothing but its own, so that it gets the same bits in any company.
     """
     heads, width, groups = query.shape[0], query.shape[2], key.shape[0]
-    bounds = torch.tensor(texts, device=query.device)
-    at = bounds[:, :1] + torch.arange(length, device=query.device)  # (n, length)
-    there = at < bounds[:, 1:]
-    places = at.minimum(bounds[:, 1:] - 1).flatten()  # padding repeats the last token, and is not seen
+    plan = _short_plan(tuple(texts), length, query.device)
     queries, keys, values = (
-        part.index_select(1, places).unflatten(1, at.shape).transpose(0, 1) for part in (query, key, value)
+        part.index_select(1, plan["places"]).unflatten(1, (len(texts), length)).transpose(0, 1)
+        for part in (query, key, value)
     )  # (n, H or G, length, d)
+    there = plan["there"].view(len(texts), length)
     if by_products:
         by_group = queries.reshape(len(texts) * groups, -1, width)  # (n·G, H/G · length, d)
         keys, values = keys.reshape(-1, length, width), values.reshape(-1, length, width)
@@ -267,7 +322,23 @@ def _attend_short(
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=there[:, None, None], scale=scale, enable_gqa=True
         )
-    out[at[there]] = attended.transpose(1, 2)[there]
+    out[plan["taken"]] = attended.transpose(1, 2).flatten(0, 1)[plan["filled"]]
+
+
+@lru_cache(maxsize=8)
+def _short_plan(texts: tuple[tuple[int, int], ...], length: int, device: torch.device) -> dict[str, Tensor]:
+    """Where n texts, padded to `length`, come from and go to, made on the host: a device would have to be waited for.
+
+    `places` (n·length,) are the tokens to take, `there` which of them are not padding, and `filled` and `taken` these
+    tokens' places among the padded and in the row. All layers of a forward pass ask for the same.
+    """
+    bounds = torch.tensor(texts)
+    at = bounds[:, :1] + torch.arange(length)  # (n, length)
+    there = at < bounds[:, 1:]
+    places = at.minimum(bounds[:, 1:] - 1)  # padding repeats the last token, and is not seen
+    filled = there.flatten().nonzero()[:, 0]
+    plan = {"places": places.flatten(), "filled": filled, "taken": at[there], "there": there.flatten()}
+    return to_device(plan, device)
 
 
 def _scored(

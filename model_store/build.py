@@ -37,6 +37,7 @@ from model_store.manifest import (
 )
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import ENCODER_DEFAULTS, Recipe, packaged_recipes
+from model_store.rope import readable_positions
 from model_store.self_test import write_self_test
 from model_store.sources import Source, resolve
 from model_store.templates import template_for
@@ -306,7 +307,7 @@ def _describe(
             "name": recipe.name,
             "model_type": config.model_type,
             "width": config.hidden_size,
-            "max_positions": config.max_position_embeddings,
+            "max_positions": readable_positions(config.to_dict()),
             "vocabulary": shapes["embed_tokens.weight"][0],
             "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
             "dtype": recipe.dtype,

@@ -22,7 +22,6 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
-SELF_TEST_FILE = "self_test.json"
 
 _HASH_BLOCK = 1 << 22
 

@@ -71,8 +71,7 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
     def _on(self, device: torch.device) -> Encoder:
         """The encoder where sentence-transformers has moved the weights to, with the kernel for that device."""
         dtype = next(self.model.parameters()).dtype
-        softcap = getattr(self.model.config, "attn_logit_softcapping", None) is not None
-        kernel = choose_kernel("auto", device, dtype, softcap)
+        kernel = choose_kernel("auto", device, dtype, self.model.config)
         if kernel != self._kernel:
             self.model.set_attn_implementation(implementation_name(kernel))
             self._kernel = kernel

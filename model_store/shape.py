@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
+from model_store.rope import readable_positions
 
 # What a weight takes, by the arithmetic that it is multiplied in.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
@@ -51,7 +52,7 @@ class Shape:
             head_width=config.get("head_dim") or config["hidden_size"] // heads,
             mlp_width=config["intermediate_size"],
             vocabulary=config["vocab_size"],
-            max_positions=config["max_position_embeddings"],
+            max_positions=readable_positions(config),
             windows=tuple(window if window and kind == "sliding_attention" else None for kind in kinds),
         )
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer
 
-from model_store.manifest import TOKENIZER_FILE, Manifest
 from model_store.templates import Template
 from model_store.token_bounds import characters_per_token
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
 
 # What a token of a row is of: what stands around every text, its instruction, or itself.
 Part = Literal["special", "template", "instruction", "text"]
@@ -123,6 +125,8 @@ class TextTokenizer:
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, reference: bool = False) -> TextTokenizer:
         """The tokenizer of a stored encoder; with `reference` it cuts as the official library does, else never."""
+        from model_store.manifest import TOKENIZER_FILE  # pydantic, which rows alone do without
+
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         limits = ReferenceLimits(manifest.max_length, manifest.doc_max_length) if reference else None
         return cls(tokenizer, manifest.template, manifest.skip_instruction, manifest.vocabulary, limits)

@@ -303,6 +303,13 @@ def _verify(options: argparse.Namespace) -> int:
     return int(any(check.problems for check in checks))
 
 
+def _read_limit(folder: Path) -> str:
+    from model_store.rope import limited_by
+
+    kind = limited_by(json.loads((folder / "config.json").read_text()))
+    return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
+
+
 def _show(options: argparse.Namespace) -> int:
     from model_store.manifest import read_manifest
 
@@ -314,7 +321,7 @@ def _show(options: argparse.Namespace) -> int:
         "adapters": ", ".join(_source(item.reference, item.commit) for item in manifest.adapters) or "none",
         "tokenizer": manifest.tokenizer,
         "dimensions": manifest.width,
-        "reads": f"{manifest.max_positions} tokens",
+        "reads": f"{manifest.max_positions} tokens" + _read_limit(options.folder),
         "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}",
         "template": f"{manifest.template.prefix!r} + text + {manifest.template.suffix!r}"
         + (" (stripped)" if manifest.template.strip else ""),

@@ -7,6 +7,7 @@ Patterson 2009, "Roofline".) No torch here, and no clock.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class CostModel:
     def tokens_within(self, seconds: float) -> int:
         """The largest batch that takes no longer than this; 0 if even the smallest does."""
         return int((seconds - self.base) / self.per_token) if seconds >= self.floor else 0
+
+    def least_tokens_worth(self, computed: int, saved_seconds: float) -> int:
+        """The smallest batch that is worth filling up to `computed` tokens, where computing just so many saves time."""
+        limit = self.seconds(computed) - saved_seconds
+        return math.ceil((limit - self.base) / self.per_token) if limit > self.floor else 0
 
     def batch_tokens(self, seconds: float, token_budget: int) -> int:
         """Tokens at which a batch is full enough: large enough to be efficient, quick enough to wait for."""

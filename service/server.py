@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import resource
 import signal
 import socket
@@ -20,6 +19,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from model_store.architectures import architecture_of
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
 from model_store.tokenizer import TextTokenizer
@@ -31,6 +31,7 @@ from service.errors import DeviceLost, StartupError
 from service.logs import configure_logs, log
 from service.metrics import Metrics
 from service.settings import Limits, Settings
+from service.torch_environment import set_torch_defaults
 from service.tracing import start_traces
 
 # Tenths of a second without work in which a request that was on its way has been read and answered.
@@ -109,9 +110,8 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
     Raises:
         StartupError, ValueError: with a sentence that says what to change.
     """
-    # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
-    from model_store.encoder import choose_device, choose_dtype  # torch, from here on
+    set_torch_defaults(settings.models_dir)
+    from model_store.devices import choose_device, choose_dtype  # torch, from here on
     from service.worker import EncoderWorker
 
     device = choose_device(settings.device)
@@ -122,7 +122,8 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
     metrics = Metrics()
     tokenizer = load_tokenizer(folder, manifest, settings)
     backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
-    dtype = str(choose_dtype(settings.dtype, device)).removeprefix("torch.")
+    float16 = architecture_of(manifest.model_type).float16
+    dtype = str(choose_dtype(settings.dtype, device, float16)).removeprefix("torch.")
     return Prepared(manifest, tokenizer, limits, metrics, backend, dtype)
 
 

@@ -83,9 +83,10 @@ class Settings(BaseSettings):
         ge=1,
         description="processes that speak HTTP; more than one where a fast device waits for the one that also feeds it",
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
-        description="arithmetic: auto is bfloat16 on CUDA and on CPUs with bf16 instructions, else float32",
+        description="arithmetic: auto is bfloat16 on GPUs of compute capability 8.0 and later and on CPUs with bf16 "
+        "instructions; on older GPUs float16 for the families whose numbers fit into it; else float32",
     )
     quantization: Literal["none", "fp8"] = Field(
         "none",

@@ -12,16 +12,24 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.encoder import Encoder, choose_device
-from model_store.pipeline import Pending, Pipeline
+from model_store.devices import choose_device
+from model_store.encoder import Encoder
+from model_store.pipeline import Pending, Pipeline, Replay, graph_sizes
 from model_store.roofline import gemm_flops_per_second
-from model_store.self_test import check_attention, check_same_vectors, compile_checked, pack_checked
+from model_store.self_test import (
+    check_attention,
+    check_same_vectors,
+    compile_checked,
+    pack_checked,
+    upgrade_flash_checked,
+)
 from model_store.shape import Shape
 from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan
@@ -39,6 +47,17 @@ _TIMING_SECONDS = 4.0
 
 # What a thread's wake-up and a timer's grain may add to the host's time for a batch.
 _SLACK_SECONDS = 1e-3
+
+# The forward pass is captured for batches of up to the first of these tokens, and up to the next as long as the host
+# takes at least this share of a batch's time to give it to the device.
+_GRAPH_TOKENS = (512, 1024, 2048, 4096)
+_HOST_BOUND = 0.8
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 # Share of the newest batch in running averages.
 _NEWEST = 0.1
@@ -65,7 +84,9 @@ class EncoderWorker:
             StartupError: if what is switched on can't be had here.
             OutOfMemory: if the token budget does not fit beside the weights.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._device_thread, self._start, limits)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._result_thread, self._use_device)
+        return await loop.run_in_executor(self._device_thread, self._start, limits)
 
     async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
         """A float32 vector of the row's width and of length 1 for each row, or the row's own error.
@@ -88,26 +109,37 @@ class EncoderWorker:
         self._device_thread.shutdown(wait=True, cancel_futures=True)
         self._result_thread.shutdown(wait=True, cancel_futures=True)
 
+    def _use_device(self) -> torch.device:
+        """Make the device this thread's current one, which its streams, events and graphs belong to."""
+        device = choose_device(self._settings.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
     def _start(self, limits: Limits) -> DevicePlan:
         settings, metrics = self._settings, self._metrics
         began = time.perf_counter()
-        on = choose_device(settings.device)
-        if on.type == "cuda":
-            torch.cuda.set_device(on)  # streams, events and graphs are of the thread's current device
-        encoder = Encoder.load(self._folder, settings.device, settings.dtype, settings.attention, settings.quantization)
+        device = self._use_device()
+        # Sums that are rounded to 16 bits on the way depend on how a product is split, and so on its number of rows.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        encoder = Encoder.load(self._folder, str(device), settings.dtype, settings.attention, settings.quantization)
         check_attention(encoder)
         pack_checked(encoder)
+        self._newer_flash = upgrade_flash_checked(encoder) if settings.attention == "auto" else ""
         self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
         metrics.model_load_seconds.set(loaded - began)
         self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
-        self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), self._capture)
-        if encoder.device.type == "cuda":
+        cost = self._calibrate(limits)
+        self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), partial(self._capture, cost, limits))
+        if device.type == "cuda":
             self._time(limits.token_budget, limits.max_input_tokens)
+            cost = self._calibrate(limits)
         self._flops_per_second = gemm_flops_per_second(encoder.device, encoder.dtype)
         self._shape = Shape.read(encoder.model.config.to_dict())
         metrics.gemm_flops_per_second.set(self._flops_per_second)
-        plan = self._plan(limits)
+        plan = self._plan(cost, limits)
         metrics.warmup_seconds.set(time.perf_counter() - loaded)
         metrics.batch_tokens_full.set(plan.limits.batch_tokens)
         for counted in (metrics.device_seconds, metrics.model_flops):
@@ -148,20 +180,34 @@ class EncoderWorker:
     def _compile(self) -> None:
         compile_checked(self._pipeline.encoder)
 
-    def _capture(self) -> None:
-        """Capture graphs, see that they give the same vectors, and keep those that save time."""
+    def _capture(self, cost: CostModel, limits: Limits) -> None:
+        """Capture graphs, see that they give the same vectors, and keep those that save time, each where it does."""
         plain = self._pipeline
-        captured = plain.with_graphs()
+        captured = plain.with_graphs(graph_sizes(self._host_bound_up_to(limits)))
         check_same_vectors(plain, captured)
         faster = []
-        for graph in captured.graphs:
-            without = self._time(graph.tokens, graph.tokens)
-            self._pipeline = Pipeline(plain.encoder, (graph,))
-            faster += [graph] * (self._time(graph.tokens, graph.tokens) < without)
-            self._pipeline = plain
+        for replay in captured.replays:
+            tokens = replay.graph.tokens
+            longest = min(tokens, limits.max_input_tokens)
+            saved = self._time(tokens, longest) - self._time(tokens, longest, Pipeline(plain.encoder, (replay,)))
+            if saved > 0:
+                faster.append(Replay(replay.graph, cost.least_tokens_worth(tokens, saved)))
         self._pipeline = Pipeline(plain.encoder, tuple(faster))
 
-    def _plan(self, limits: Limits) -> DevicePlan:
+    def _host_bound_up_to(self, limits: Limits) -> int:
+        """The largest batch, in tokens, that the host may take longer to give to the device than that to compute it."""
+        most = _GRAPH_TOKENS[0]
+        for tokens in _GRAPH_TOKENS[1:]:
+            if tokens > limits.token_budget:
+                break
+            launched, whole = self._launch_seconds(tokens, limits.max_input_tokens)
+            if launched < _HOST_BOUND * whole:
+                break
+            most = tokens
+        return min(most, limits.token_budget)
+
+    def _calibrate(self, limits: Limits) -> CostModel:
+        """How long batches take, from a few of them."""
         measured: dict[int, float] = {}
         left = _TIMING_SECONDS
         for tokens in _TIMED_TOKENS:
@@ -172,10 +218,12 @@ class EncoderWorker:
             measured[tokens] = self._time(tokens, min(_TIMED_TEXT_TOKENS, limits.max_input_tokens))
             left -= time.perf_counter() - began
         try:
-            cost = fit(measured)
+            return fit(measured)
         except ValueError:  # too little is allowed, or the device too small a thing, to see a rate
             tokens, seconds = max(measured.items())
-            cost = CostModel(seconds, 0.0, seconds / tokens)
+            return CostModel(seconds, 0.0, seconds / tokens)
+
+    def _plan(self, cost: CostModel, limits: Limits) -> DevicePlan:
         batch_limits = limits.for_batches(cost)
         log.info(
             "calibrated",
@@ -189,13 +237,13 @@ class EncoderWorker:
         )
         return DevicePlan(cost, batch_limits, self._lead_seconds(batch_limits.batch_tokens, limits.max_input_tokens))
 
-    def _time(self, tokens: int, longest: int) -> float:
+    def _time(self, tokens: int, longest: int, pipeline: Pipeline | None = None) -> float:
         """Seconds for a batch of about so many tokens, the better of two after one that does not count."""
         rows = self._example(tokens, longest)
 
         def once() -> float:
             began = time.perf_counter()
-            self._launch(rows).wait()
+            self._launch(rows, pipeline).wait()
             return time.perf_counter() - began
 
         once()
@@ -205,14 +253,19 @@ class EncoderWorker:
         """How long the host is at giving a full batch to the device; 0 where it computes it itself."""
         if self._pipeline.encoder.device.type == "cpu":
             return 0.0
+        return self._launch_seconds(tokens, longest)[0] + _SLACK_SECONDS
+
+    def _launch_seconds(self, tokens: int, longest: int) -> tuple[float, float]:
+        """Seconds until the device has been given a batch of about so many tokens, and until its vectors are there."""
         rows = self._example(tokens, min(_TIMED_TEXT_TOKENS, longest))
-        seconds = []
+        launched, whole = [], []
         for _ in range(5):
             began = time.perf_counter()
             pending = self._launch(rows)
-            seconds.append(time.perf_counter() - began)
+            launched.append(time.perf_counter() - began)
             pending.wait()
-        return statistics.median(seconds) + _SLACK_SECONDS
+            whole.append(time.perf_counter() - began)
+        return statistics.median(launched), statistics.median(whole)
 
     def _example(self, tokens: int, longest: int) -> list[EmbedRow]:
         """A batch of about so many tokens, of texts of at most so many, all different."""
@@ -224,12 +277,12 @@ class EncoderWorker:
             for number in range(tokens // each)
         ]
 
-    def _launch(self, rows: list[EmbedRow]) -> Pending:
+    def _launch(self, rows: list[EmbedRow], pipeline: Pipeline | None = None) -> Pending:
         try:
             widths = [row.width if row.normalize else -row.width for row in rows]
-            return self._pipeline.launch([row.text for row in rows], widths)
+            return (pipeline or self._pipeline).launch([row.text for row in rows], widths)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 self._check_device()
                 raise
         # Not within the handler: until it is left, the error's traceback holds all that filled the memory.
@@ -306,10 +359,11 @@ class EncoderWorker:
 
     @property
     def kernel(self) -> str:
-        """The attention kernel in use."""
-        return self._pipeline.encoder.kernel
+        """The attention kernel in use, such as torch-flash, or torch-flash with FA3 in its place."""
+        kernel = self._pipeline.encoder.kernel
+        return f"{kernel} ({self._newer_flash})" if self._newer_flash else kernel
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On CUDA that has a class of its own, on the CPU only words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's allocator on CUDA has a class for that; the CPU's, the driver and cuBLAS have only words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

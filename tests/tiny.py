@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from model_store.build import build_encoder
-from model_store.manifest import Manifest
 from model_store.packing import PackedBatch
-from model_store.recipe import recipe_from
 from model_store.tokenizer import TokenizedText
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
 
 WINDOW = 16
 VOCABULARY = 320
@@ -141,6 +141,9 @@ def save_adapter(folder: Path, model: Any, seed: int, **options: Any) -> Any:
 
 def build_tiny(folder: Path, family: str = "llama", bos: bool = True, **recipe: Any) -> Manifest:
     """A stored float32 encoder of a tiny base, in `folder`."""
+    from model_store.build import build_encoder  # pydantic, which models in memory do without
+    from model_store.recipe import recipe_from
+
     base = folder.parent / f"{folder.name}-base"
     save_base(base, family, bos=bos)
     return build_encoder(recipe_from(folder.name, base=str(base), dtype="float32", **recipe), folder)

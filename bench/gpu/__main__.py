@@ -33,7 +33,7 @@ import torch
 from bench.gpu import forward, kernels, serve
 from bench.gpu.inputs import SHAPES
 from bench.gpu.report import Report
-from model_store.encoder import choose_device
+from model_store.devices import choose_device
 
 PARTS: dict[str, Callable[[Report], None]] = {
     "kernels": kernels.measure,

@@ -26,7 +26,7 @@ from bench.texts import mixed_texts
 from model_store.attention import implementation_name
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
-from model_store.pipeline import GRAPH_TOKENS, Pipeline, forward
+from model_store.pipeline import Pipeline, forward, graph_sizes
 from model_store.quantization import quantize
 from model_store.self_test import compile_checked, largest_difference
 from model_store.shape import Shape
@@ -58,7 +58,7 @@ def measure(report: Report) -> None:
 
         def capture() -> dict[str, float]:
             began = time.perf_counter()
-            with_graphs[name] = Pipeline(built[name]).with_graphs()
+            with_graphs[name] = Pipeline(built[name]).with_graphs(graph_sizes(2048))
             return {"seconds": round(time.perf_counter() - began, 1)}
 
         if report.step(f"{name} build", 15, build) is None:
@@ -79,9 +79,7 @@ def measure(report: Report) -> None:
         table = partial(sweep, token_counts=SWEEP[size], peak=limits["bf16_flops"])
         compiled = "" if f"{name} compile" in report.figures else "compiled layers"
         report.step(f"{name} compiled", 25, lambda: table(Pipeline(encoder)), compiled)
-        small = partial(
-            sweep, token_counts=[n for n in SWEEP[size] if n <= GRAPH_TOKENS[-1]], peak=limits["bf16_flops"]
-        )
+        small = partial(sweep, token_counts=[n for n in SWEEP[size] if n <= 2048], peak=limits["bf16_flops"])
         report.step(f"{name} graphs", 10, lambda: small(with_graphs[name]), "" if name in with_graphs else "graphs")
         report.step(f"{name} behind another", 5, lambda: behind_another(Pipeline(encoder)), lacks)
 
@@ -141,11 +139,11 @@ def sweep(pipeline: Pipeline, token_counts: Sequence[int], peak: float) -> dict[
         lengths = even_lengths(tokens)
         rows = rows_of(lengths, config.vocab_size)
         batch, widths = PackedBatch.pack(rows, "mean"), torch.tensor([encoder.manifest.width] * len(rows))
-        graph = next((graph for graph in pipeline.graphs if graph.holds(batch)), None)
+        graph = next((one.graph for one in pipeline.replays if one.serves(batch)), None)
         if graph is not None:
             seconds = device_seconds(partial(graph.replay, batch, widths), device)
         else:
-            run = partial(forward, encoder, batch.filled_up_to(16).to(device), widths.to(device))
+            run = partial(forward, encoder, encoder.place(batch), widths.to(device))
             seconds = device_seconds(run, device)
         whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
         flops = shape.linear_flops_per_token * tokens + shape.attention_flops(lengths)

@@ -60,7 +60,7 @@ def random_encoder(
     """Seeded weights of a shape, or of some of its layers, made on the device; the fastest kernel there."""
     family, sizes = shape
     config = CONFIG_MAPPING[family](**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
-    kernel = choose_kernel("auto", device, dtype, softcap=False)
+    kernel = choose_kernel("auto", device, dtype, config)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=implementation_name(kernel))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,8 @@ from bench.gpu.clocks import device_seconds, ms
 from bench.gpu.inputs import SHAPES, Row, Shape, gemma3, llama, random_encoder, rows_of
 from bench.gpu.report import Report
 from model_store.attention import Layout, packed_sdpa, packed_torch_flash
-from model_store.packing import PackedBatch
-from model_store.pipeline import Pipeline
+from model_store.packing import PackedBatch, to_device
+from model_store.pipeline import Pipeline, graph_sizes
 from model_store.pooling import pool
 from model_store.quantization import EmulatedFp8Linear, Fp8Linear, emulate_fp8, quantize
 from model_store.self_test import TOLERANCE, _padded_vectors, compile_checked, largest_difference
@@ -103,7 +104,8 @@ def pooling_ms(device: torch.device, lengths: Sequence[int]) -> dict[str, float]
     """Pooling of as many tokens in one text and in many, 2048 wide."""
     found = {}
     for length in lengths:
-        batch = PackedBatch.pack(rows_of([length] * (max(lengths) // length)), "mean").to(device)
+        batch = PackedBatch.pack(rows_of([length] * (max(lengths) // length)), "mean")
+        batch = replace(batch, **to_device(batch.tensors, device))  # type: ignore[arg-type]
         hidden = torch.randn(max(lengths), 2048, device=device, dtype=torch.bfloat16)
         found[f"texts of {length}"] = ms(device_seconds(partial(pool, hidden, batch), device))
     return found
@@ -156,19 +158,19 @@ def graphs_against_plain(report: Report, name: str, shape: Shape) -> dict[str, A
     encoder = random_encoder(shape, report.device, layers=min(6, shape[1]["num_hidden_layers"]))
     plain, width = Pipeline(encoder), encoder.manifest.width
     began = time.perf_counter()
-    replayed = plain.with_graphs()
+    replayed = plain.with_graphs(graph_sizes(2048))
     seconds = time.perf_counter() - began
     for seed, lengths in enumerate(
         ([1], [16], [5, 3, 2], [9, 60, 30], [8] * 30, [17] * 59, [1013, 70], [2048], [2000])
     ):
         rows = rows_of(lengths, seed=seed)
         widths = [width if i % 2 else width // 3 for i in range(len(rows))]
-        held = [graph.tokens for graph in replayed.graphs if graph.holds(PackedBatch.pack(rows, "mean"))]
+        held = [one.graph.tokens for one in replayed.replays if one.serves(PackedBatch.pack(rows, "mean"))]
         left, right = (torch.from_numpy(way.launch(rows, widths).wait().copy()) for way in (plain, replayed))
         what = f"graphs {name}, {len(rows)} texts of up to {max(lengths)} in {held[0] if held else 'none'}"
         report.check(what, largest_difference(left, right), 2 * TOLERANCE[torch.bfloat16])
         report.check(f"{what}, cut", float((right[0, width // 3 :]).abs().max()), 0.0)
-    return {"seconds": round(seconds, 1), "graphs": len(replayed.graphs)}
+    return {"seconds": round(seconds, 1), "graphs": len(replayed.replays)}
 
 
 def vectors_of(pipeline: Pipeline, rows: Sequence[Row]) -> Tensor:

@@ -23,7 +23,7 @@ from bench.gpu.clocks import ms, packed_batches, pipelined
 from bench.gpu.inputs import SHAPES, Shape, random_encoder, trained_tokenizer
 from bench.gpu.report import Report
 from bench.texts import mixed_texts
-from model_store.encoder import choose_device
+from model_store.devices import choose_device
 from model_store.pipeline import Pipeline
 from model_store.self_test import compile_checked
 

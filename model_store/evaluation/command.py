@@ -49,7 +49,7 @@ class Asked:
     probe_limit: int | None = None
     pooling: Sequence[PoolingMode] = ()
     device: str = "auto"
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     json: Path | None = None
     picture: Path | None = None
 

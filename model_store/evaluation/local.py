@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model_store.encoder import LEAST_TOKENS, Encoder
+from model_store.devices import Dtype
+from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
 from model_store.pooling_modes import PoolingMode
@@ -44,7 +44,7 @@ class LocalEncoder:
         folder: Path,
         poolings: Sequence[PoolingMode] = (),
         device: str = "auto",
-        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        dtype: Dtype = "auto",
         causal: bool = False,
     ) -> LocalEncoder:
         """Load a stored encoder; without `poolings` it has its own. `causal` gives it the base's attention back.
@@ -124,7 +124,7 @@ class LocalEncoder:
         return replace(row, spans=(*spans, *before))
 
     def _pack(self, rows: Sequence[TokenizedText], pooling: PoolingMode) -> PackedBatch:
-        return PackedBatch.pack(rows, pooling).filled_up_to(LEAST_TOKENS).to(self.encoder.device)
+        return self.encoder.place(PackedBatch.pack(rows, pooling))
 
 
 def make_causal(encoder: Encoder) -> None:

@@ -81,8 +81,7 @@ def load_trainable(
             )
         head = head.to(dtype)
     decoder = _assemble(config, tensors, dtype)
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    decoder.set_attn_implementation(implementation_name(choose_kernel("auto", device, dtype, softcap)))
+    decoder.set_attn_implementation(implementation_name(choose_kernel("auto", device, dtype, config)))
     if gradient_checkpointing:
         # Until transformers 5.20 it has the other name.
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable

@@ -179,7 +179,7 @@ class ContrastiveBatches:
     def _chunks(self, rows: list[TokenizedText]) -> list[dict[str, Any]]:
         size = self.chunk or len(rows)
         chunks = [PackedBatch.pack(rows[start : start + size], self.pooling) for start in range(0, len(rows), size)]
-        return [as_inputs(chunk) | {"pooling_weights": chunk.pooling_weights} for chunk in chunks]
+        return [dict(vars(chunk)) for chunk in chunks]
 
     def _rows(self, texts: list[str], instructions: list[str]) -> list[TokenizedText]:
         try:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from model_store.architectures import architecture_of
 from model_store.build import base_name, write_tokenizer
-from model_store.encoder import choose_dtype
+from model_store.devices import choose_dtype
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import TOKENIZER_FILE
 from model_store.sources import Source, resolve

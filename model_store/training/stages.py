@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
 from model_store.training.decoder import TrainableDecoder
-from model_store.training.examples import NO_LABEL
+from model_store.training.examples import NO_LABEL, as_inputs
 from model_store.training.losses import token_losses
 
 # T packed tokens, N hidden ones, B texts, D width
@@ -64,13 +64,11 @@ class ContrastiveEncoder(_Stage):
     """
 
     def forward(self, chunks: list[dict[str, Any]]) -> Tensor:
-        """(B, D) float32, of all chunks' texts in order."""
+        """(B, D) float32, of all chunks' texts in order; a chunk has the fields of a `PackedBatch`."""
         if len(chunks) > 1 and torch.is_grad_enabled():
             return torch.cat([checkpoint(self._vectors, *chunk.values(), use_reentrant=False) for chunk in chunks])
         return torch.cat([self._vectors(*chunk.values()) for chunk in chunks])
 
-    def _vectors(
-        self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, longest: int, pooling_weights: Tensor
-    ) -> Tensor:
-        hidden = self._hidden(token_ids, position_ids, cu_seqlens, longest)
-        return pool(hidden, PackedBatch(token_ids, position_ids, cu_seqlens, pooling_weights, longest))
+    def _vectors(self, *fields: Any) -> Tensor:
+        batch = PackedBatch(*fields)
+        return pool(self._hidden(**as_inputs(batch)), batch)

@@ -9,6 +9,10 @@ import subprocess
 import sys
 
 from service.errors import StartupError
+from service.logs import log
+
+# Begins the lines on stderr that are for the log, whatever else torch writes there.
+_WARNING = "warning: "
 
 
 def find_devices(asked: str) -> list[str]:
@@ -21,8 +25,12 @@ def find_devices(asked: str) -> list[str]:
     if set(names) != {"cpu"}:  # which is everywhere
         asking = [sys.executable, "-m", "service.processes.devices", *names]
         found = subprocess.run(asking, capture_output=True, text=True)
+        lines = found.stderr.strip().splitlines()
         if found.returncode:
-            raise StartupError(found.stderr.strip().splitlines()[-1])
+            raise StartupError(lines[-1])
+        for line in lines:
+            if line.startswith(_WARNING):
+                log.warning(line.removeprefix(_WARNING))
         names = found.stdout.split()
     if len({device_type(name) for name in names}) > 1:
         raise StartupError(f"LLM2VEC_DEVICE is {asked!r}: vectors of different types of device are not quite the same")
@@ -38,7 +46,7 @@ def main(names: list[str]) -> int:
     """Print the devices, or on stderr why not; returns the exit status."""
     import torch
 
-    from model_store.encoder import choose_device
+    from model_store.devices import choose_device, cuda_fault, installed_driver
 
     everything = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     try:
@@ -46,7 +54,12 @@ def main(names: list[str]) -> int:
             # Where there is no GPU, cuda:0 is the one that is missed.
             for one in (everything or ["cuda:0"]) if name == "cuda:all" else [name]:
                 device = choose_device(one)
-                print(f"cuda:{device.index or 0}" if device.type == "cuda" else device)
+                print(device)
+                if one == "auto" and device.type == "cpu" and installed_driver():
+                    print(
+                        f"{_WARNING}the CPU serves, although there is a driver for GPUs: {cuda_fault()}",
+                        file=sys.stderr,
+                    )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

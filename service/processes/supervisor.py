@@ -26,6 +26,7 @@ from service.processes.child import READY, Assignment
 from service.processes.devices import device_type, find_devices
 from service.server import Progress, as_served, listen, prepare_store, serve
 from service.settings import Limits, Settings
+from service.torch_environment import set_torch_defaults
 
 _TICK_SECONDS = 0.05
 
@@ -47,13 +48,13 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
     """
     # Until there are children to end, a signal to stop ends a build through its clean-up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    configure_logs(settings.log_level)
     devices = find_devices(settings.device)
     if len(devices) == 1 and settings.frontends == 1:
         return serve(settings.model_copy(update={"device": devices[0]}), progress)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
+    set_torch_defaults(settings.models_dir, len(devices))
     folder, manifest = prepare_store(settings, progress)
     manifest = as_served(manifest, settings)
-    configure_logs(settings.log_level)
     kind = device_type(devices[0])
     Limits(settings, manifest, kind)
     load_instructions(settings, manifest)

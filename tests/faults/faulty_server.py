@@ -121,7 +121,7 @@ class FaultyWorker(EncoderWorker):
         share = float(os.environ.get("FAULTS_SHARE", "0"))
         seconds_per_token = 1 / float(os.environ.get("FAULTS_TOKENS_PER_SECOND", "inf"))
         encoder: Encoder = self._pipeline.encoder
-        self._pipeline = FaultyPipeline(encoder, self._pipeline.graphs, tokenizer, share, seconds_per_token)
+        self._pipeline = FaultyPipeline(encoder, self._pipeline.replays, tokenizer, share, seconds_per_token)
         return plan
 
 

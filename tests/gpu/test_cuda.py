@@ -11,7 +11,7 @@ import torch
 from model_store.attention import Layout, choose_kernel, packed_sdpa, packed_torch_flash
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
-from tests.tiny import FAMILIES, build_tiny, normalized, random_rows
+from tests.tiny import FAMILIES, build_tiny, normalized, random_rows, tiny_config
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,8 +45,8 @@ def test_bfloat16_is_near_float32(encoder: Path) -> None:
 
 def test_the_flash_kernel_is_chosen_for_16_bit() -> None:
     cuda = torch.device("cuda")
-    assert choose_kernel("auto", cuda, torch.bfloat16, softcap=False) == "torch-flash"
-    assert choose_kernel("auto", cuda, torch.float32, softcap=False) == "sdpa"
+    assert choose_kernel("auto", cuda, torch.bfloat16, tiny_config("llama")) == "torch-flash"
+    assert choose_kernel("auto", cuda, torch.float32, tiny_config("llama")) == "sdpa"
 
 
 def test_neighbours_do_not_matter(encoder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor
 from model_store.architectures import ARCHITECTURES
 from model_store.attention import (
     AttentionError,
+    Demand,
+    Kernel,
     Layout,
     choose_kernel,
     implementation_name,
+    kernel_lacks,
     packed_bidirectional,
     packed_sdpa,
     packed_torch_flash,
@@ -21,7 +25,8 @@ from model_store.attention import (
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
 from model_store.tokenizer import TokenizedText
-from tests.tiny import FAMILIES, WINDOW, normalized, padded_vectors, random_rows, tiny_model
+from tests.cuda_stand_in import Gpus, install
+from tests.tiny import FAMILIES, WINDOW, normalized, padded_vectors, random_rows, tiny_config, tiny_model
 
 # One token alone, the window's length and one to either side of it, and several windows long.
 LENGTHS = [1, 3, WINDOW, WINDOW + 1, WINDOW + 2, 70, 9]
@@ -131,11 +136,37 @@ def test_torch_s_flash_kernel_takes_the_call(window: int | None) -> None:
 
 
 def test_a_kernel_that_can_not_serve_is_refused_with_the_way_out() -> None:
-    cpu = torch.device("cpu")
-    assert choose_kernel("auto", cpu, torch.bfloat16, softcap=False) == "sdpa"
+    cpu, config = torch.device("cpu"), tiny_config("llama")
+    assert choose_kernel("auto", cpu, torch.bfloat16, config) == "sdpa"
     for kernel in ("torch-flash", "flash-attn"):
-        with pytest.raises(AttentionError, match="LLM2VEC_ATTENTION=auto"):
-            choose_kernel(kernel, cpu, torch.bfloat16, softcap=False)
+        with pytest.raises(AttentionError, match="not a CPU: set LLM2VEC_ATTENTION=auto"):
+            choose_kernel(kernel, cpu, torch.bfloat16, config)
+
+
+def test_which_kernels_can_serve() -> None:
+    """A sliding window and a head width that is no multiple of 8 are no matter: the calls are tested here as well."""
+    capabilities = (None, (7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0))
+    dtypes, widths = (torch.bfloat16, torch.float16, torch.float32), (20, 64, 128, 256, 264, 320)
+    both = (False, True)
+    for capability, dtype, width, softcap, package in itertools.product(capabilities, dtypes, widths, both, both):
+        demand = Demand(capability, dtype, width, softcap, package)
+        flash = capability is not None and capability >= (8, 0) and dtype != torch.float32 and width <= 256
+        can: dict[Kernel, bool] = {"torch-flash": flash and not softcap, "flash-attn": flash and package, "sdpa": True}
+        assert {kernel: not kernel_lacks(kernel, demand) for kernel in can} == can, demand
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("width", [8, 20, 36])
+def test_heads_of_any_width_go_through_the_flash_kernel(
+    monkeypatch: pytest.MonkeyPatch, width: int, window: int | None
+) -> None:
+    install(Gpus(), monkeypatch.setattr)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 60, width, generator=generator).bfloat16() for heads in (4, 2, 2))
+    for scale in (None, 0.3):
+        layout = Layout(torch.tensor([0, 7, 40, 41, 60], dtype=torch.int32), 33, scale, window)
+        expected = packed_sdpa(query.float(), key.float(), value.float(), layout)
+        torch.testing.assert_close(packed_torch_flash(query, key, value, layout).float(), expected, rtol=0, atol=0.02)
 
 
 def attend(dropout: float, seed: int, window: int | None = None, requires_grad: bool = True) -> Tensor:

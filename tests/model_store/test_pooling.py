@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.packing import PackedBatch
+from model_store.packing import PackedBatch, in_one_piece, pieces_of, widest_first
 from model_store.pooling import pool, shorten_and_normalize
 from model_store.pooling_modes import PoolingMode, token_weights
 from model_store.tokenizer import TokenizedText
@@ -96,3 +96,48 @@ def test_a_width_below_zero_leaves_the_length_alone() -> None:
     vectors = torch.tensor([[3.0, 4.0, 12.0]]).repeat(3, 1)
     finished = shorten_and_normalize(vectors, torch.tensor([-3, 2, -2]))
     torch.testing.assert_close(finished, torch.tensor([[3.0, 4.0, 12.0], [0.6, 0.8, 0.0], [3.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("mode", get_args(PoolingMode))
+def test_long_texts_are_summed_in_blocks_of_their_own(mode: PoolingMode) -> None:
+    lengths = [1, 63, 64, 65, 128, 200, 7]
+    rows = [TokenizedText(list(range(3, 3 + length)), min(2, length - 1)) for length in lengths]
+    hidden = torch.randn(sum(lengths), 6, generator=torch.Generator().manual_seed(0))
+    batch = PackedBatch.pack(rows, mode)
+    assert batch.block_lengths.tolist() == [1, 63, 64, 64, 1, 64, 64, 64, 64, 64, 8, 7]
+    assert batch.block_counts.tolist() == [1, 1, 1, 2, 2, 4, 1]
+    pooled, start = pool(hidden, batch), 0
+    for row, vector in zip(rows, pooled, strict=True):
+        own = hidden[start : start + len(row)]
+        np.testing.assert_allclose(
+            vector, np.average(own.numpy(), axis=0, weights=token_weights(mode, len(row), row.span_start)), atol=1e-5
+        )
+        assert torch.equal(vector, pool(own, PackedBatch.pack([row], mode))[0])  # alone: the same bits
+        start += len(row)
+
+
+@pytest.mark.parametrize("lengths", [[30], [5, 3, 2], [64], [100, 20, 1]])
+def test_batches_filled_up_to_one_size_have_the_same_shapes(lengths: list[int]) -> None:
+    rows = [TokenizedText([3] * length, 0) for length in lengths]
+    filled = PackedBatch.pack(rows, "mean").filled_up_to(128, texts=6)
+    like = PackedBatch.pack([TokenizedText([0] * 128, 0)], "mean").filled_up_to(128, texts=6)
+    assert {name: tensor.shape for name, tensor in filled.tensors.items()} == {
+        name: tensor.shape for name, tensor in like.tensors.items()
+    }
+    hidden = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pool(hidden, filled)[: len(rows)], pool(hidden[: sum(lengths)], PackedBatch.pack(rows, "mean")))
+
+
+def test_tensors_of_several_kinds_travel_in_one_piece() -> None:
+    tensors = {
+        "bytes": torch.tensor([True, False, True]),
+        "longs": torch.arange(5),
+        "floats": torch.randn(7),
+        "ints": torch.arange(3, dtype=torch.int32),
+    }
+    ordered = widest_first(tensors)
+    assert next(iter(ordered)) == "longs"
+    back = pieces_of(in_one_piece(list(ordered.values()), pinned=False), list(ordered.values()))
+    for given, found in zip(ordered.values(), back, strict=True):
+        assert found.dtype == given.dtype
+        assert torch.equal(found, given)

@@ -39,3 +39,12 @@ def test_sizes_that_follow() -> None:
     assert efficient / LARGE.seconds(efficient) == pytest.approx(0.97 * LARGE.tokens_per_second, rel=1e-3)
     assert LARGE.seconds(LARGE.tokens_within(0.05)) <= 0.05 < LARGE.seconds(LARGE.tokens_within(0.05) + 1)
     assert LARGE.tokens_within(0.001) == 0
+
+
+@pytest.mark.parametrize("saved_seconds", [0.0, 1e-5, 1e-4, 5e-3])
+@pytest.mark.parametrize("computed", [16, 264, 512, 1024])
+def test_filling_up_is_worth_it_as_long_as_it_costs_less_than_it_saves(computed: int, saved_seconds: float) -> None:
+    least = LARGE.least_tokens_worth(computed, saved_seconds)
+    for tokens in range(1, computed + 1):
+        costs = LARGE.seconds(computed) - LARGE.seconds(tokens)
+        assert (tokens >= least) == (costs <= saved_seconds + 1e-12)

@@ -17,7 +17,7 @@ from model_store.packing import PackedBatch
 from model_store.sources import Source
 from model_store.tokenizer import TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
-from model_store.training.examples import NO_LABEL, MaskedBatches, Masking, TokenRows, as_inputs
+from model_store.training.examples import NO_LABEL, MaskedBatches, Masking, TokenRows
 from model_store.training.losses import contrastive_loss
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
 from tests.tiny import FAMILIES, VOCABULARY, random_rows, save_base
@@ -135,8 +135,7 @@ def test_a_base_without_its_head_is_refused(tmp_path: Path) -> None:
 
 
 def chunk(rows: list[TokenizedText]) -> dict[str, Any]:
-    batch = PackedBatch.pack(rows, "mean")
-    return as_inputs(batch) | {"pooling_weights": batch.pooling_weights}
+    return dict(vars(PackedBatch.pack(rows, "mean")))
 
 
 def chunks(rows: list[TokenizedText], size: int) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""Linear layers that read the same input, as one matrix product: query, key and value; gate and up.
+
+A product with more outputs keeps a device busier, and an input is quantised once for all of them. transformers' modules
+stay as they are: each of the layers is replaced by one that takes its own outputs from the product that they share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The linear layers of a decoder's layer that read one input, in the order in which transformers calls them.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_GATED = ("mlp.gate_proj", "mlp.up_proj")
+
+
+class SharedProduct(nn.Module):
+    """One linear layer whose outputs belong to several; the first that is called computes it for all."""
+
+    def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = sizes
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+
+    def part(self, x: Tensor, number: int) -> Tensor:
+        """(…, K) → (…, N) of one of the layers; computed anew if the outputs at hand are of another input."""
+        if self._input is not x:
+            self._outputs = []  # what a forward pass left that failed midway
+            self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
+        found = self._outputs[number]
+        self._outputs[number] = None
+        if not any(output is not None for output in self._outputs):
+            self._input, self._outputs = None, []
+        assert found is not None, "a layer was called twice with one input"
+        return found
+
+
+class PartOfProduct(nn.Module):
+    """nn.Linear, as a part of a product that others share; inference only."""
+
+    def __init__(self, product: SharedProduct, number: int) -> None:
+        super().__init__()
+        self.product = product
+        self._number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        return self.product.part(x, self._number)
+
+
+def merge_projections(model: Any, device: torch.device, gated: bool) -> None:
+    """Merge them in each layer of a bare decoder, in place, on `device`; gate and up only where `gated`.
+
+    Each layer's old weights are freed in turn, so it takes one layer's weights more while it lasts. Linear layers that
+    a family has in one already, and those of which only some have a bias, stay as they are.
+    """
+    for layer in model.layers:
+        for names in (_QKV, _GATED) if gated else (_QKV,):
+            _merge(layer, names, device)
+
+
+def _merge(layer: nn.Module, names: tuple[str, ...], device: torch.device) -> None:
+    modules = dict(layer.named_modules())
+    linears = [modules[name] for name in names if isinstance(modules.get(name), nn.Linear)]
+    if len(linears) < len(names) or len({linear.bias is None for linear in linears}) > 1:
+        return
+    weights = [linear.weight.detach().to(device) for linear in linears]
+    sizes = [len(weight) for weight in weights]
+    with torch.device("meta"):
+        merged = nn.Linear(weights[0].shape[1], sum(sizes), bias=linears[0].bias is not None)
+    merged.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    if merged.bias is not None:
+        biases = [linear.bias.detach().to(device) for linear in linears]
+        merged.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    product = SharedProduct(merged, sizes)
+    for number, name in enumerate(names):
+        layer.set_submodule(name, PartOfProduct(product, number))
