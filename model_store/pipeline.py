@@ -6,7 +6,8 @@ the copy back. On CUDA `launch` returns while the device still works, so that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,7 +73,8 @@ class CapturedForward:
         aside = torch.cuda.Stream(encoder.device)
         aside.wait_stream(torch.cuda.current_stream(encoder.device))
         with torch.cuda.stream(aside):
-            for _ in range(2):
+            forward(encoder, batch, widths)
+            with _refusing_to_wait():
                 forward(encoder, batch, widths)
         torch.cuda.current_stream(encoder.device).wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
@@ -96,6 +98,20 @@ class CapturedForward:
         filled = batch.filled_up_to(self.tokens, self.texts)
         unused = torch.ones(self.texts - len(widths), dtype=widths.dtype)
         return widest_first({**filled.tensors, "widths": torch.cat([widths, unused])})
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Have whatever waits for the device raise RuntimeError.
+
+    It can't be captured, and a capture that fails leaves the allocator of torch 2.11 unusable (pytorch #180395).
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)

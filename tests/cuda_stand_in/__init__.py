@@ -15,7 +15,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import pairwise
@@ -36,7 +36,7 @@ _ROOT = Path(__file__).parents[2]
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint")
 
 # The device waits for the host, or the host for the device: neither can be captured.
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::unique", "aten::masked_select")
+_WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::unique", "aten::masked_select")
 
 
 @dataclass
@@ -104,7 +104,9 @@ def install(gpus: Gpus, patch: Callable[[Any, str, Any], None]) -> Gpus:
         "stream": lambda stream: nullcontext(),
         "Event": lambda **options: _Event(gpus, **options),
         "CUDAGraph": Graph,
-        "graph": capture,
+        "graph": lambda graph, pool=None: capture(gpus, graph),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": _SyncDebugMode().set,
         "graph_pool_handle": lambda: (0, 1),
     }.items():
         patch(cuda, name, value)
@@ -178,17 +180,38 @@ class Graph:
                     before.copy_(now)
 
 
-class _Recorder(TorchDispatchMode):
+class _NoWaits(TorchDispatchMode):
+    """Refuses operations for which the host would wait for the device."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.name().partition(".")[0] in _WAITS:
+            raise RuntimeError(f"called a synchronizing CUDA operation: {operation.name()}")
+        return operation(*args, **(kwargs or {}))
+
+
+class _SyncDebugMode:
+    """`torch.cuda.set_sync_debug_mode`, of one thread."""
+
+    def __init__(self) -> None:
+        self._active: ExitStack | None = None
+
+    def set(self, mode: int | str) -> None:
+        if self._active is not None:
+            self._active.close()
+            self._active = None
+        if mode == "error":
+            self._active = ExitStack()
+            self._active.enter_context(torch.compiler.set_stance("force_eager"))
+            self._active.enter_context(_NoWaits())  # type: ignore[no-untyped-call]
+
+
+class _Recorder(_NoWaits):
     def __init__(self, graph: Graph) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._graph = graph
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operation.name().partition(".")[0] in _WAITS:
-            raise RuntimeError(
-                f"{operation.name()} waits for the device, which is not allowed while a graph is captured"
-            )
-        found = operation(*args, **(kwargs or {}))
+        found = super().__torch_dispatch__(operation, types, args, kwargs)
         self._graph.steps.append((operation, args, kwargs or {}, _tensors_in(found)))
         return found
 
@@ -200,8 +223,9 @@ def _tensors_in(found: Any) -> list[Tensor]:
 
 
 @contextmanager
-def capture(graph: Graph, pool: Any = None) -> Iterator[None]:
+def capture(gpus: Gpus, graph: Graph) -> Iterator[None]:
     """As `torch.cuda.graph`, but what is captured is also done, and compiled layers run as they were written."""
+    gpus.done["capture"] += 1
     with torch.compiler.set_stance("force_eager"), _Recorder(graph):
         yield
 
