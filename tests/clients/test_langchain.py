@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients.vectors import PASSAGES, QUERY, QUESTION, TEXTS, assert_different, assert_same, reference
+from tests.clients.vectors import (
+    PASSAGES,
+    QUERY,
+    QUESTION,
+    TEXTS,
+    assert_different,
+    assert_same,
+    assert_same_but_for_arithmetic,
+    reference,
+)
 from tests.e2e.process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -44,7 +53,7 @@ def test_openai_embeddings_pieces_that_begin_inside_a_character(demo: ServerProc
     weights = np.array([len(piece) for piece in pieces])[:, None]
     mean = (reference(demo, parts).astype(np.float64) * weights).sum(0) / weights.sum()
     found = openai_embeddings(demo, embedding_ctx_length=3).embed_documents([text])[0]
-    np.testing.assert_allclose(found, mean / np.linalg.norm(mean), rtol=1e-5, atol=1e-7)
+    assert_same_but_for_arithmetic(found, mean / np.linalg.norm(mean))
 
 
 def test_openai_embeddings_one_empty_text_in_a_corpus(demo: ServerProcess) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.clients.vectors import PASSAGES, QUERY, QUESTION, SEPARATOR, TEXTS, assert_same, reference
+from tests.clients.vectors import (
+    COSINE_TOLERANCE,
+    PASSAGES,
+    QUERY,
+    QUESTION,
+    SEPARATOR,
+    TEXTS,
+    assert_same,
+    reference,
+)
 from tests.e2e.process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -37,8 +46,8 @@ def test_an_index_whose_retriever_has_the_query_alias_answers_a_question(demo: S
     assert_same(queries.get_query_embedding(QUESTION), reference(demo, QUESTION, instruction=QUERY))
     found = index.as_retriever(embed_model=queries, similarity_top_k=3).retrieve(QUESTION)
     assert found[0].node.get_content() == PASSAGES[0]
-    cosine = float(reference(demo, QUESTION, instruction=QUERY)[0] @ reference(demo, PASSAGES[0])[0])
-    assert found[0].score == pytest.approx(cosine, abs=1e-5)
+    cosine = reference(demo, QUESTION, instruction=QUERY)[0] @ stored[nodes[0].node_id]
+    assert found[0].score == pytest.approx(cosine, abs=COSINE_TOLERANCE)
 
 
 def test_an_instruction_in_additional_fields(demo: ServerProcess) -> None:

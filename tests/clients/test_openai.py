@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.clients.vectors import PASSAGES, QUERY, QUESTION, TEXTS, Vectors, assert_same, reference
+from tests.clients.vectors import (
+    PASSAGES,
+    QUERY,
+    QUESTION,
+    TEXTS,
+    Vectors,
+    assert_different,
+    assert_same,
+    assert_same_but_for_arithmetic,
+    reference,
+)
 from tests.e2e.process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -30,7 +40,7 @@ def rows(answer: Any) -> list[Any]:
 def test_the_default_which_is_base64_equals_float(demo: ServerProcess, client: Any) -> None:
     default = rows(client.embeddings.create(model="demo", input=TEXTS))
     plain = rows(client.embeddings.create(model="demo", input=TEXTS, encoding_format="float"))
-    assert np.array(default, np.float32).tobytes() == np.array(plain, np.float32).tobytes()
+    assert_same(default, plain)
     assert_same(default, reference(demo, TEXTS))
 
 
@@ -56,7 +66,7 @@ def test_dimensions(demo: ServerProcess, client: Any) -> None:
     found = np.array(rows(client.embeddings.create(model="demo", input=PASSAGES, dimensions=64)), np.float32)
     assert_same(found, reference(demo, PASSAGES, dimensions=64))
     cut = reference(demo, PASSAGES)[:, :64]
-    np.testing.assert_allclose(found, cut / np.linalg.norm(cut, axis=1, keepdims=True), rtol=1e-5, atol=1e-7)
+    assert_same_but_for_arithmetic(found, cut / np.linalg.norm(cut, axis=1, keepdims=True))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +83,7 @@ def test_dimensions(demo: ServerProcess, client: Any) -> None:
 )
 def test_every_way_to_the_query_instruction(demo: ServerProcess, client: Any, options: dict[str, Any]) -> None:
     asked: Vectors = reference(demo, QUESTION, instruction=QUERY)
-    assert np.abs(asked - reference(demo, QUESTION)).max() > 1e-3
+    assert_different(asked, reference(demo, QUESTION))
     assert_same(rows(client.embeddings.create(input=QUESTION, **options)), asked)
 
 

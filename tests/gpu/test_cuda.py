@@ -1,4 +1,4 @@
-"""What only a GPU can show: its kernels against the CPU's, and a text's independence of its batch mates."""
+"""What only a GPU can show: its kernels against the CPU's, and what a text's batch mates do to its vector."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ def test_the_flash_kernel_is_chosen_for_16_bit() -> None:
     assert choose_kernel("auto", cuda, torch.float32, tiny_config("llama")) == "sdpa"
 
 
-def test_neighbours_do_not_matter(encoder: Path) -> None:
+def test_batch_mates_move_a_vector_by_rounding_at_most(encoder: Path) -> None:
+    """cuBLAS chooses its kernel by the number of rows; bench/gpu/kernels.py has the same bound."""
     alone = vectors(encoder, "cuda", "bfloat16", [40])[0]
     among = vectors(encoder, "cuda", "bfloat16", [40, 512, *[7] * 63])[0]
-    assert alone @ among > 0.9999
+    assert alone @ among > 0.999
 
 
 @pytest.mark.parametrize("window", [None, 8])
