@@ -303,7 +303,7 @@ def _attend_short(
 
     Dozens of short texts fit into a batch, and a call for each costs more than its arithmetic: above all where a core
     is shared, as every parallel step then waits for the thread that was interrupted. Each text is padded to a length
-    that depends on nothing but its own, so that it gets the same bits in any company.
+    that depends on its own alone, so that its products have the same shapes in every batch: see docs/fidelity.md.
     """
     heads, width, groups = query.shape[0], query.shape[2], key.shape[0]
     plan = _short_plan(tuple(texts), length, query.device)

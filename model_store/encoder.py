@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # T packed tokens, B texts, D width
 
 
-# A smaller batch gets a text of filler. Below about 12 rows the CPU's float32 matrix products take another path, and a
-# short text would get other last bits alone than in company; a compiled layer must never see one row only.
+# A smaller batch gets a text of filler. Below about 12 rows an AMD CPU's float32 matrix products take another path, and
+# a short text would get other last bits alone (docs/fidelity.md); a compiled layer must never see one row only.
 LEAST_TOKENS = 16
 
 # The attention kernels take a longest text of 1 for decoding; more than the true length costs nothing.

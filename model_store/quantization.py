@@ -35,7 +35,7 @@ class Fp8Linear(nn.Module):
     """nn.Linear with weight and input in float8 e4m3 (Micikevicius et al. 2022), bfloat16 out; inference only.
 
     The weight has one float32 scale for each output, fixed here; the input one for each token, found anew in each
-    forward and on the device, so that a token's result does not depend on its neighbours.
+    forward and on the device, so that a token is scaled by its own numbers alone.
     """
 
     weight: Tensor  # (N, K) float8

@@ -87,7 +87,7 @@ def packed_against_padded(report: Report, name: str, shape: Shape, dtype: torch.
 
 
 def alone_against_among(report: Report, shape: Shape) -> dict[str, Any]:
-    """A text's vector does not depend on its batch mates, but for the rounding of differently tiled products."""
+    """A text's vector does not depend on its batch mates, but for rounding: cuBLAS chooses a kernel by the rows."""
     pipeline = Pipeline(random_encoder(shape, report.device, layers=4))
     others = rows_of([7] * 63 + [512, 200], seed=1)
     found = {}
