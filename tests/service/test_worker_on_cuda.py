@@ -19,7 +19,7 @@ from service.metrics import Metrics
 from service.rows import EmbedRow
 from service.settings import Limits, Settings
 from service.worker import EncoderWorker, is_out_of_memory
-from tests.cuda_stand_in import Gpus, install
+from tests.cuda_stand_in import Gpus, flash_attention_forward, install
 from tests.tiny import FAMILIES, build_tiny, normalized, padded_vectors, random_rows
 
 # Rows of one batch: shorter than a text of filler, as long as a graph, and longer than all of them.
@@ -78,6 +78,7 @@ async def test_it_starts_on_one_gpu(tmp_path: Path, gpus: Gpus, device: str) -> 
     build_tiny(tmp_path / "encoder")
     worker = await started(tmp_path / "encoder", device=device)
     assert (worker.device, worker.dtype, worker.kernel) == ("cuda:0", "bfloat16", "torch-flash")
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     worker.stop()
 
 
@@ -120,6 +121,41 @@ async def test_compiled_and_captured(tmp_path: Path, gpus: Gpus, family: str, mo
     build_tiny(tmp_path / "encoder", family)
     torch._dynamo.reset()
     worker = await started(tmp_path / "encoder", compile="on", cuda_graphs="on")
+    await assert_right(worker, tmp_path / "encoder", 0.999)
+    worker.stop()
+
+
+@pytest.mark.parametrize(
+    ("installed", "wrong", "serves"),
+    [
+        ((), (), "torch-flash"),
+        (("FA3", "FA4"), (), "torch-flash (FA3)"),
+        (("FA4",), (), "torch-flash (FA4)"),
+        (("FA3", "FA4"), ("FA3",), "torch-flash (FA4)"),
+        (("FA3",), ("FA3",), "torch-flash"),
+    ],
+)
+async def test_a_later_flash_attention_serves_where_it_is_installed_and_right(
+    tmp_path: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch, installed: Any, wrong: Any, serves: str
+) -> None:
+    active: list[str] = []
+
+    def activate(name: str) -> None:
+        if name not in installed:
+            raise ImportError(name)
+        active.append(name)
+
+    def attend(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        found, *others = flash_attention_forward(*arguments, **options)
+        return (found.neg() if active and active[0] in wrong else found, *others)
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda **_: active.clear())
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", attend)
+    build_tiny(tmp_path / "encoder")
+    worker = await started(tmp_path / "encoder")
+    assert worker.kernel == serves
+    assert f"torch-flash ({active[0]})" == serves if active else serves == "torch-flash"
     await assert_right(worker, tmp_path / "encoder", 0.999)
     worker.stop()
 
