@@ -74,9 +74,9 @@ bench-bulk: install
 bench-ray: install
 	$(BIN)/python -m bench.ray_serve $(SAVE)
 
-# On a machine with a GPU, in three parts of at most nine minutes each.
+# On a machine with a GPU, at most nine minutes; see bench/gpu/__main__.py.
 bench-gpu: install
-	for part in kernels forward serve; do $(BIN)/python -m bench.gpu $$part --out build/bench-gpu || exit; done
+	$(BIN)/python -m bench.gpu --out build/bench-gpu $(SAVE)
 
 # Training steps, packed and padded in turn, on the demo encoder (make build).
 bench-train: install

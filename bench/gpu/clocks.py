@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu.inputs import Row
+from bench.gpu.report import sync
 from model_store.pipeline import Pipeline
 
-
-def sync(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# What an event can tell apart.
+_GRAIN_SECONDS = 5e-7
 
 
 @torch.inference_mode()
@@ -28,7 +26,7 @@ def device_seconds(run: Callable[[], object], device: torch.device, budget: floa
     began = time.perf_counter()
     run()
     sync(device)
-    rounds = min(max(int(budget / (time.perf_counter() - began)), 3), 100)
+    rounds = min(max(int(budget / max(time.perf_counter() - began, _GRAIN_SECONDS)), 3), 100)
     if device.type == "cpu":
         return statistics.median(host_seconds(run) for _ in range(rounds))
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
@@ -38,7 +36,7 @@ def device_seconds(run: Callable[[], object], device: torch.device, budget: floa
         end.record()
     sync(device)
     milliseconds: list[float] = [start.elapsed_time(end) for start, end in marks]
-    return statistics.median(milliseconds) / 1000
+    return max(statistics.median(milliseconds) / 1000, _GRAIN_SECONDS)
 
 
 def host_seconds(run: Callable[[], object]) -> float:

@@ -1,120 +1,138 @@
-"""Part 2: time of a batch by its tokens, lone queries, mixed lengths; and the same through sentence-transformers."""
+"""Steps 4 to 6 and 8: batches by their tokens, a lone query, kernels by their time, and other ways to the same."""
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from torch.profiler import ProfilerActivity
 
-from bench.gpu.ceilings import ceilings
-from bench.gpu.clocks import device_seconds, host_seconds, launch_seconds, ms, packed_batches, pipelined, sync
+from bench.gpu.ceilings import best_product, fp8_product
+from bench.gpu.checks import vectors_of
+from bench.gpu.clocks import device_seconds, launch_seconds, ms, packed_batches, pipelined
 from bench.gpu.inputs import SHAPES, Row, random_encoder, rows_of, trained_tokenizer
-from bench.gpu.report import TARGETS, Report
+from bench.gpu.report import Report
 from bench.texts import mixed_texts
 from model_store.attention import implementation_name
 from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
+from model_store.packing import PackedBatch, to_device
 from model_store.pipeline import Pipeline, forward, graph_sizes
-from model_store.quantization import quantize
+from model_store.pooling import pool
+from model_store.quantization import Quantization
 from model_store.self_test import compile_checked, largest_difference
 from model_store.shape import Shape
-from service.cost_model import fit
 
-SWEEP = {"real": [16 << i for i in range(11)], "tiny": [16, 32, 64]}
-HEADLINE_TOKENS = {"real": 8192, "tiny": 64}
-MIXED_TEXTS = {"real": 512, "tiny": 8}
-BATCH_TOKENS = {"real": 8192, "tiny": 512}
-TEXT_TOKENS = 128
+# B texts, D width
+
+# Tokens → way (graph, plain, eager) → figures
+Table = dict[str, dict[str, dict[str, float]]]
+
+_MOST_CAPTURED = 4096
+_LONE_ROUNDS = 200
+_TEXT_TOKENS = 128
+_TABLE_ROWS = 25
+_PROFILED_ROUNDS = 3
 
 
-def measure(report: Report) -> None:
-    """Headlines of every shape first, then all of each."""
-    device, size = report.device, report.shapes
-    torch._dynamo.config.recompile_limit = 64  # for all models together, which share their layers' code
-    # A limit that could not be measured leaves its shares NaN, and the times as they are.
-    limits = {"bf16_flops": math.nan, "fp8_flops": math.nan, "bytes_per_second": math.nan, **ceilings(report)}
-    built: dict[str, Encoder] = {}
-    with_graphs: dict[str, Pipeline] = {}
+def measure_8b(report: Report, limits: dict[str, float]) -> None:
+    """Step 4."""
+    sizes = [16, 64] if report.tiny else [16, 256, 1024, 1100, 2048, 8192]
+    if pipeline := ready(report, "8B", sizes):
+        table = report.step("8B by tokens", 30, lambda: by_tokens(pipeline, limits["bf16_flops"], sizes))
+        if table:
+            share = best(table, sizes[-1], "of_ceiling", max)
+            report.target(f"8B at {sizes[-1]}, of the matmul rate", share, at_least=0.76)
+        lone_and_kernels(report, "8B", pipeline, limits)
 
-    def headline(name: str) -> None:
-        def build() -> dict[str, int]:
-            built[name] = random_encoder(SHAPES[size][name], device)
-            return {"flops_per_token": shape_of(built[name]).linear_flops_per_token}
 
-        def compile_layers() -> dict[str, float]:
-            return {"seconds": round(host_seconds(partial(compile_checked, built[name])), 1)}
+def measure_1b(report: Report, limits: dict[str, float]) -> Encoder | None:
+    """Step 5; returns the encoder of 1.3B, which later steps compare with."""
+    sizes = [16, 64] if report.tiny else [16, 256, 1024, 1100, 2048, 8192]
+    if not (pipeline := ready(report, "1.3B", sizes)):
+        return None
+    plain, peak = Pipeline(pipeline.encoder), limits["bf16_flops"]
+    table = report.step("1.3B by tokens", 20, lambda: by_tokens(pipeline, peak, sizes))
+    if table and "graph" in table["16"]:
+        captured, eager = (table["16"][way]["wall_ms"] for way in ("graph", "eager"))
+        report.target("1.3B at 16, captured / eager time", captured / eager, at_most=0.6)
+    lone_and_kernels(report, "1.3B", pipeline, limits)
+    report.step("1.3B alone and among", 5, lambda: alone_and_among(report, pipeline))
+    longest = 512 if report.tiny else 8192
+    report.step(f"1.3B one text of {longest}", 5, lambda: timed(plain, rows_of([longest]), peak))
+    return pipeline.encoder
 
-        def capture() -> dict[str, float]:
-            began = time.perf_counter()
-            with_graphs[name] = Pipeline(built[name]).with_graphs(graph_sizes(2048))
-            return {"seconds": round(time.perf_counter() - began, 1)}
 
-        if report.step(f"{name} build", 15, build) is None:
-            return
-        encoder, tokens = built[name], HEADLINE_TOKENS[size]
-        # What fails here leaves the encoder as it was, and the rest is measured without it.
-        lacks = report.needs_cuda(compiler=True)
-        report.step(
-            f"{name} compile", 60, lambda: {"seconds": round(host_seconds(partial(compile_checked, encoder)), 1)}, lacks
-        )
-        report.step(f"{name} at {tokens}", 5, lambda: sweep(Pipeline(encoder), [tokens], limits["bf16_flops"]))
-        report.step(f"{name} capture", 15, capture, report.needs_cuda())
-        report.step(f"{name} lone", 5, lambda: lone(with_graphs.get(name, Pipeline(encoder)), limits, 2))
-        print(f"{name} targets: {json.dumps(TARGETS.get(name))}", flush=True)
+def measure_270m(report: Report, limits: dict[str, float]) -> None:
+    """Step 6."""
+    sizes = [16, 64] if report.tiny else [16, 2048, 4096, 8192]
+    if pipeline := ready(report, "270M", sizes):
+        report.step("270M by tokens", 10, lambda: by_tokens(pipeline, limits["bf16_flops"], sizes))
+    report.step("pooling alone", 5, lambda: pooling_ms(report))
 
-    def tables(name: str) -> None:
-        encoder, lacks = built[name], report.needs_cuda()
-        table = partial(sweep, token_counts=SWEEP[size], peak=limits["bf16_flops"])
-        compiled = "" if f"{name} compile" in report.figures else "compiled layers"
-        report.step(f"{name} compiled", 25, lambda: table(Pipeline(encoder)), compiled)
-        small = partial(sweep, token_counts=[n for n in SWEEP[size] if n <= 2048], peak=limits["bf16_flops"])
-        report.step(f"{name} graphs", 10, lambda: small(with_graphs[name]), "" if name in with_graphs else "graphs")
-        report.step(f"{name} behind another", 5, lambda: behind_another(Pipeline(encoder)), lacks)
 
-        def eager() -> dict[str, Any]:
-            with eager_layers(encoder):
-                return {**table(Pipeline(encoder)), "lone": lone(Pipeline(encoder), limits, 2)}
+def measure_rest(report: Report, limits: dict[str, float], encoder: Encoder | None) -> None:
+    """Step 8; `encoder` is that of 1.3B."""
+    sizes = [16, 64] if report.tiny else [16, 8192]
+    merged = report.figures.get("8B by tokens")
+    unmerged = report.step("8B unmerged", 45, lambda: other_8b(report, limits["bf16_flops"], sizes, merged=False))
+    if merged and unmerged:
+        for tokens in sizes:
+            ratio = best(merged, tokens, "wall_ms", min) / best(unmerged, tokens, "wall_ms", min)
+            report.target(f"8B at {tokens}, merged / unmerged time", ratio, at_most=1.0)
 
-        report.step(f"{name} eager", 25, eager)
+    def in_fp8() -> Table:
+        return other_8b(report, best_product(report, fp8_product), sizes, quantization="fp8")
 
-    def fp8(name: str) -> dict[str, Any]:
-        encoder = built[name]
-        with_graphs.pop(name, None)
-        encoder.uncompile_layers()
-        quantize(encoder.model, "fp8", device)
-        if report.compile:
-            compile_checked(encoder)
-        counts = [tokens for tokens in SWEEP[size] if tokens >= 256]
-        found = sweep(Pipeline(encoder), counts, limits["fp8_flops"])
-        return found | {"lone": lone(Pipeline(encoder).with_graphs([16]), limits, 1)}
+    fp8 = report.step("8B fp8", 45, in_fp8, report.lacks_cuda())
+    if merged and fp8:
+        ratio = best(merged, sizes[-1], "wall_ms", min) / best(fp8, sizes[-1], "wall_ms", min)
+        report.target(f"8B at {sizes[-1]}, fp8 / bf16 rate", ratio, at_least=1.3)
+    padded = partial(against_padded, report, encoder)
+    report.step("1.3B padded, sorted", 30, padded, "" if encoder else "1.3B build")
 
-    names = list(SHAPES[size])
-    for some in (names[:2], names[2:]):
-        for name in some:
-            headline(name)
-        for name in [name for name in some if name in built]:
-            tables(name)
-            pipeline = with_graphs.get(name, Pipeline(built[name]))
-            report.step(f"{name} mixed", 40, partial(mixed, report, built[name], pipeline))
-            del pipeline
-        for name in [name for name in some if name in built]:
-            if name == "1.3B":
-                report.step(f"{name} sentence-transformers", 30, partial(sentence_transformers, report, built[name]))
-            report.step(f"{name} fp8", 60, partial(fp8, name), report.needs_cuda())
-            with_graphs.pop(name, None)
-            del built[name]
+
+def ready(report: Report, name: str, sizes: Sequence[int]) -> Pipeline | None:
+    """An encoder, compiled, and captured for batches of so many tokens; without what can't be had or fails."""
+    ways: list[Pipeline] = []
+
+    def build() -> dict[str, int]:
+        ways.append(Pipeline(random_encoder(SHAPES[report.shapes][name], report.device)))
+        return {"flops_per_token": shape_of(ways[0].encoder).linear_flops_per_token}
+
+    def capture() -> dict[str, int]:
+        ways.append(captured_for(ways[0].encoder, sizes))
+        return {"graphs": len(ways[-1].replays)}
+
+    if report.step(f"{name} build", 15, build) is None:
+        return None
+    report.step(f"{name} compile", 60, lambda: compile_checked(ways[0].encoder), report.lacks_compiler())
+    report.step(f"{name} capture", 15, capture, report.lacks_cuda())
+    return ways[-1]
+
+
+def other_8b(
+    report: Report, peak: float, sizes: Sequence[int], merged: bool = True, quantization: Quantization = "none"
+) -> Table:
+    """8B made in another way."""
+    encoder = random_encoder(SHAPES[report.shapes]["8B"], report.device, merged=merged, quantization=quantization)
+    if report.compile:
+        compile_checked(encoder)
+    on_cuda = report.device.type == "cuda"
+    return by_tokens(captured_for(encoder, sizes) if on_cuda else Pipeline(encoder), peak, sizes, eager=False)
+
+
+def captured_for(encoder: Encoder, sizes: Sequence[int]) -> Pipeline:
+    """With the graphs that batches of so many tokens would be replayed from."""
+    steps = graph_sizes(_MOST_CAPTURED)
+    wanted = {min(step for step in steps if step >= tokens) for tokens in sizes if tokens <= steps[-1]}
+    return Pipeline(encoder).with_graphs(sorted(wanted))
 
 
 def shape_of(encoder: Encoder) -> Shape:
@@ -122,86 +140,122 @@ def shape_of(encoder: Encoder) -> Shape:
     return Shape.read(encoder.model.config.to_dict())
 
 
-def even_lengths(tokens: int) -> list[int]:
-    """So many tokens in texts of one length."""
-    length = min(tokens, TEXT_TOKENS)
-    return [length] * (tokens // length)
+def by_tokens(pipeline: Pipeline, peak: float, sizes: Sequence[int], eager: bool = True) -> Table:
+    """Batches of so many tokens, replayed and not; the smallest and the largest also with layers not compiled."""
+    encoder, table = pipeline.encoder, {}
+    for tokens in sizes:
+        lengths = [_TEXT_TOKENS] * (tokens // _TEXT_TOKENS) + [tokens % _TEXT_TOKENS] * (tokens % _TEXT_TOKENS > 0)
+        rows = rows_of(lengths)
+        ways = {"plain": timed(Pipeline(encoder), rows, peak)}
+        if any(replay.graph.tokens >= tokens for replay in pipeline.replays):
+            ways["graph"] = timed(pipeline, rows, peak)
+        if eager and tokens in (sizes[0], sizes[-1]):
+            with eager_layers(encoder):
+                ways["eager"] = timed(Pipeline(encoder), rows, peak)
+        table[str(tokens)] = ways
+    return table
 
 
-def sweep(pipeline: Pipeline, token_counts: Sequence[int], peak: float) -> dict[str, Any]:
-    """By tokens: the device's time, the caller's and the host's, the rate and its share of the peak; and the fit."""
+def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, float]:
+    """The device's time, the caller's and the host's, the rate and its share of the peak."""
     encoder = pipeline.encoder
-    device, config, shape = encoder.device, encoder.model.config, shape_of(encoder)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    table, measured = {}, {}
-    for tokens in token_counts:
-        lengths = even_lengths(tokens)
-        rows = rows_of(lengths, config.vocab_size)
-        batch, widths = PackedBatch.pack(rows, "mean"), torch.tensor([encoder.manifest.width] * len(rows))
-        graph = next((one.graph for one in pipeline.replays if one.serves(batch)), None)
-        if graph is not None:
-            seconds = device_seconds(partial(graph.replay, batch, widths), device)
-        else:
-            run = partial(forward, encoder, encoder.place(batch), widths.to(device))
-            seconds = device_seconds(run, device)
-        whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
-        flops = shape.linear_flops_per_token * tokens + shape.attention_flops(lengths)
-        measured[tokens] = statistics.median(whole)
-        table[str(tokens)] = {
-            "device_ms": ms(seconds),
-            "wall_ms": ms(measured[tokens]),
-            "host_ms": ms(statistics.median(launched)),
-            "tokens_per_second": round(tokens / seconds),
-            "of_ceiling": float(f"{flops / seconds / peak:.3g}"),
-        }
-    found: dict[str, Any] = {"by_tokens": table}
-    if len(measured) > 1:
-        try:
-            cost = fit(measured)
-            rounded = {name: float(f"{value:.4g}") for name, value in asdict(cost).items()}
-            found["fit"] = {**rounded, "efficient_tokens": cost.efficient_tokens()}
-        except ValueError as error:
-            found["fit"] = str(error)
-    if device.type == "cuda":
-        found["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    return found
-
-
-def lone(pipeline: Pipeline, limits: dict[str, float], bytes_per_weight: int) -> dict[str, float]:
-    """A query of 16 tokens with nothing beside it, and the time that reading the weights takes."""
-    config = pipeline.encoder.model.config
-    rounds = 300 if pipeline.encoder.device.type == "cuda" else 10
-    whole, launched = launch_seconds(pipeline, rows_of([16], config.vocab_size), rounds)
-    floor = shape_of(pipeline.encoder).linear_parameters * bytes_per_weight / limits["bytes_per_second"]
-    median, slow = np.percentile(whole, (50, 99))
+    device, shape = encoder.device, shape_of(encoder)
+    batch, widths = PackedBatch.pack(rows, "mean"), torch.tensor([encoder.manifest.width] * len(rows))
+    replay = next((replay for replay in pipeline.replays if replay.serves(batch)), None)
+    if replay is not None:
+        seconds = device_seconds(partial(replay.graph.replay, batch, widths), device)
+    else:
+        placed, cut_to = encoder.place(batch), to_device({"widths": widths}, device)["widths"]
+        seconds = device_seconds(partial(forward, encoder, placed, cut_to), device)
+    whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
+    lengths = [len(row) for row in rows]
+    flops = shape.linear_flops_per_token * sum(lengths) + shape.attention_flops(lengths)
     return {
-        "p50_ms": ms(median),
-        "p99_ms": ms(slow),
+        "device_ms": ms(seconds),
+        "wall_ms": ms(statistics.median(whole)),
         "host_ms": ms(statistics.median(launched)),
-        "floor_ms": ms(floor),
-        "to_floor": float(f"{median / floor:.3g}"),
+        "tokens_per_second": round(sum(lengths) / seconds),
+        "of_ceiling": float(f"{flops / seconds / peak:.3g}"),
     }
 
 
-def behind_another(pipeline: Pipeline) -> dict[str, float]:
-    """How long `launch` takes behind a large batch: as long as that batch takes, if it waits for it."""
-    large, small = (rows_of(even_lengths(tokens)) for tokens in (8192, 4096))
-    widths = [pipeline.encoder.manifest.width] * len(large)
-    found = []
-    for _ in range(5):
-        sync(pipeline.encoder.device)
-        began = time.perf_counter()
-        first = pipeline.launch(large, widths)
-        launched = time.perf_counter()
-        second = pipeline.launch(small, widths[: len(small)])
-        behind = time.perf_counter()
-        first.wait()
-        ready = time.perf_counter()
-        second.wait()
-        found.append((launched - began, behind - launched, ready - began))
-    launch, behind, whole = (statistics.median(times) for times in zip(*found, strict=True))
-    return {"launch_ms": ms(launch), "launch_behind_ms": ms(behind), "first_ready_ms": ms(whole)}
+def best(table: Table, tokens: int, figure: str, choose: Any) -> float:
+    """A figure of the best of the ways that the server may take."""
+    ways = table[str(tokens)]
+    return float(choose(ways[way][figure] for way in ("graph", "plain") if way in ways))
+
+
+def lone_and_kernels(report: Report, name: str, pipeline: Pipeline, limits: dict[str, float]) -> None:
+    """A query of 16 tokens with nothing beside it, many times; then where the device's time goes."""
+
+    def lone() -> dict[str, float]:
+        whole, launched = launch_seconds(pipeline, rows_of([16]), 10 if report.tiny else _LONE_ROUNDS)
+        floor = 2 * shape_of(pipeline.encoder).linear_parameters / limits["bytes_per_second"]
+        median, slow = np.percentile(whole, (50, 99))
+        host = ms(statistics.median(launched))
+        to_floor = float(f"{median / floor:.3g}")
+        return {"p50_ms": ms(median), "p99_ms": ms(slow), "host_ms": host, "floor_ms": ms(floor), "to_floor": to_floor}
+
+    found = report.step(f"{name} lone", 5, lone)
+    if found and name == "8B":
+        report.target("8B lone query, of the time to read the weights", found["to_floor"], at_most=1.35)
+    for tokens in (16, 64) if report.tiny else (16, 2048):
+        report.step(f"{name} kernels at {tokens}", 10, partial(kernel_table, Pipeline(pipeline.encoder), tokens))
+
+
+def kernel_table(pipeline: Pipeline, tokens: int) -> dict[str, Any]:
+    """The kernels that take the most of a batch's time on the device, or the operations on a CPU."""
+    length = min(tokens, _TEXT_TOKENS)
+    rows = rows_of([length] * (tokens // length))
+    vectors_of(pipeline, rows)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (pipeline.encoder.device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(_PROFILED_ROUNDS):
+            vectors_of(pipeline, rows)
+    events = profile.key_averages()
+    kernels = [event for event in events if event.device_type.name == "CUDA"]
+    times = {event.key: (event.self_device_time_total, event.count) for event in kernels} or {
+        event.key: (event.self_cpu_time_total, event.count) for event in events
+    }
+    total = sum(microseconds for microseconds, _ in times.values())
+    top = sorted(times.items(), key=lambda item: -item[1][0])[:_TABLE_ROWS]
+    return {
+        "microseconds": round(total / _PROFILED_ROUNDS, 1),
+        "top": [
+            {
+                "name": name[:120],
+                "calls": round(count / _PROFILED_ROUNDS, 1),
+                "microseconds": round(microseconds / _PROFILED_ROUNDS, 1),
+                "share": round(microseconds / total, 4) if total else 0.0,
+            }
+            for name, (microseconds, count) in top
+        ],
+    }
+
+
+def alone_and_among(report: Report, pipeline: Pipeline) -> dict[str, Any]:
+    """A text's vector does not depend on its batch mates, but for the rounding of differently tiled products."""
+    others = rows_of([7] * 63 + [512, 200], seed=1)
+    found = {}
+    for length in (5, 16, 40, 300):
+        row = rows_of([length])
+        alone, among = vectors_of(pipeline, row)[0], vectors_of(pipeline, [*others, *row])[-1]
+        difference = largest_difference(alone[None], among[None])
+        found[str(length)] = {"bit_identical": bool((alone == among).all()), "1 - cosine": difference}
+        report.check(f"alone and among, {length} tokens", difference, 1e-3)
+    return found
+
+
+def pooling_ms(report: Report) -> dict[str, float]:
+    """Pooling of as many tokens in one text and in many, as wide as 270M."""
+    width, tokens = SHAPES[report.shapes]["270M"][1]["hidden_size"], 512 if report.tiny else 8192
+    hidden = torch.randn(tokens, width, device=report.device, dtype=torch.bfloat16)
+    found = {}
+    for length in (tokens, _TEXT_TOKENS):
+        batch = PackedBatch.pack(rows_of([length] * (tokens // length)), "mean")
+        placed = PackedBatch(longest=length, **to_device(batch.tensors, report.device))
+        found[f"texts of {length}"] = ms(device_seconds(partial(pool, hidden, placed), report.device))
+    return found
 
 
 @contextmanager
@@ -216,36 +270,34 @@ def eager_layers(encoder: Encoder) -> Iterator[None]:
             layer._compiled_call_impl = call
 
 
-def mixed(report: Report, encoder: Encoder, pipeline: Pipeline) -> dict[str, Any]:
-    """Packed batches in the order of the texts, against padded batches of 32 through transformers' SDPA."""
-    texts = mixed_texts(MIXED_TEXTS[report.shapes])
+def against_padded(report: Report, encoder: Any) -> dict[str, Any]:
+    """Packed batches in the order of the texts, against padded ones of 32, sorted by length, through torch's SDPA."""
+    texts = mixed_texts(8 if report.tiny else 512)
     rows = [Row(encoding.ids, 0) for encoding in trained_tokenizer().encode_batch(texts)]
-    by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     tokens = sum(map(len, rows))
-    batches = packed_batches(rows, BATCH_TOKENS[report.shapes])
-    pipelined(pipeline, batches)
-    rates: dict[str, list[float]] = {"ours": [], "padded, sorted": [], "padded, in order": []}
+    batches = packed_batches(rows, 512 if report.tiny else 8192)
+    rates: dict[str, float] = {"packed": 0.0, "padded": 0.0}
     with eager_layers(encoder):
-        padded_vectors(encoder, rows[:32], range(min(32, len(rows))))
+        padded_vectors(encoder, rows[:32])
+    pipelined(Pipeline(encoder), batches)
     for _ in range(2):
-        seconds, packed = pipelined(pipeline, batches)
-        rates["ours"].append(tokens / seconds)
+        seconds, packed = pipelined(Pipeline(encoder), batches)
+        rates["packed"] = max(rates["packed"], tokens / seconds)
+        began = time.perf_counter()
         with eager_layers(encoder):
-            for name, order in (("padded, sorted", by_length), ("padded, in order", range(len(rows)))):
-                began = time.perf_counter()
-                padded = padded_vectors(encoder, rows, order)
-                rates[name].append(tokens / (time.perf_counter() - began))
+            padded = padded_vectors(encoder, rows)
+        rates["padded"] = max(rates["padded"], tokens / (time.perf_counter() - began))
     # Random weights: the rounding of as many layers as the model has, with nothing that was learned to dampen it.
-    report.check(f"mixed, {len(encoder.model.layers)} layers", largest_difference(packed, padded), 0.05)
-    best = {name: round(max(found)) for name, found in rates.items()}
-    ratios = {f"ours / {name}": round(best["ours"] / best[name], 2) for name in list(best)[1:]}
-    return {"texts": len(rows), "tokens": tokens, "longest": len(rows[by_length[0]]), **best, **ratios}
+    report.check(f"packed against padded, {len(encoder.model.layers)} layers", largest_difference(packed, padded), 0.05)
+    ratio = round(rates["packed"] / rates["padded"], 2)
+    return {"texts": len(rows), "tokens": tokens, "tokens_per_second": rates, "packed / padded": ratio}
 
 
 @torch.inference_mode()
-def padded_vectors(encoder: Encoder, rows: Sequence[Row], order: Sequence[int]) -> Tensor:
-    """(B, D) by way of transformers' own attention, in batches of 32 padded to their longest."""
-    found: list[Tensor] = [torch.empty(0)] * len(order)
+def padded_vectors(encoder: Encoder, rows: Sequence[Row]) -> Tensor:
+    """(B, D) by way of transformers' own attention, in batches of 32 of about one length, padded to their longest."""
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
     encoder.model.set_attn_implementation("sdpa")
     try:
         for start in range(0, len(order), 32):
@@ -261,23 +313,3 @@ def padded_vectors(encoder: Encoder, rows: Sequence[Row], order: Sequence[int]) 
     finally:
         encoder.model.set_attn_implementation(implementation_name(encoder.kernel))
     return torch.stack(found)
-
-
-def sentence_transformers(report: Report, encoder: Encoder) -> dict[str, float]:
-    """The same weights and texts through sentence-transformers, tokenizing included, by way of a folder."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    texts = mixed_texts(MIXED_TEXTS[report.shapes])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer(), pad_token="<pad>", bos_token="<bos>")
-    tokens = sum(map(len, tokenizer(texts)["input_ids"]))
-    with tempfile.TemporaryDirectory() as folder, eager_layers(encoder):
-        encoder.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        kwargs = {"dtype": encoder.dtype, "attn_implementation": "sdpa"}
-        transformer = Transformer(folder, max_seq_length=8192, model_kwargs=kwargs)
-        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-        peer = SentenceTransformer(modules=[transformer, pooling], device=str(encoder.device))
-    peer.encode(texts[:32])
-    seconds = min(host_seconds(partial(peer.encode, texts, batch_size=32)) for _ in range(2))
-    return {"tokens": tokens, "tokens_per_second": round(tokens / seconds)}

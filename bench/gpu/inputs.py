@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +15,13 @@ from transformers import CONFIG_MAPPING, AutoModel
 from bench.texts import sentences
 from model_store.attention import choose_kernel, implementation_name
 from model_store.encoder import Encoder
+from model_store.quantization import Quantization
+from model_store.rope import readable_positions
 from model_store.shape import known_configs
 from model_store.tokenizer import TokenizedText
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
 
 Shape = tuple[str, dict[str, Any]]
 Row = TokenizedText
@@ -40,7 +46,6 @@ def known(base: str, **others: Any) -> Shape:
     return sizes.pop("model_type"), sizes
 
 
-# By name; the most important first.
 SHAPES: dict[str, dict[str, Shape]] = {
     "real": {
         "8B": known("meta-llama/Meta-Llama-3-8B-Instruct"),
@@ -48,6 +53,7 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "270M": known("demo:", query_pre_attn_scalar=256),
     },
     "tiny": {
+        "8B": llama(64, 2, 4, 1, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),
         "1.3B": llama(64, 2, 4, 2, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),
         "270M": gemma3(64, 6, 32, 96, 12000, sliding_window=16, initializer_range=0.15),
     },
@@ -55,17 +61,45 @@ SHAPES: dict[str, dict[str, Shape]] = {
 
 
 def random_encoder(
-    shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16, layers: int | None = None
+    shape: Shape,
+    device: torch.device,
+    layers: int | None = None,
+    merged: bool = True,
+    quantization: Quantization = "none",
 ) -> Encoder:
-    """Seeded weights of a shape, or of some of its layers, made on the device; the fastest kernel there."""
-    family, sizes = shape
-    config = CONFIG_MAPPING[family](**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
-    kernel = choose_kernel("auto", device, dtype, config)
+    """Seeded bfloat16 weights of a shape, or of some of its layers, made on the device; the fastest kernel there.
+
+    It is what `Encoder.load` makes of a stored one, unless its projections are to stay as they are.
+    """
+    config = config_of(shape, layers)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModel.from_config(config, dtype=dtype, attn_implementation=implementation_name(kernel))
-    manifest: Any = SimpleNamespace(pooling="mean", width=config.hidden_size, model_type=family)
-    return Encoder(model.eval().requires_grad_(False).to(device), manifest, device, dtype, kernel)
+        model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    sizes = {"width": config.hidden_size, "max_positions": readable_positions(config.to_dict())}
+    manifest: Any = SimpleNamespace(pooling="mean", model_type=config.model_type, **sizes)
+    if merged:
+        return Encoder.of(model, manifest, device, quantization=quantization)
+    kernel = choose_kernel("auto", device, torch.bfloat16, config)
+    model.set_attn_implementation(implementation_name(kernel))
+    return Encoder(model.eval().requires_grad_(False).to(device), manifest, device, torch.bfloat16, kernel)
+
+
+def config_of(shape: Shape, layers: int | None = None) -> Any:
+    """The configuration of a shape, or of some of its layers."""
+    family, sizes = shape
+    return CONFIG_MAPPING[family](**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
+
+
+def store(shape: Shape, folder: Path) -> Manifest:
+    """A stored float32 encoder of random weights in a small shape."""
+    from model_store.build import build_encoder  # pydantic
+    from model_store.recipe import recipe_from
+
+    base = folder.parent / f"{folder.name}-base"
+    torch.manual_seed(0)
+    AutoModel.from_config(config_of(shape)).save_pretrained(base)
+    trained_tokenizer().save(str(base / "tokenizer.json"))
+    return build_encoder(recipe_from(folder.name, base=str(base), dtype="float32"), folder)
 
 
 def rows_of(lengths: Sequence[int], vocabulary: int = 500, seed: int = 0) -> list[Row]:

@@ -1,8 +1,7 @@
-"""Part 3: the same over HTTP, and queries beside bulk."""
+"""Step 7: the server with 1.3B over HTTP, and the engine by itself with the batches that the server chose."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,8 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,79 +18,67 @@ import numpy as np
 import torch
 
 from bench.gpu.clocks import ms, packed_batches, pipelined
-from bench.gpu.inputs import SHAPES, Shape, random_encoder, trained_tokenizer
-from bench.gpu.report import Report
+from bench.gpu.inputs import SHAPES, Shape, random_encoder, store
+from bench.gpu.report import Report, lacks_packages
+from bench.gpu.start import NEEDS
 from bench.texts import mixed_texts
-from model_store.devices import choose_device
+from model_store.encoder import Encoder
 from model_store.pipeline import Pipeline
-from model_store.self_test import compile_checked
+
+_SERVER_NEEDS = f"{NEEDS} fastapi opentelemetry uvicorn httptools pybase64 uvloop"
 
 
-def measure(report: Report) -> None:
-    """Each shape in a server of its own."""
-    needed = (
-        "fastapi opentelemetry uvicorn pydantic pydantic_settings prometheus_client orjson httptools pybase64 uvloop"
-    )
-    missing = ", ".join(name for name in needed.split() if importlib.util.find_spec(name) is None)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "bench-gpu-compiled"))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    names = list(SHAPES[report.shapes])
-    for name in (names[1], names[0], *names[2:])[: 1 if report.shapes == "tiny" else None]:
-        report.step(f"{name} over HTTP", 150, partial(serve_one, report, SHAPES[report.shapes][name]), missing)
+def measure(report: Report, encoder: Encoder | None) -> None:
+    """`encoder` is that of 1.3B, for the engine by itself."""
+    lacks = lacks_packages(_SERVER_NEEDS) or ("" if encoder else "1.3B build")
+    found = report.step("1.3B over HTTP", 110, lambda: over_http(report, encoder), lacks)
+    if found:
+        report.target("1.3B, HTTP / engine rate", found["http / engine"], at_least=0.95)
 
 
-def serve_one(report: Report, shape: Shape) -> dict[str, Any]:
-    """Bulk, queries and both over HTTP, then the engine alone with the batches that the server chose."""
-    from bench.http_path import Case, distinct_texts, request_bytes
+def over_http(report: Report, encoder: Any) -> dict[str, Any]:
+    """Bulk, queries and both over HTTP, then the engine."""
+    from bench.http_path import Case, distinct_texts, load_in_process, request_bytes
     from model_store.tokenizer import TextTokenizer
-    from tests.tiny import build_tiny
 
-    tiny = report.shapes == "tiny"
-    seconds, most = (1.0, 256) if tiny else (8.0, 2048)
+    seconds, inputs, queries = (1.0, 16, 8) if report.tiny else (5.0, 64, 64)
+    shape = SHAPES[report.shapes]["1.3B"]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(2, context) as clients:
+        clients.map(time.sleep, (0.2, 0.2))  # both processes start beside the server's
+        # Everything about the stored encoder is real but its weights.
         folder, width = Path(scratch) / "encoder", shape[1]["hidden_size"]
-        # Everything about it is real but its weights.
-        limits = {"max_positions": 8192, "vocabulary": shape[1]["vocab_size"], "width": width}
-        manifest = build_tiny(folder).model_copy(update=limits)
-        trained_tokenizer().save(str(folder / "tokenizer.json"))
-        tokenizer = TextTokenizer.load(folder, manifest)
-        # No two alike: the server computes equal ones that wait together only once.
-        distinct = [f"{number} {text}" for number, text in enumerate(mixed_texts(4 * most))]
-        texts = {"mixed": distinct, "query": distinct_texts(4 * most)}
-        rows = {name: tokenizer.encode_batch(found, [""] * len(found)) for name, found in texts.items()}
-        mean_tokens = {name: sum(map(len, found)) / len(found) for name, found in rows.items()}
+        sizes = {"max_positions": 8192, "vocabulary": shape[1]["vocab_size"], "width": width}
+        manifest = store(SHAPES["tiny"]["1.3B"], folder).model_copy(update=sizes)
         log = Path(scratch) / "log"
         log.touch()
-        arguments = (shape, str(report.device), folder, manifest, report.compile, log)
-        process = context.Process(target=server_process, args=arguments)
+        process = context.Process(
+            target=server_process, args=(shape, report.device, folder, manifest, report.compile, log)
+        )
         process.start()
+        # No two alike: the server computes equal texts that wait together only once.
+        count = 1024 if report.tiny else 8192
+        distinct = [f"{number} {text}" for number, text in enumerate(mixed_texts(count))]
+        texts = {"bulk": distinct, "query": distinct_texts(count)}
+        rows = TextTokenizer.load(folder, manifest).encode_batch(distinct, [""] * count)
+        mean_tokens = sum(map(len, rows)) / count
+
+        def ask(kind: str, inputs: int, connections: int) -> Future[tuple[list[float], float]]:
+            requests = request_bytes(Case(width, "base64", inputs), texts[kind], manifest.name)
+            return clients.submit(load_in_process, port, requests, connections, seconds)
+
         try:
-            port = wait_for(log, "listening", process)["port"]
-            ready = wait_for(log, "ready", process)
-
-            def ask(kind: str, inputs: int, connections: int) -> Any:
-                requests = request_bytes(Case(width, "base64", inputs), texts[kind], manifest.name)
-                return clients.submit(load_process, port, requests, connections, seconds)
-
-            def bulk(inputs: int, connections: int) -> dict[str, float]:
-                latencies, took = ask("mixed", inputs, connections).result()
-                rate = len(latencies) * inputs * mean_tokens["mixed"] / took
-                return {"tokens_per_second": round(rate), **quantiles(latencies)}
-
-            list(clients.map(time.sleep, (0.2, 0.2)))  # both processes are there then
-            ask("query", 1, 4).result()
-            found: dict[str, Any] = {"ready": ready, "calibrated": wait_for(log, "calibrated", process)}
+            port = wait_for(log, "listening", process, report.seconds_left)["port"]
+            found: dict[str, Any] = {"ready": wait_for(log, "ready", process, report.seconds_left)}
+            calibrated = found["calibrated"] = wait_for(log, "calibrated", process, 1.0)
             found["switches"] = [line for line in log.read_text().splitlines() if " is o" in line]
-            found |= {"bulk 64 × 16": bulk(64, 16), f"bulk {most} × 3": bulk(most, 3)}
-            for connections in (4, 8) if tiny else (16, 64, 256):
-                latencies, took = ask("query", 1, connections).result()
-                found[f"queries × {connections}"] = {
-                    "per_second": round(len(latencies) / took),
-                    "tokens_per_second": round(len(latencies) * mean_tokens["query"] / took),
-                    **quantiles(latencies),
-                }
-            beside = ask("mixed", most, 3)
+            ask("query", 1, 4).result()
+            latencies, took = ask("bulk", inputs, 16).result()
+            rate = len(latencies) * inputs * mean_tokens / took
+            found[f"bulk {inputs} × 16"] = {"tokens_per_second": round(rate), **quantiles(latencies)}
+            latencies, took = ask("query", 1, queries).result()
+            found[f"queries × {queries}"] = {"per_second": round(len(latencies) / took), **quantiles(latencies)}
+            beside = ask("bulk", inputs, 16)
             found["queries × 16 beside bulk"] = quantiles(ask("query", 1, 16).result()[0])
             beside.result()
         except BaseException as error:
@@ -102,16 +88,10 @@ def serve_one(report: Report, shape: Shape) -> dict[str, Any]:
             process.terminate()
             process.join(30)
             process.kill()
-    encoder = random_encoder(shape, report.device)
-    if report.compile:
-        compile_checked(encoder)
-    alone = rows["mixed"][: most // 2]
-    batches = packed_batches(alone, found["calibrated"]["batch_tokens"])
-    pipelined(Pipeline(encoder), batches)
-    took = min(pipelined(Pipeline(encoder), batches)[0] for _ in range(2))
-    engine = sum(map(len, alone)) / took
-    best = max(figures["tokens_per_second"] for name, figures in found.items() if name.startswith("bulk"))
-    return {**found, "engine_tokens_per_second": round(engine), "http / engine": round(best / engine, 3)}
+    alone = rows[: 64 if report.tiny else 1024]
+    batches = packed_batches(alone, calibrated["batch_tokens"])
+    engine = sum(map(len, alone)) / min(pipelined(Pipeline(encoder), batches)[0] for _ in range(3))
+    return {**found, "engine_tokens_per_second": round(engine), "http / engine": round(rate / engine, 3)}
 
 
 def quantiles(latencies: Sequence[float]) -> dict[str, float]:
@@ -120,21 +100,21 @@ def quantiles(latencies: Sequence[float]) -> dict[str, float]:
     return {"requests": len(latencies), "p50_ms": ms(median), "p99_ms": ms(slow)}
 
 
-def server_process(shape: Shape, device: str, folder: Path, manifest: Any, compiled: bool, log: Path) -> None:
+def server_process(shape: Shape, device: torch.device, folder: Path, manifest: Any, compiled: bool, log: Path) -> None:
     """The real server and its real worker, but for where the encoder comes from."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     import service.server
     import service.worker
     from service.settings import Settings
 
-    torch.set_num_threads(1 if device == "cpu" else torch.get_num_threads())
-    made = SimpleNamespace(load=lambda *_: random_encoder(shape, choose_device(device)))
-    vars(service.worker)["Encoder"] = made
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    vars(service.worker)["Encoder"] = SimpleNamespace(load=lambda *_: random_encoder(shape, device))
     service.server.prepare_store = lambda settings, progress: (folder, manifest)
     settings = Settings(
         model=str(folder),
         port=0,
-        device=device,
+        device=str(device),
         compile="auto" if compiled else "off",
         max_tokens_per_request=1 << 20,
         max_queued_tokens=1 << 23,
@@ -142,7 +122,7 @@ def server_process(shape: Shape, device: str, folder: Path, manifest: Any, compi
     sys.exit(service.server.serve(settings, lambda done, total: None))
 
 
-def wait_for(log: Path, message: str, process: Any, seconds: float = 180.0) -> dict[str, Any]:
+def wait_for(log: Path, message: str, process: Any, seconds: float) -> dict[str, Any]:
     """The first line with a message in a log of JSON lines."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.is_alive():
@@ -151,13 +131,3 @@ def wait_for(log: Path, message: str, process: Any, seconds: float = 180.0) -> d
             return dict(found)
         time.sleep(0.1)
     raise TimeoutError(f"the server did not say {message!r}")
-
-
-def load_process(port: int, requests: list[bytes], connections: int, seconds: float) -> tuple[list[float], float]:
-    """Clients in closed loop: their latencies, and how long they took in all."""
-    import uvloop
-
-    from bench.http_path import load
-
-    done = uvloop.run(load(port, requests, connections, seconds))
-    return done.latencies, done.seconds

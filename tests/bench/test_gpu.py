@@ -1,4 +1,4 @@
-"""The GPU benchmark on tiny shapes: it runs through, says what it left out, and finds the kernels in agreement."""
+"""The GPU benchmark on tiny shapes: it runs through, and says what it left out. The GPU tests can be collected."""
 
 from __future__ import annotations
 
@@ -10,56 +10,65 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
-NO_CUDA = not torch.cuda.is_available()
+
+WITHOUT_PYDANTIC = "import sys; sys.modules['pydantic'] = None; "
 
 
-def run(part: str, folder: Path, *options: str, without: str = "") -> dict[str, Any]:
-    """The figures of one part, which must be the same in its file and its last line."""
-    command = ["-m", "bench.gpu"]
-    if without:  # as on a machine that has no such package
-        blocked = f"import sys, runpy; sys.modules[{without!r}] = None; sys.argv[0] = 'gpu'; "
-        command = ["-c", blocked + "runpy.run_module('bench.gpu', run_name='__main__', alter_sys=True)"]
+def python(*arguments: str) -> str:
+    """What it prints."""
     ran = subprocess.run(
-        [sys.executable, *command, part, "--shapes", "tiny", "--out", str(folder), *options],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=110,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    document: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    assert json.loads((folder / f"gpu_{part}.json").read_text()) == document
+    return ran.stdout
+
+
+def benchmark(folder: Path, *command: str) -> dict[str, Any]:
+    """Its figures, which must be the same in the file and in the last line."""
+    printed = python(*command, "--shapes", "tiny", "--device", "cpu", "--out", str(folder))
+    document: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    assert json.loads((folder / "gpu.json").read_text()) == document
     assert document["errors"] == {}
+    assert document["checks"]
+    assert all(check["ok"] for check in document["checks"].values())
     return document
 
 
-def test_kernels_agree(tmp_path: Path) -> None:
-    found = run("kernels", tmp_path, "--commit", "abc", without="pydantic")
+@pytest.mark.timeout(400)
+def test_forward_passes_need_torch_and_transformers_alone(tmp_path: Path) -> None:
+    code = WITHOUT_PYDANTIC + "import runpy; runpy.run_module('bench.gpu', run_name='__main__', alter_sys=True)"
+    found = benchmark(tmp_path, "-c", code, "--commit", "abc")
     assert found["machine"]["commit"] == "abc"
-    assert {"ceiling bf16", "ceiling copy", "alone", "pooling", "fp8", "gemma3 d256 window bfloat16"} <= found[
-        "figures"
-    ].keys()
-    assert found["checks"]
-    assert all(check["ok"] for check in found["checks"].values())
-    if NO_CUDA:
-        assert found["skipped"]["flash attention"] == "needs CUDA"
-
-
-def test_forward(tmp_path: Path) -> None:
-    figures = run("forward", tmp_path)["figures"]
-    eager = figures["1.3B eager"]
-    assert {"device_ms", "wall_ms", "host_ms", "tokens_per_second", "of_ceiling"} <= eager["by_tokens"]["16"].keys()
-    assert eager["lone"]["to_floor"] > 0
-    assert figures["270M mixed"]["ours / padded, sorted"] > 0
-    assert figures["1.3B sentence-transformers"]["tokens_per_second"] > 0
+    skipped, figures = found["skipped"], found["figures"]
+    assert skipped["worker llama"] == skipped["1.3B over HTTP"] == "needs pydantic"
+    assert skipped["captured against eager"] == "needs CUDA"
+    eager = figures["1.3B by tokens"]["16"]["eager"]
+    assert eager.keys() == {"device_ms", "wall_ms", "host_ms", "tokens_per_second", "of_ceiling"}
+    assert figures["8B lone"]["to_floor"] > 0
+    assert figures["8B kernels at 16"]["top"][0]["microseconds"] > 0
+    assert figures["1.3B alone and among"]["40"]["bit_identical"]
+    assert figures["1.3B padded, sorted"]["packed / padded"] > 0
+    assert "8B at 64, of the matmul rate" in found["targets"]
 
 
 @pytest.mark.slow
-def test_serve(tmp_path: Path) -> None:
-    figures = run("serve", tmp_path)["figures"]["270M over HTTP"]
-    assert figures["http / engine"] > 0
-    assert figures["queries × 16 beside bulk"]["p99_ms"] > 0
+@pytest.mark.timeout(900)
+def test_the_worker_and_the_server(tmp_path: Path) -> None:
+    found = benchmark(tmp_path, "-m", "bench.gpu")
+    assert found["checks"]["worker gemma3_text against the CPU"]["ok"]
+    served = found["figures"]["1.3B over HTTP"]
+    assert served["queries × 16 beside bulk"]["p99_ms"] > 0
+    assert found["targets"]["1.3B, HTTP / engine rate"]["value"] == served["http / engine"]
+
+
+def test_the_tests_for_a_gpu_need_neither_plugins_nor_pydantic() -> None:
+    no_plugins = "import os; os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'; "
+    code = WITHOUT_PYDANTIC + no_plugins + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    printed = python("-c", code, "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu", "--collect-only", "-q")
+    assert "test_captured_graphs_equal_the_plain_way" in printed

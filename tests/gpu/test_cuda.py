@@ -1,17 +1,34 @@
-"""What only a GPU can show: its kernels against the CPU's, and what a text's batch mates do to its vector."""
+"""What only a GPU can show: its kernels against the CPU's, and a text's independence of its batch mates.
+
+    python -m pytest -m gpu tests/gpu
+
+needs torch, transformers and pytest alone, but for the worker, which is skipped where pydantic or another of its
+packages is missing. The encoders are tiny and made in memory.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from model_store.attention import Layout, choose_kernel, packed_sdpa, packed_torch_flash
+from model_store.devices import choose_device
 from model_store.encoder import Encoder
 from model_store.packing import PackedBatch
-from tests.tiny import FAMILIES, build_tiny, normalized, random_rows, tiny_config
+from model_store.pipeline import Pipeline, graph_sizes
+from model_store.quantization import EmulatedFp8Linear, Fp8Linear, Quantization
+from model_store.rope import readable_positions
+from model_store.self_test import TOLERANCE, check_attention, check_same_vectors, compile_checked, largest_difference
+from tests.tiny import FAMILIES, normalized, random_rows, tiny_config, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,41 +36,161 @@ pytestmark = [
 ]
 
 LENGTHS = [1, 3, 16, 17, 18, 70, 9, 300]
+WORKER_PACKAGES = ("pydantic", "pydantic_settings", "prometheus_client", "orjson")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def encoder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "encoder"
-    build_tiny(folder, request.param)
-    return folder
+def encoder_of(
+    model: Any, device: str, dtype: torch.dtype = torch.bfloat16, quantization: Quantization = "none"
+) -> Encoder:
+    """What `Encoder.load` makes of a stored one."""
+    sizes = {"width": model.config.hidden_size, "max_positions": readable_positions(model.config.to_dict())}
+    manifest: Any = SimpleNamespace(pooling="mean", model_type=model.config.model_type, **sizes)
+    return Encoder.of(model.to(dtype), manifest, choose_device(device), quantization=quantization)
 
 
-def vectors(folder: Path, device: str, dtype: Any, lengths: list[int]) -> torch.Tensor:
-    loaded = Encoder.load(folder, device=device, dtype=dtype)
-    return normalized(loaded.encode(PackedBatch.pack(random_rows(lengths), "mean")))
+def vectors(encoder: Encoder, lengths: list[int]) -> torch.Tensor:
+    return normalized(encoder.encode(PackedBatch.pack(random_rows(lengths), "mean")))
 
 
-def test_float32_equals_the_cpu(encoder: Path) -> None:
-    on_cpu = vectors(encoder, "cpu", "float32", LENGTHS)
-    assert (vectors(encoder, "cuda", "float32", LENGTHS) - on_cpu).abs().max() < 1e-4
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Raise where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-def test_bfloat16_is_near_float32(encoder: Path) -> None:
-    cosines = (vectors(encoder, "cuda", "bfloat16", LENGTHS) * vectors(encoder, "cpu", "float32", LENGTHS)).sum(1)
-    assert cosines.min() > 0.99
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_equals_the_cpu(family: str) -> None:
+    on_cpu, on_cuda = (encoder_of(tiny_model(family), device, torch.float32) for device in ("cpu", "cuda"))
+    assert (vectors(on_cuda, LENGTHS) - vectors(on_cpu, LENGTHS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_near_float32(family: str) -> None:
+    on_cpu, on_cuda = encoder_of(tiny_model(family), "cpu", torch.float32), encoder_of(tiny_model(family), "cuda")
+    check_attention(on_cuda)
+    assert largest_difference(vectors(on_cuda, LENGTHS), vectors(on_cpu, LENGTHS)) < 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neighbours_do_not_matter(family: str) -> None:
+    encoder = encoder_of(tiny_model(family), "cuda")
+    alone, among = vectors(encoder, [40]), vectors(encoder, [40, 512, *[7] * 63])[:1]
+    assert largest_difference(alone, among) < 1e-3  # the matrix products choose their kernel by the number of rows
+
+
+def test_neighbours_do_not_choose_the_frequencies_of_longrope() -> None:
+    """Those of a row beyond the original length are others, and a packed row of short texts may be as long."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = tiny_config("phi3")
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    config.original_max_position_embeddings = 64
+    config.max_position_embeddings = 512
+    torch.manual_seed(0)
+    encoder = encoder_of(AutoModel.from_config(config).eval(), "cuda")
+    assert encoder.manifest.max_positions == 64
+    alone, among = vectors(encoder, [40]), vectors(encoder, [40, *[64] * 8])[:1]
+    assert largest_difference(alone, among) < 1e-3
 
 
 def test_the_flash_kernel_is_chosen_for_16_bit() -> None:
-    cuda = torch.device("cuda")
-    assert choose_kernel("auto", cuda, torch.bfloat16, tiny_config("llama")) == "torch-flash"
-    assert choose_kernel("auto", cuda, torch.float32, tiny_config("llama")) == "sdpa"
+    device, config = choose_device("cuda"), tiny_config("llama")
+    assert choose_kernel("auto", device, torch.bfloat16, config) == "torch-flash"
+    assert choose_kernel("auto", device, torch.float32, config) == "sdpa"
 
 
-def test_batch_mates_move_a_vector_by_rounding_at_most(encoder: Path) -> None:
-    """cuBLAS chooses its kernel by the number of rows; bench/gpu/kernels.py has the same bound."""
-    alone = vectors(encoder, "cuda", "bfloat16", [40])[0]
-    among = vectors(encoder, "cuda", "bfloat16", [40, 512, *[7] * 63])[0]
-    assert alone @ among > 0.999
+@pytest.mark.parametrize("width", [20, 64, 128, 256])
+@pytest.mark.parametrize("window", [None, 8, 100])
+def test_the_flash_kernel_equals_each_text_by_itself(width: int, window: int | None) -> None:
+    torch.manual_seed(0)
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    query, key, value = (
+        torch.randn(1, heads, sum(LENGTHS), width, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)
+    )
+    found = packed_torch_flash(query, key, value, Layout(starts.cuda(), max(LENGTHS), window=window)).float()
+    expected = packed_sdpa(query.float(), key.float(), value.float(), Layout(starts, max(LENGTHS), window=window))
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_a_forward_pass_waits_for_nothing(family: str) -> None:
+    """Soft-capping (gemma2) takes one text after another, on the host."""
+    encoder = encoder_of(tiny_model(family), "cuda")
+    encoder.hidden(encoder.place(PackedBatch.pack(random_rows(LENGTHS), "mean")))  # so that kernels are loaded
+    other = PackedBatch.pack(random_rows([30, 2, 200, 41]), "mean")
+    with no_sync():
+        hidden = encoder.hidden(encoder.place(other))
+    assert hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_captured_graphs_equal_the_plain_way(family: str, compiled: bool) -> None:
+    encoder = encoder_of(tiny_model(family), "cuda")
+    if compiled:
+        compile_checked(encoder)
+    plain = Pipeline(encoder)
+    captured = plain.with_graphs(graph_sizes(256))
+    check_same_vectors(plain, captured)
+    for seed, lengths in enumerate(([1], [16], [5, 3, 2], [9, 60, 30], [8] * 20, [17] * 15, [200, 70])):
+        rows = random_rows(lengths, seed)
+        widths = [64 if i % 2 else 21 for i in range(len(rows))]
+        found, expected = (torch.from_numpy(way.launch(rows, widths).wait().copy()) for way in (captured, plain))
+        assert largest_difference(found, expected) < 2 * TOLERANCE[torch.bfloat16]
+        assert not found[0, 21:].any()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="needs compute capability 8.9"
+)
+def test_fp8_equals_its_slow_twin() -> None:
+    torch.manual_seed(0)
+    device = choose_device("cuda")
+    for tokens, bias in ((16, False), (17, True), (333, True)):
+        linear = torch.nn.Linear(256, 128, bias=bias, device=device, dtype=torch.bfloat16)
+        x = torch.randn(1, tokens, 256, device=device, dtype=torch.bfloat16)
+        found, expected = (kind(linear, device)(x).float() for kind in (Fp8Linear, EmulatedFp8Linear))
+        assert (found - expected).norm() < 0.02 * expected.norm()
+    quantized, plain = (
+        encoder_of(tiny_model("llama"), "cuda", quantization="fp8"),
+        encoder_of(tiny_model("llama"), "cuda"),
+    )
+    # Random weights lose more to 3 bits after the leading one than trained ones do.
+    assert largest_difference(vectors(quantized, LENGTHS), vectors(plain, LENGTHS)) < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, WORKER_PACKAGES)), reason=f"needs {', '.join(WORKER_PACKAGES)}"
+)
+def test_a_worker_starts_on_cuda_with_everything_on(family: str, tmp_path: Path) -> None:
+    from service.metrics import Metrics
+    from service.rows import EmbedRow
+    from service.settings import Limits, Settings
+    from service.worker import EncoderWorker
+    from tests.tiny import build_tiny
+
+    folder = tmp_path / "encoder"
+    manifest = build_tiny(folder, family)
+    settings = Settings(model=str(folder), device="cuda", compile="on", cuda_graphs="on")
+    worker = EncoderWorker(folder, settings, Metrics())
+    rows = random_rows(LENGTHS)
+
+    async def embedded() -> Any:
+        await worker.start(Limits(settings, manifest, "cuda"))
+        return await worker.run_batch([EmbedRow(row, manifest.width) for row in rows])
+
+    try:
+        found = torch.stack([torch.as_tensor(vector) for vector in asyncio.run(embedded())])
+    finally:
+        worker.stop()
+    assert worker.device == "cuda:0"
+    expected = Encoder.load(folder, "cpu", "float32").encode(PackedBatch.pack(rows, "mean"))
+    assert largest_difference(found, expected) < 0.01
 
 
 @pytest.mark.parametrize("window", [None, 8])
