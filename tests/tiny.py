@@ -135,7 +135,8 @@ def save_adapter(folder: Path, model: Any, seed: int, **options: Any) -> Any:
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(folder)
+    # Asked about embeddings, peft would look for the base on the hub.
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     return adapted
 
 
