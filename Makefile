@@ -1,5 +1,6 @@
 # make serve     create the environment, build the demo encoder if absent, serve it on port 8000
 # make test      every test that this machine can run
+# make lowest    some of them on the lowest versions that are promised
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -35,6 +36,25 @@ format: install
 
 test: install
 	$(BIN)/pytest
+
+# A telling part of the tests on the lowest versions that pyproject.toml promises, in an environment of their own.
+LOWEST_VENV := build/lowest-venv
+LOWEST_PINS := tests/lowest-constraints.txt
+LOWEST_TESTS := $(addprefix tests/model_store/,test_attention.py test_build.py test_cpu_linear.py test_pooling.py test_recipe.py test_sources.py test_tokenizer.py test_verify.py) \
+	$(addprefix tests/service/,test_access.py test_api.py test_cohere.py test_cors.py test_hostile.py test_metrics.py test_ollama.py test_settings.py test_tei.py) \
+	$(addprefix tests/e2e/test_server.py::test_,vectors_over_http_are_the_encoder_s sigterm_answers_what_was_accepted_and_ends_with_0 eval_against_the_server) \
+	$(addprefix tests/e2e/test_limits.py::test_,a_large_header_is_refused what_is_no_http_gets_400 a_request_smuggled_behind_two_lengths_is_refused)
+
+.PHONY: lowest
+# Old packages use what newer ones deprecate, which is no fault of this code.
+lowest: $(LOWEST_VENV)/.installed
+	$(LOWEST_VENV)/bin/pytest -W default::DeprecationWarning $(LOWEST_TESTS)
+
+$(LOWEST_VENV)/.installed: pyproject.toml $(LOWEST_PINS)
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST_VENV)/bin/pip install --quiet --constraint $(LOWEST_PINS) torch
+	$(LOWEST_VENV)/bin/pip install --quiet --constraint $(LOWEST_PINS) --editable . pytest pytest-asyncio pytest-timeout
+	@touch $@
 
 # Each prints what it measures and ends with one JSON object; --save, by SAVE=--save, keeps it in bench/results/.
 bench-cpu: install
