@@ -40,7 +40,7 @@ test: install
 # A telling part of the tests on the lowest versions that pyproject.toml promises, in an environment of their own.
 LOWEST_VENV := build/lowest-venv
 LOWEST_PINS := tests/lowest-constraints.txt
-LOWEST_TESTS := $(addprefix tests/model_store/,test_attention.py test_build.py test_cpu_linear.py test_pooling.py test_recipe.py test_sources.py test_tokenizer.py test_verify.py) \
+LOWEST_TESTS := $(addprefix tests/model_store/,test_attention.py test_build.py test_merged_linear.py test_on_device.py test_rope.py test_cpu_linear.py test_pooling.py test_recipe.py test_sources.py test_tokenizer.py test_verify.py) \
 	$(addprefix tests/service/,test_access.py test_api.py test_cohere.py test_cors.py test_hostile.py test_metrics.py test_ollama.py test_settings.py test_tei.py) \
 	$(addprefix tests/e2e/test_server.py::test_,vectors_over_http_are_the_encoder_s sigterm_answers_what_was_accepted_and_ends_with_0 eval_against_the_server) \
 	$(addprefix tests/e2e/test_limits.py::test_,a_large_header_is_refused what_is_no_http_gets_400 a_request_smuggled_behind_two_lengths_is_refused)
