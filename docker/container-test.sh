@@ -73,7 +73,7 @@ esac
 say "build with $engine"
 "$engine" image rm "$image" >/dev/null 2>&1 || true  # or each run would leave one more without a name
 SECONDS=0
-"${build[@]}" --build-arg "BASE_IMAGE=$base" --tag "$image" . >"$scratch/build.log" 2>&1 || {
+"${build[@]}" --build-arg "BASE_IMAGE=$base" --build-arg DEVICE=cpu --tag "$image" . >"$scratch/build.log" 2>&1 || {
   tail -n 50 "$scratch/build.log"
   fail "the image can't be built"
 }
@@ -82,13 +82,16 @@ echo "built in $SECONDS s, $((size / 1000000)) MB"
 
 say "start"
 port=$("$python" -c 'import socket; s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1])')
-# A user's .env stays out of it, and a server that ends stays down, so that its status can be read.
+# A user's .env stays out of it, and a server that ends stays down, so that its status can be read. With compile on, a
+# server that can't compile the layers refuses to start.
 cat >"$scratch/test.yml" <<YAML
 services:
   llm2vec:
     image: $image
     container_name: $project
     env_file: !reset null
+    environment:
+      LLM2VEC_COMPILE: "on"
     restart: "no"
 YAML
 export MODEL=demo PORT=127.0.0.1:$port HF_TOKEN=
