@@ -43,7 +43,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     install="python3 -m pip --python /opt/venv/bin/python3 install --constraint constraints.txt" \
     && if [ -n "$TORCH_INDEX" ]; then $install --no-deps --index-url "$TORCH_INDEX" torch; fi \
     && $install torch \
-    && /opt/venv/bin/python3 docker/check_torch.py "$DEVICE"
+    && /opt/venv/bin/python3 -W ignore docker/check_torch.py "$DEVICE"
 COPY pyproject.toml README.md LICENSE ./
 COPY model_store model_store
 COPY service service
