@@ -53,7 +53,7 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
         log = Path(scratch) / "log"
         log.touch()
         process = context.Process(
-            target=server_process, args=(shape, report.device, folder, manifest, report.compile, log)
+            target=server_process, args=(shape, report.device, folder, manifest, report.compile, report.tiny, log)
         )
         process.start()
         # No two alike: the server computes equal texts that wait together only once.
@@ -100,7 +100,9 @@ def quantiles(latencies: Sequence[float]) -> dict[str, float]:
     return {"requests": len(latencies), "p50_ms": ms(median), "p99_ms": ms(slow)}
 
 
-def server_process(shape: Shape, device: torch.device, folder: Path, manifest: Any, compiled: bool, log: Path) -> None:
+def server_process(
+    shape: Shape, device: torch.device, folder: Path, manifest: Any, compiled: bool, tiny: bool, log: Path
+) -> None:
     """The real server and its real worker, but for where the encoder comes from."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     import service.server
@@ -116,6 +118,7 @@ def server_process(shape: Shape, device: torch.device, folder: Path, manifest: A
         port=0,
         device=str(device),
         compile="auto" if compiled else "off",
+        cuda_graphs="off" if tiny else "auto",  # step 1 tries them, and to capture tiny shapes on a CPU takes minutes
         max_tokens_per_request=1 << 20,
         max_queued_tokens=1 << 23,
     )

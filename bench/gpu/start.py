@@ -20,6 +20,9 @@ NEEDS = "pydantic pydantic_settings prometheus_client orjson"
 
 _LENGTHS = [3, 40, 17, 300]
 
+# Few graphs, where tiny shapes only try whether all of it runs.
+_TINY_TOKENS = 64
+
 
 def workers(report: Report) -> None:
     """A Llama and a Gemma 3, which has two kinds of layers and windows."""
@@ -45,6 +48,8 @@ def start_worker(report: Report, name: str) -> dict[str, Any]:
             device="auto" if on_cuda else "cpu",
             compile="on" if report.compile else "off",
             cuda_graphs="on" if on_cuda else "off",
+            token_budget=_TINY_TOKENS if report.shapes == "tiny" else None,
+            max_input_tokens=_TINY_TOKENS if report.shapes == "tiny" else None,
         )
         worker = EncoderWorker(folder, settings, Metrics())
         rows = rows_of(_LENGTHS)

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 
+from tests.cpus import SAME_BITS
+from tests.cuda_stand_in import environment
+
 ROOT = Path(__file__).parents[2]
 
 WITHOUT_PYDANTIC = "import sys; sys.modules['pydantic'] = None; "
 
 
-def python(*arguments: str) -> str:
-    """What it prints."""
+def python(*arguments: str, gpus: int = 0) -> str:
+    """What it prints, with so many stand-in GPUs."""
     ran = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **(environment(gpus) if gpus else {"PYTHONPATH": str(ROOT)})},
         capture_output=True,
         text=True,
     )
@@ -29,9 +32,10 @@ def python(*arguments: str) -> str:
     return ran.stdout
 
 
-def benchmark(folder: Path, *command: str) -> dict[str, Any]:
+def benchmark(folder: Path, *command: str, device: str = "cpu") -> dict[str, Any]:
     """Its figures, which must be the same in the file and in the last line."""
-    printed = python(*command, "--shapes", "tiny", "--device", "cpu", "--out", str(folder))
+    gpus = int(device == "cuda")
+    printed = python(*command, "--shapes", "tiny", "--device", device, "--out", str(folder), gpus=gpus)
     document: dict[str, Any] = json.loads(printed.splitlines()[-1])
     assert json.loads((folder / "gpu.json").read_text()) == document
     assert document["errors"] == {}
@@ -52,15 +56,16 @@ def test_forward_passes_need_torch_and_transformers_alone(tmp_path: Path) -> Non
     assert eager.keys() == {"device_ms", "wall_ms", "host_ms", "tokens_per_second", "of_ceiling"}
     assert figures["8B lone"]["to_floor"] > 0
     assert figures["8B kernels at 16"]["top"][0]["microseconds"] > 0
-    assert figures["1.3B alone and among"]["40"]["bit_identical"]
+    assert figures["1.3B alone and among"]["40"]["bit_identical"] or not SAME_BITS
     assert figures["1.3B padded, sorted"]["packed / padded"] > 0
     assert "8B at 64, of the matmul rate" in found["targets"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_worker_and_the_server(tmp_path: Path) -> None:
-    found = benchmark(tmp_path, "-m", "bench.gpu")
+def test_every_step_on_a_stand_in_gpu(tmp_path: Path) -> None:
+    found = benchmark(tmp_path, "-m", "bench.gpu", device="cuda")
+    assert found["skipped"] == {}
     assert found["checks"]["worker gemma3_text against the CPU"]["ok"]
     served = found["figures"]["1.3B over HTTP"]
     assert served["queries × 16 beside bulk"]["p99_ms"] > 0
