@@ -2,7 +2,7 @@
 
 Opt-in, because the vectors move: they are near the bfloat16 ones, not equal to them, and have an embedding space of
 their own. Knows decoders and their linear layers; nothing of attention, files or requests. Its speed counts on
-torch.compile, which makes one kernel of a quantised input and shares it among the layers that read it (q, k and v).
+torch.compile, which quantises an input in one kernel, and on merged layers (merged_linear), which share that input.
 """
 
 from __future__ import annotations
