@@ -80,11 +80,26 @@ class TokenizedText:
         """
         if len(self) <= most:
             return [self]
-        room, end = self.room(most), len(self) - self.tail
+        starts, end = self._chunk_starts(most), len(self) - self.tail
+        return [self._of(self.token_ids[start : min(start + starts.step, end)], self.cut) for start in starts]
+
+    def chunk_tokens(self, most: int) -> int:
+        """Tokens of all `chunks` together, counted without making them.
+
+        Raises:
+            ValueError: if there is no room for the text.
+        """
+        if len(self) <= most:
+            return len(self)
+        around = self.head + self.tail
+        own = len(self) - around
+        return own + len(self._chunk_starts(most)) * around
+
+    def _chunk_starts(self, most: int) -> range:
+        room = self.room(most)
         if room < 1:
             raise ValueError(f"{self.head + self.tail} tokens around the text leave no room for it in {most}")
-        starts = range(self.head, end, room)
-        return [self._of(self.token_ids[start : min(start + room, end)], self.cut) for start in starts]
+        return range(self.head, len(self) - self.tail, room)
 
     def _of(self, own: list[int], cut: bool) -> TokenizedText:
         ids = self.token_ids

@@ -89,6 +89,7 @@ class _Request(Generic[Vector]):
     answers: list[Computed[Vector] | None]
     missing: int
     done: asyncio.Future[None]
+    since: float
 
     def set(self, index: int, computed: Computed[Vector]) -> None:
         self.answers[index] = computed
@@ -116,9 +117,11 @@ class _Input(Generic[Row, Vector]):
     def wanted(self) -> bool:
         return any(not request.done.done() for request, _ in self.waiting)
 
-    def set(self, computed: Computed[Vector]) -> None:
+    def set(self, vector: Vector, given: float, ended: float) -> None:
+        """Answer all that wait, each with its own times: some may have come long after the first, or after `given`."""
         for request, index in self.waiting:
-            request.set(index, computed)
+            begun = max(given, request.since)
+            request.set(index, Computed(vector, begun - request.since, ended - begun))
 
     def fail(self, error: Exception) -> None:
         for request, index in self.waiting:
@@ -190,8 +193,10 @@ class MicroBatcher(Generic[Row, Vector]):
             raise Unavailable("the server can't compute any more")
         if not admitted:
             self.admit(sum(map(len, rows)), lane)
-        request: _Request[Vector] = _Request([None] * len(rows), len(rows), asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        request: _Request[Vector] = _Request([None] * len(rows), len(rows), done, time.perf_counter())
         awaited: list[_Input[Row, Vector]] = []
+        cancelled = False
 
         def give_up() -> None:
             if any(item.queued for item in awaited) and not request.done.done():
@@ -204,15 +209,20 @@ class MicroBatcher(Generic[Row, Vector]):
                 raise Unavailable("the server can't compute any more")
             await request.done
             return [answer for answer in request.answers if answer is not None]
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
         finally:
             if deadline:
                 deadline.cancel()
             request.done.cancel()
-            for item in awaited:
-                if item.queued and not item.wanted:
-                    self._unqueue(item)
-                    self._end(item)
-                    self._metrics.cancelled.labels("queued").inc()
+            dropped = [item for item in awaited if item.queued and not item.wanted]
+            for item in dropped:
+                self._unqueue(item)
+                self._end(item)
+            self._queue.drop(len(dropped))
+            if cancelled:
+                self._metrics.cancelled.labels("queued").inc(len(dropped))
 
     async def _enqueue(
         self, request: _Request[Vector], rows: Sequence[Row], lane: Lane, awaited: list[_Input[Row, Vector]]
@@ -451,7 +461,7 @@ class MicroBatcher(Generic[Row, Vector]):
             else:
                 if self._recent is not None:
                     self._recent.put(item.row.key, result)
-                item.set(Computed(result, given - item.since, ended - given))
+                item.set(result, given, ended)
         for item in alone:
             await self._compute([item], plan, whole=False, again=False)
 

@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -48,6 +49,9 @@ _WAITING_QUEUES = 8
 
 # Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
 _MOST_NUMBERS = 1 << 26
+
+# Times that the spans of a text may cover its tokens, in the mean.
+_MOST_COVERAGE = 16
 
 # The ids that texts are given in: this model's own, or OpenAI's.
 TokenIds = Literal["model"] | OpenAIEncoding
@@ -111,8 +115,14 @@ class EmbedRequest:
 
     @cached_property
     def characters(self) -> int:
-        """Of all inputs, with their instructions; where token ids are given, each counts as one."""
-        return sum(len(item.text) + len(item.instruction.text) for item in self.inputs)
+        """Of all texts and of all instructions."""
+        texts = sum(len(item.text) for item in self.inputs if isinstance(item.text, str))
+        return texts + sum(len(item.instruction.text) for item in self.inputs)
+
+    @cached_property
+    def ids(self) -> int:
+        """Token ids that were given in the place of texts."""
+        return sum(len(item.text) for item in self.inputs if not isinstance(item.text, str))
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,8 @@ class Embedder:
             Overloaded: if there is no room.
             DeadlineExceeded: if its time ran out first.
         """
-        tokens = max(round(request.characters * self._tokens_per_character), len(request.inputs))
+        guessed = round(request.characters * self._tokens_per_character) + request.ids
+        tokens = max(guessed, len(request.inputs))
         lane = request.lane or self._lane(len(request.inputs), tokens)
 
         async def admit(_: float | None = None) -> AbstractContextManager[None]:
@@ -376,8 +387,8 @@ class Embedder:
             self._tokenizing[lane] -= tokens
 
     def _note_lengths(self, request: EmbedRequest, rows: Sequence[EmbedRow]) -> None:
-        """Keep the guess near to what texts here come to."""
-        if request.characters:
+        """Keep the guess near to what texts here come to. Token ids say nothing of it."""
+        if request.characters and not request.ids:
             seen = sum(map(len, rows)) / request.characters
             self._tokens_per_character += _NEWEST * (min(seen, 1.0) - self._tokens_per_character)
 
@@ -419,7 +430,8 @@ class Embedder:
             raise ContextLengthExceeded(self.limits.max_input_tokens, len(text), 0)
         own = range(text.head, len(text) - text.tail)
         if request.spans:
-            spans = [_tokens_of(span, number, own, characters) for number, span in enumerate(request.spans)]
+            spans = _tokens_of(request.spans, own, characters)
+            self._check_coverage(spans, len(text))
         else:
             at_once = request.chunk_tokens
             spans = [(start, min(start + at_once, own.stop)) for start in range(own.start, own.stop, at_once)]
@@ -509,6 +521,17 @@ class Embedder:
                 "input",
             )
 
+    def _check_coverage(self, spans: Sequence[tuple[int, int]], tokens: int) -> None:
+        """Spans that overlap are pooled from the same tokens again, each time in memory of the device."""
+        pooled = sum(end - start for start, end in spans)
+        if pooled > _MOST_COVERAGE * tokens:
+            raise InvalidRequest(
+                f"the spans hold {pooled} tokens together, of a text of {tokens}: at most {_MOST_COVERAGE} times as "
+                "many are taken, send fewer of the spans that overlap at once",
+                "request_too_large",
+                "spans",
+            )
+
     async def _tokenize(self, request: EmbedRequest) -> list[TokenizedText]:
         """A row for each input.
 
@@ -567,10 +590,12 @@ class Embedder:
     def _fit(self, texts: list[TokenizedText], request: EmbedRequest) -> tuple[list[list[TokenizedText]], int]:
         """The rows of each input, none longer than the server reads, and how many inputs were cut."""
         most = self.limits.max_input_tokens
-        fitted = []
+        mean = request.overflow == "mean"
+        fitted, tokens = [], 0
         for index, text in enumerate(texts):
             if len(text) <= most:
                 fitted.append([text])
+                tokens += len(text)
                 continue
             if request.overflow == "error":
                 raise ContextLengthExceeded(most, len(text), index, request.param)
@@ -581,7 +606,9 @@ class Embedder:
                     "context_length_exceeded",
                     "instruction",
                 )
-            mean = request.overflow == "mean"
+            # Each chunk has the instruction again: together they can be many times what was sent.
+            tokens += text.chunk_tokens(most) if mean else most
+            self._check_tokens(tokens)
             fitted.append(text.chunks(most) if mean else [text.shortened(most, request.keep)])
         return fitted, sum(parts[0].cut for parts in fitted)
 
@@ -706,18 +733,21 @@ def _means(
 
 
 def _tokens_of(
-    span: tuple[int, int], number: int, own: range, characters: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """The text's tokens that stand for any of the characters [start, end): a range, as tokens are in order."""
-    start, end = span
-    inside = [place for place in own if characters[place][0] < end and characters[place][1] > start]
-    if not inside:
-        raise InvalidRequest(
-            f"the span at index {number}, characters {start} to {end}, holds no token of the text",
-            "invalid_span",
-            "spans",
-        )
-    return inside[0], inside[-1] + 1
+    spans: Sequence[tuple[int, int]], own: range, characters: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """For each span [start, end) of characters the text's tokens that stand for any of them: a range, by halving."""
+    starts, ends = ([bounds[side] for bounds in characters[own.start : own.stop]] for side in (0, 1))
+    found = []
+    for number, (start, end) in enumerate(spans):
+        first, last = bisect_right(ends, start), bisect_left(starts, end)
+        if first >= last:
+            raise InvalidRequest(
+                f"the span at index {number}, characters {start} to {end}, holds no token of the text",
+                "invalid_span",
+                "spans",
+            )
+        found.append((own.start + first, own.start + last))
+    return found
 
 
 def _characters_of(span: tuple[int, int], characters: Sequence[tuple[int, int]]) -> tuple[int, int]:

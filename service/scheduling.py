@@ -20,6 +20,9 @@ INTERACTIVE_SHARE = 0.75
 # Turns of bulk requests in a batch: more is fairer within a batch, fewer keeps a request's inputs together.
 _TURNS_IN_A_BATCH = 8
 
+# Fewer inputs that nobody wants any more are not worth a look at the whole queue.
+_LEAST_FORGOTTEN = 256
+
 
 class Schedulable(Protocol):
     """An input that waits."""
@@ -62,11 +65,12 @@ class Flow(Generic[Item]):
 
 @dataclass(eq=False)
 class Queue(Generic[Item]):
-    """What waits, by lane. Inputs that nobody wants any more stay until `take_batch` meets them."""
+    """What waits, by lane. Inputs that nobody wants any more stay for a while: see `drop`."""
 
     interactive: deque[Item] = field(default_factory=deque)
     bulk: deque[Flow[Item]] = field(default_factory=deque)
     interactive_passed_over: bool = False
+    _unwanted: int = 0
 
     def add(self, items: list[Item], lane: Lane) -> None:
         """Queue one request's inputs."""
@@ -74,6 +78,20 @@ class Queue(Generic[Item]):
             self.interactive.extend(items)
         elif items:
             self.bulk.append(Flow(deque(items)))
+
+    def drop(self, unwanted: int) -> None:
+        """So many inputs more are not wanted. They are forgotten once they could be half of what is held.
+
+        Until then `take_batch` passes them over when it meets them.
+        """
+        self._unwanted += unwanted
+        if self._unwanted <= _LEAST_FORGOTTEN:
+            return
+        if 2 * self._unwanted >= len(self.interactive) + sum(len(flow.items) for flow in self.bulk):
+            self._unwanted = 0
+            self.interactive = deque(item for item in self.interactive if item.wanted)
+            for flow in self.bulk:
+                flow.items = deque(item for item in flow.items if item.wanted)
 
     def heads(self, lane: Lane) -> list[Item]:
         """The inputs that are next in a lane: the oldest ones of it are among them."""

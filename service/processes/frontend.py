@@ -14,6 +14,14 @@ from service.server import answer, load_tokenizer, settle
 from service.tracing import start_traces
 from service.watchdog import LEAST_SECONDS
 
+# An engine says every second that it is alive, and is not called silent for being a few seconds late.
+_LEAST_SILENCE_SECONDS = 10.0
+
+
+def silence_seconds(stuck_batch_seconds: float | None) -> float:
+    """Seconds without a word from an engine after which it counts as lost."""
+    return max(stuck_batch_seconds or LEAST_SECONDS, _LEAST_SILENCE_SECONDS)
+
 
 def main() -> int:
     """Run the process; returns its exit status."""
@@ -25,7 +33,7 @@ def main() -> int:
         inherited(assignment.engines),
         inherited(assignment.front_ends),
         metrics,
-        settings.stuck_batch_seconds or LEAST_SECONDS,
+        silence_seconds(settings.stuck_batch_seconds),
     )
 
     def on_ready(facts: dict[str, object]) -> None:

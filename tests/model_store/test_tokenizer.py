@@ -5,7 +5,13 @@ from tokenizers import AddedToken
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
-from model_store.tokenizer import ReferenceLimits, TextTokenizer, TokenizationError, special_tokens_around
+from model_store.tokenizer import (
+    ReferenceLimits,
+    TextTokenizer,
+    TokenizationError,
+    TokenizedText,
+    special_tokens_around,
+)
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query:"
@@ -260,3 +266,10 @@ def test_nothing_has_a_row_too() -> None:
     assert text_tokenizer().encode_nothing().token_ids == [1]
     assert len(text_tokenizer(AROUND).encode_nothing()) > 1
     assert len(text_tokenizer(bos=False).encode_nothing()) > 0
+
+
+@pytest.mark.parametrize("most", [4, 5, 7, 20, 100])
+@pytest.mark.parametrize("own", [1, 2, 9, 60])
+def test_chunks_are_counted_without_making_them(own: int, most: int) -> None:
+    text = TokenizedText(list(range(3 + own)), 2, head=2, tail=1)
+    assert text.chunk_tokens(most) == sum(map(len, text.chunks(most)))

@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan, MicroBatcher
 from service.cost_model import CostModel
-from service.errors import DeviceLost, EncodingError, OutOfMemory, Overloaded, Unavailable
+from service.errors import DeadlineExceeded, DeviceLost, EncodingError, OutOfMemory, Overloaded, Unavailable
 from service.memory_budget import CLEAN_BATCHES, STEPS
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
-from service.scheduling import BatchLimits
+from service.scheduling import BatchLimits, Lane
 from service.vector_cache import VectorCache
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
@@ -458,3 +461,65 @@ async def test_a_request_that_is_being_queued_when_the_batcher_ends_is_told() ->
     run.cancel()
     with pytest.raises(Unavailable):
         await asyncio.wait_for(waiting, 10)
+
+
+async def test_what_was_cancelled_leaves_the_memory_while_the_device_is_busy() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches == [["first"]])
+        kept = asyncio.create_task(batcher.submit(rows_of("kept"), "bulk"))
+        rows = [[EmbedRow(TokenizedText([1, number, other], 1), WIDTH) for other in range(20)] for number in range(50)]
+        alive = [weakref.ref(row) for some in rows for row in some]
+        lanes: list[Lane] = ["interactive", "bulk"]
+        tasks = [asyncio.create_task(batcher.submit(some, lanes[n % 2])) for n, some in enumerate(rows)]
+        await until(lambda: batcher.queued_tokens == 3000 + len("kept") + 1)
+        del rows
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        del tasks, task
+        gc.collect()
+        assert sum(row() is not None for row in alive) <= 300
+        worker.gate.set()
+        await asyncio.gather(first, kept)
+
+
+async def test_who_joins_a_row_that_waits_has_its_own_wait() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches == [["first"]])
+        early = asyncio.create_task(batcher.submit(rows_of("shared")))
+        await asyncio.sleep(0.1)
+        late = asyncio.create_task(batcher.submit(rows_of("shared")))
+        await until(lambda: sum(len(item.waiting) for item in batcher._known.values()) == 3)
+        worker.gate.set()
+        (one,), (other,) = await early, await late
+        await first
+    assert one.queue_seconds - other.queue_seconds >= 0.09
+    assert other.queue_seconds >= 0
+
+
+async def test_only_who_is_cancelled_counts_as_cancelled() -> None:
+    worker, metrics = FakeWorker(), Metrics()
+    worker.gate.clear()
+    batcher: Batcher = MicroBatcher(worker.run_batch, metrics)
+    task = asyncio.create_task(batcher.run(plan()))
+    first = asyncio.create_task(batcher.submit(rows_of("first")))
+    await until(lambda: worker.batches == [["first"]])
+    with pytest.raises(DeadlineExceeded):
+        await batcher.submit(rows_of("a", "b"), timeout_seconds=0.01)
+    counted = metrics.cancelled.labels("queued")._value
+    assert counted.get() == 0
+    gone = asyncio.create_task(batcher.submit(rows_of("c", "d")))
+    await until(lambda: batcher.queued_tokens == 4)
+    gone.cancel()
+    await asyncio.wait({gone})
+    assert counted.get() == 2
+    worker.gate.set()
+    await first
+    task.cancel()
+    await asyncio.wait({task})

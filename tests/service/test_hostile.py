@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from service.errors import DeadlineExceeded
+from service.embedder import _tokens_of
+from service.errors import DeadlineExceeded, InvalidRequest
 from tests.service.fakes import FakeTokenizer, Server
 
 
@@ -204,3 +207,56 @@ def test_the_place_of_a_bug_is_logged_without_its_message(
     assert "ValueError" in places
     assert "test_hostile.py" in places
     assert "tangerine" not in places.replace('raise ValueError("tangerine")', "")
+
+
+def test_chunks_are_counted_before_they_are_made() -> None:
+    """Each of the 16,000 chunks would hold the instruction's 511 tokens again."""
+    server = Server()
+    body: dict[str, Any] = {"input": "y" * 16_000, "instruction": "x" * 509, "overflow": "mean"}
+    with server.client:
+        assert server.embed(**{**body, "input": "y" * 16}).status_code == 200
+        tracemalloc.start()
+        try:
+            answer = server.embed(**body)
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "request_too_large"
+    assert most < 20_000_000
+
+
+def test_spans_that_overlap_many_times_are_refused() -> None:
+    server = Server()
+    with server.client:
+        text = "abcdefgh" * 50
+        for count, status in ((15, 200), (40, 400)):
+            body = {"input": text, "spans": [[0, len(text) - number] for number in range(count)]}
+            answer = server.client.post("/v1/chunk_embeddings", json=body)
+            assert answer.status_code == status
+    assert answer.json()["error"]["param"] == "spans"
+
+
+def test_a_span_holds_the_tokens_that_touch_it() -> None:
+    """Against looking at every token; texts with tokens of no characters and of several."""
+    chance = random.Random(0)
+    for _ in range(300):
+        ends = sorted(chance.choices(range(40), k=chance.randint(1, 20)))
+        characters = [(0, 0), *zip([0, *ends], ends, strict=False), (0, 0)]
+        own = range(1, len(characters) - 1)
+        start = chance.randrange(40)
+        end = start + chance.randrange(8)
+        inside = [place for place in own if characters[place][0] < end and characters[place][1] > start]
+        if inside:
+            assert _tokens_of([(start, end)], own, characters) == [(inside[0], inside[-1] + 1)]
+        else:
+            with pytest.raises(InvalidRequest, match="index 0"):
+                _tokens_of([(start, end)], own, characters)
+
+
+def test_token_ids_do_not_spoil_the_guess_of_a_text_s_tokens(server: Server) -> None:
+    embedder = server.app.state.embedder
+    before = embedder._tokens_per_character
+    for number in range(100):
+        assert server.embed(input=[number] * 50, token_ids="model").status_code == 200
+    assert embedder._tokens_per_character == before

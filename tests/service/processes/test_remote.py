@@ -16,6 +16,7 @@ from service.backend import LocalBackend
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
 from service.processes.engine import Desk, tell_all
+from service.processes.frontend import silence_seconds
 from service.processes.remote import RemoteBackend
 from service.settings import Limits, Settings
 from tests.service.fakes import (
@@ -346,3 +347,8 @@ async def test_a_process_that_is_not_up_yet_fails_the_scrape() -> None:
         await front.metrics_page()
     front.stop()
     await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("setting", "silence"), [(None, 120.0), (0.5, 10.0), (1.0, 10.0), (60.0, 60.0)])
+def test_an_engine_that_speaks_every_second_is_not_called_silent(setting: float | None, silence: float) -> None:
+    assert silence_seconds(setting) == silence
