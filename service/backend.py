@@ -63,6 +63,10 @@ class Backend(Protocol):
     """A batcher's life. `start` once, then `run` until it fails or is cancelled, then `stop`."""
 
     @property
+    def busy(self) -> bool:
+        """Whether, after `stop`, a thread is left that may never end."""
+
+    @property
     def batcher(self) -> Batcher:
         """There from the beginning; computes once started."""
 
@@ -121,7 +125,7 @@ class LocalBackend:
         )
         metrics.max_queued_tokens.set(settings.max_queued_tokens)
         self._start_seconds = settings.start_seconds
-        self._lost = False
+        self.busy = False  # whether a thread of the worker is at something that may never end
 
     async def start(self) -> dict[str, object]:
         """Load and warm up.
@@ -131,14 +135,16 @@ class LocalBackend:
             Exception: whatever the worker's start does.
         """
         worker = self._worker
+        self.busy = True
         try:
             async with asyncio.timeout(self._start_seconds) as watch:
                 self._plan = await worker.start(self._limits)
-        except TimeoutError as error:
-            if not watch.expired():
-                raise
-            self._lost = True
-            raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
+        except Exception as error:
+            if isinstance(error, TimeoutError) and watch.expired():
+                raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
+            self.busy = False
+            raise
+        self.busy = False  # not so where it was cancelled: the thread goes on
         model, pooling = self._model
         info = self._metrics.build_info
         info.labels(VERSION, model, worker.device, worker.dtype, pooling).set(1)
@@ -153,12 +159,15 @@ class LocalBackend:
         try:
             await self.batcher.run(self._plan)
         except DeviceLost:
-            self._lost = True
+            self.busy = True
             raise
 
     def stop(self) -> None:
-        """End the worker's threads, unless they wait for a device that hangs: those only end with the process."""
-        if not self._lost:
+        """End the worker's threads, unless one still loads or waits for a device that hangs.
+
+        Such a thread ends with the process, which must not wait for it: see `busy`.
+        """
+        if not self.busy:
             self._worker.stop()
 
     async def metrics_page(self) -> bytes:

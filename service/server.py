@@ -158,9 +158,10 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         guard=guard,
     )
     server.run(sockets=[listener])
-    if any(isinstance(error, DeviceLost) for error in failure):
-        watchdog.end_now()  # the interpreter's own end would wait for the device's thread
-    return 1 if failure else 0
+    status = 1 if failure else 0
+    if app.state.backend.busy:
+        watchdog.end_now(status)  # the interpreter's own end would wait for the device's thread
+    return status
 
 
 def _allow_connections(most: int) -> None:

@@ -31,8 +31,8 @@ def end_within(seconds: float) -> None:
     timer.start()
 
 
-def end_now() -> None:
-    """End this process with status 1, without waiting for its threads."""
+def end_now(status: int = 1) -> None:
+    """End this process, without waiting for its threads."""
     logging.shutdown()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)

@@ -18,7 +18,7 @@ import uvloop
 from service import watchdog
 from service.backend import LocalBackend, Worker
 from service.batcher import MicroBatcher
-from service.errors import DeviceLost, ServiceError
+from service.errors import ServiceError
 from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Assignment, Child, inherited
@@ -148,10 +148,11 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
     end.cancel()
     await asyncio.wait({life, end})
     backend.stop()
-    if isinstance(failure, DeviceLost):
+    status = 1 if failure else 0
+    if backend.busy:
         await asyncio.sleep(_LAST_WORDS_SECONDS)
-        watchdog.end_now()
-    return 1 if failure else 0
+        watchdog.end_now(status)
+    return status
 
 
 def encoder_worker(assignment: Assignment, metrics: Metrics) -> Worker:

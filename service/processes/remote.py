@@ -182,6 +182,8 @@ class RemoteBatcher:
 class RemoteBackend:
     """A front end's connections: to every engine, and for their metrics to the other front ends."""
 
+    busy = False
+
     def __init__(
         self,
         engine_ends: Sequence[socket.socket],

@@ -143,6 +143,14 @@ def test_a_start_that_hangs_ends_the_server(encoder: Path) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
+def test_sigterm_while_loading_waits_for_nothing(encoder: Path, several: bool) -> None:
+    running = start(encoder, {"FAULTS_HANG_START": "1", **(SEVERAL if several else {})})
+    running.wait_for("listening")
+    time.sleep(2)  # for the processes to begin
+    assert running.stop(seconds=20) == 0
+
+
+@pytest.mark.parametrize("several", [False, True])
 def test_sigterm_under_load_with_faults(encoder: Path, crowd: list[Asked], several: bool) -> None:
     """Whoever has a connection gets the right answer, or is told that there is none."""
     running = start(encoder, SEVERAL if several else {})
