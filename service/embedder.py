@@ -6,15 +6,12 @@ Knows nothing of HTTP, and nothing of devices: a dialect translates to and from 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -31,6 +28,7 @@ from service.metrics import Metrics, lane_of_request
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES, Lane
 from service.settings import Limits, Settings
+from service.tokenizer_pool import TokenizerPool
 
 T = TypeVar("T")
 
@@ -212,10 +210,10 @@ class Embedder:
     _tokenizing: dict[Lane, int] = field(init=False)  # tokens, as guessed
     _waiting: int = field(default=0, init=False)  # tokens of requests that wait for room
     _tokens_per_character: float = field(default=0.25, init=False)
-    _threads: ThreadPoolExecutor = field(init=False)
+    _pool: TokenizerPool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._threads = ThreadPoolExecutor(self.settings.tokenizer_threads, "tokenizer", _stand_back)
+        self._pool = TokenizerPool(self.settings.tokenizer_threads)
         self._tokenizing = dict.fromkeys(LANES, 0)
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
@@ -255,8 +253,8 @@ class Embedder:
         self._check(request)
         rows = await self._tokenize(request)
         self._check_tokens(sum(map(len, rows)))
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads,
+        return await self._pool.run(
+            self._likely(request)[1],
             lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
         )
 
@@ -268,8 +266,9 @@ class Embedder:
         """
         self._check(request)
         self._check_tokens(sum(map(len, await self._tokenize(request))))
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs]
+        return await self._pool.run(
+            self._likely(request)[1],
+            lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs],
         )
 
     async def decode(
@@ -288,9 +287,8 @@ class Embedder:
             except TokenizationError as error:
                 raise InvalidRequest(f"{param} index {index}: {error}", "invalid_token_ids", param) from error
 
-        return await asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: list(map(decode_one, range(len(token_ids))))
-        )
+        lane = self._lane(len(token_ids), sum(map(len, token_ids)))
+        return await self._pool.run(lane, lambda: list(map(decode_one, range(len(token_ids)))))
 
     async def probe(self) -> None:
         """Encode one token, to see that the device still does.
@@ -302,7 +300,7 @@ class Embedder:
 
     def close(self) -> None:
         """End the tokenizer threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     async def _embed(self, request: EmbedRequest) -> EmbedResult:
         began = time.perf_counter()
@@ -311,7 +309,7 @@ class Embedder:
             self._check_context(request)
         with await self._admitted(request, began):
             texts = await self._tokenize(request)
-            fitted, cut, rows = await self._aside(len(texts), lambda: self._rows(texts, request))
+            fitted, cut, rows = await self._aside(request, len(texts), lambda: self._rows(texts, request))
         self._note_lengths(request, rows)
         tokenized = time.perf_counter()
         lane, timeout = request.lane, request.timeout_seconds
@@ -321,7 +319,7 @@ class Embedder:
             width = request.dimensions or self.manifest.width
             result = replace(result, vectors=_means(fitted, result.vectors, width, request.normalize))
         sources = [item.instruction.source for item in request.inputs]
-        await self._aside(len(rows), lambda: self._measure(sources, rows, result))
+        await self._aside(request, len(rows), lambda: self._measure(sources, rows, result))
         return result
 
     async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
@@ -334,9 +332,7 @@ class Embedder:
             Overloaded: if there is no room.
             DeadlineExceeded: if its time ran out first.
         """
-        guessed = round(request.characters * self._tokens_per_character) + request.ids
-        tokens = max(guessed, len(request.inputs))
-        lane = request.lane or self._lane(len(request.inputs), tokens)
+        tokens, lane = self._likely(request)
 
         async def admit(_: float | None = None) -> AbstractContextManager[None]:
             self.batcher.admit(tokens + self._tokenizing[lane], lane)
@@ -352,6 +348,12 @@ class Embedder:
             return await self._once_there_is_room(admit, began, request.timeout_seconds, request.wait_seconds)
         finally:
             self._waiting -= tokens
+
+    def _likely(self, request: EmbedRequest) -> tuple[int, Lane]:
+        """A guess of a request's tokens, and the lane that it is of by them."""
+        guessed = round(request.characters * self._tokens_per_character) + request.ids
+        tokens = max(guessed, len(request.inputs))
+        return tokens, request.lane or self._lane(len(request.inputs), tokens)
 
     async def _once_there_is_room(
         self,
@@ -408,21 +410,21 @@ class Embedder:
         ]
         return fitted, cut, rows
 
-    async def _aside(self, inputs: int, work: Callable[[], T]) -> T:
+    async def _aside(self, request: EmbedRequest, inputs: int, work: Callable[[], T]) -> T:
         """Done at once for few inputs; for many in a tokenizer's thread, so that the event loop is never long at it."""
         if inputs <= _TOKENIZE_AT_ONCE:
             return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._pool.run(self._likely(request)[1], work)
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
         whole = EmbedRequest([EmbedInput(request.text, request.instruction)], request.dimensions)
         self._check(whole)
         self._check_context(whole)
-        loop = asyncio.get_running_loop()
+        lane = self._likely(whole)[1]
         try:
-            text, characters = await loop.run_in_executor(
-                self._threads, self.tokenizer.locate, request.text, request.instruction.text
+            text, characters = await self._pool.run(
+                lane, lambda: self.tokenizer.locate(request.text, request.instruction.text)
             )
         except TokenizationError as error:
             raise InvalidRequest(str(error), "invalid_input", "input") from error
@@ -554,10 +556,8 @@ class Embedder:
 
         if request.characters <= _TOKENIZE_HERE and len(inputs) <= _TOKENIZE_AT_ONCE:
             return encode(0)
-        loop = asyncio.get_running_loop()
-        work = [
-            loop.run_in_executor(self._threads, encode, start) for start in range(0, len(inputs), _TOKENIZE_AT_ONCE)
-        ]
+        lane = self._likely(request)[1]
+        work = [self._pool.run(lane, partial(encode, start)) for start in range(0, len(inputs), _TOKENIZE_AT_ONCE)]
         rows: list[TokenizedText] = []
         for outcome in await asyncio.gather(*work, return_exceptions=True):
             if isinstance(outcome, BaseException):
@@ -688,12 +688,6 @@ class Embedder:
         metrics.tokenize_seconds.observe(result.tokenize_seconds)
         for row in rows:
             metrics.input_tokens.observe(len(row))
-
-
-def _stand_back() -> None:
-    """Let the event loop go before this thread where they share a core; only Linux has a priority for each thread."""
-    if sys.platform == "linux":
-        os.nice(5)
 
 
 def _is_empty(text: str | Sequence[int]) -> bool:
