@@ -83,12 +83,15 @@ class ServerClient:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._patience = patience
         key = os.environ.get(KEY_VARIABLE, "")
-        self._http = httpx.AsyncClient(
-            base_url=self.url,
-            timeout=httpx.Timeout(_ANSWER_SECONDS, connect=10.0),
-            limits=httpx.Limits(max_connections=None),
-            headers={"authorization": f"Bearer {key}"} if key else {},
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=self.url,
+                timeout=httpx.Timeout(_ANSWER_SECONDS, connect=10.0),
+                limits=httpx.Limits(max_connections=None),
+                headers={"authorization": f"Bearer {key}"} if key else {},
+            )
+        except httpx.InvalidURL as error:
+            raise ServiceError(f"{url} is not an address of a server: {error}") from error
         self._went_well = 0.0  # when; 0 if never
         self._said = 0.0
 
@@ -104,13 +107,13 @@ class ServerClient:
         Raises:
             ServiceError: if nothing can be reached there, or it is no server of this kind.
         """
-        found = orjson.loads((await self._ask("GET", "/v1/models")).content)
+        _, found = await self._ask("GET", "/v1/models")
         try:
             model = found["data"][0]
             return ServedModel(
                 model["id"], model["embedding_space"], int(model["dimensions"]), int(model["max_input_tokens"])
             )
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error
 
     async def embed(self, texts: Sequence[str], **fields: Any) -> Answer:
@@ -121,14 +124,18 @@ class ServerClient:
             ServiceError: if it can't be reached any more, or refuses.
         """
         body = orjson.dumps({"input": texts, "encoding_format": "base64", **fields})
-        answer = await self._ask("POST", "/v1/embeddings", body)
-        found = orjson.loads(answer.content)
-        vectors = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in found["data"]]
+        headers, found = await self._ask("POST", "/v1/embeddings", body)
+        try:
+            vectors = [np.frombuffer(base64.b64decode(item["embedding"]), "<f4") for item in found["data"]]
+            tokens, together = int(found["usage"]["prompt_tokens"]), np.stack(vectors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServiceError(f"{self.url} is not this service: what it answers has no vectors ({error})") from error
         if len(vectors) != len(texts):
             raise ServiceError(f"{self.url} answered {len(vectors)} vectors for {len(texts)} texts")
-        return Answer(np.stack(vectors), found["usage"]["prompt_tokens"], answer.headers.get("x-embedding-space", ""))
+        return Answer(together, tokens, headers.get("x-embedding-space", ""))
 
-    async def _ask(self, method: str, path: str, body: bytes | None = None) -> httpx.Response:
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[httpx.Headers, Any]:
+        """The headers of an answer that goes well, and the JSON in it."""
         patience = self._patience
         began, waits, failures = time.monotonic(), 0, 0
         while True:
@@ -137,17 +144,24 @@ class ServerClient:
                 answer = await self._http.request(
                     method, path, content=body, headers={"content-type": "application/json"}
                 )
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 problem = f"{self.url} can't be reached ({error or type(error).__name__})"
                 if not self._went_well:
                     raise ServiceError(f"{problem}: is the server running?") from error
             else:
-                if answer.status_code == 200:
-                    self._went_well = time.monotonic()
-                    return answer
-                if (refusal := self._refusal(answer)) is not None:
-                    raise refusal
                 problem = f"{self.url} answered {answer.status_code}"
+                if answer.status_code == 200:
+                    try:
+                        found = orjson.loads(answer.content)
+                    except orjson.JSONDecodeError as error:
+                        problem += f" with {answer.headers.get('content-type') or 'something'}, not with JSON"
+                        if not self._went_well:
+                            raise ServiceError(f"{problem}: is it the address of this service?") from error
+                    else:
+                        self._went_well = time.monotonic()
+                        return answer.headers, found
+                elif (refusal := self._refusal(answer)) is not None:
+                    raise refusal
                 asked_to_wait = _retry_after(answer)
                 failures += answer.status_code == 500
             now = time.monotonic()
@@ -162,7 +176,8 @@ class ServerClient:
 
     def _refusal(self, answer: httpx.Response) -> ServiceError | None:
         """What the answer says is wrong with the request; None where it may be sent again as it is."""
-        code, message = "", answer.text[:500]
+        page = "html" in answer.headers.get("content-type", "")
+        code, message = "", answer.reason_phrase if page else answer.text[:500]
         try:
             error = orjson.loads(answer.content)["error"]
             code, message = str(error["code"]), str(error["message"])

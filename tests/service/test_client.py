@@ -118,6 +118,7 @@ TROUBLES = {
     "a replica died": error(500),
     "bad gateway": error(502),
     "slow": error(408, "request_timeout"),
+    "a page instead": lambda handler: handler.answer(200, "<html>We'll be back soon</html>"),
     "hangs up": Handler.hang_up,
     "breaks off": Handler.break_off,
 }
@@ -151,6 +152,9 @@ async def test_it_comes_again_with_the_same_request(trouble: str) -> None:
         (error(503, "out_of_memory"), EncodingError, "out_of_memory"),
         (error(401, "invalid_api_key"), ServiceError, f"answered 401 .*set {KEY_VARIABLE} to a key of this server"),
         (error(404), ServiceError, r"answered 404 \(a proxy's page\)"),
+        (error(404, headers={"content-type": "text/html"}), ServiceError, r"answered 404 \(Not Found\)"),
+        (lambda handler: handler.answer(200, {"data": [{}]}), ServiceError, "is not this service: .* has no vectors"),
+        (lambda handler: handler.answer(200, []), ServiceError, "is not this service: .* has no vectors"),
     ],
 )
 async def test_a_refusal_is_not_asked_for_again(trouble: Trouble, kind: type[ServiceError], message: str) -> None:
@@ -189,6 +193,22 @@ async def test_another_service_is_known_by_what_it_does_not_say() -> None:
         )
         with pytest.raises(ServiceError, match="is not this service: its /v1/models does not name 'embedding_space'"):
             await ask(server, "a")
+
+
+async def test_a_web_page_is_not_this_service() -> None:
+    with scripted() as server:
+        page = {"content-type": "text/html; charset=utf-8"}
+        server.RequestHandlerClass = type(
+            "Page", (Handler,), {"do_GET": lambda self: self.answer(200, "<html>Welcome</html>", page)}
+        )
+        with pytest.raises(ServiceError, match=r"answered 200 with text/html; charset=utf-8, not with JSON: is it the"):
+            await ask(server, "a")
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:port"])
+def test_an_address_that_is_none_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(ServiceError, match="is not an address of a server"):
+        ServerClient(url)
 
 
 async def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
