@@ -13,7 +13,7 @@ from tqdm import tqdm
 from service.bulk.asked import Asked
 from service.bulk.folder import ERRORS_FILE, JobFolder
 from service.bulk.job import Job, JobError, Manifest, default_id, describe
-from service.bulk.pipeline import Embeds, run
+from service.bulk.pipeline import Embeds, reason_of, run
 from service.bulk.reading import Columns, find_inputs
 from service.bulk.shards import check_format
 from service.bulk.sources import LocalVectors, ServerVectors, Wanted
@@ -102,7 +102,7 @@ async def _try_out(vectors: Embeds) -> None:
     try:
         await vectors.embed(["a"])
     except InvalidRequest as error:
-        raise JobError(f"no text can be embedded so: {error}") from error
+        raise JobError(f"no text can be embedded so: {reason_of(error)}") from error
 
 
 def _summary(manifest: Manifest) -> str:

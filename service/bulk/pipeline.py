@@ -8,6 +8,7 @@ and two shards are in memory, whatever the size of the inputs.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
@@ -27,6 +28,9 @@ from service.gather import gather_all
 from service.vector_dtypes import quantize_vectors
 
 # B texts, D dimensions
+
+# How messages about a request name the first of its inputs, where only one was asked for.
+_THE_ONLY_ONE = re.compile(r" (?:\(input index 0\)|(?:at |of )?(?:input )?index 0\b)")
 
 # (input texts that were done, tokens that they had)
 OnDone = Callable[[int, int], None]
@@ -221,7 +225,7 @@ async def embed_window(
                 found = await embeds.embed([texts[place] for place in places])
         except (InvalidRequest, EncodingError) as error:
             if len(places) == 1:
-                vectors.refused[places[0]] = str(error)
+                vectors.refused[places[0]] = reason_of(error)
                 on_done(1, 0)
                 return
             half = len(places) // 2
@@ -235,6 +239,11 @@ async def embed_window(
     await gather_all(map(fill, requests_of(texts, sizes)))
     on_done(len(window.rows) - len(texts), 0)
     return vectors
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with the only text of a request, without its place there: that is not its row."""
+    return _THE_ONLY_ONE.sub("", str(error))
 
 
 def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[int]]:

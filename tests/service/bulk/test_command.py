@@ -154,6 +154,7 @@ def test_a_server_gives_the_same_and_is_asked_with_its_key(
         assert [(error["row"], error["line"]) for error in found.errors] == [(5, 6), (8, 9)]
         assert "maximum context length is 512 tokens" in found.errors[0]["reason"]
         assert "is empty" in found.errors[1]["reason"]
+        assert not [error for error in found.errors if "index" in error["reason"]]  # of a request, which nobody saw
     assert read_output(cut).rows == [0, 1, 2, 3, 4, 5, 6, 7]
 
 

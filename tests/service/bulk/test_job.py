@@ -21,9 +21,9 @@ from pyarrow import dataset, parquet
 from service.bulk.asked import FileFormat
 from service.bulk.folder import JobFolder
 from service.bulk.job import JobError
-from service.bulk.pipeline import SIZES, Embedded, Window, embedded, requests_of, take_windows
+from service.bulk.pipeline import SIZES, Embedded, Window, embedded, reason_of, requests_of, take_windows
 from service.bulk.reading import BadRow, Columns, Input, InputError, Row
-from service.errors import Unavailable
+from service.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from tests.service.bulk.fakes import REFUSED, SMALL, WIDTH, FakeVectors, do_job, expected
 from tests.service.bulk.output import read_output
 
@@ -91,6 +91,20 @@ def test_rows_that_get_no_vector_are_left_out_and_listed(tmp_path: Path) -> None
     assert [error["reason"] for error in out.errors[:4]] == ["it is refused"] * 4
     assert "not valid JSON" in out.errors[4]["reason"]
     assert (manifest.rows, manifest.errors, manifest.read) == (36, 5, 41)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (str(ContextLengthExceeded(512, 600, 0)), "512 tokens, however you requested 600 tokens."),
+        ("the input at index 0 is empty: leave it out", "the input is empty: leave it out"),
+        ("the text of index 0 has 9 characters", "the text has 9 characters"),
+        ("the instruction of input index 0 leaves no room", "the instruction leaves no room"),
+        ("input index 0: it has no tokens", "input: it has no tokens"),
+    ],
+)
+def test_a_reason_does_not_number_the_texts_of_a_request(message: str, reason: str) -> None:
+    assert reason_of(InvalidRequest(message)).endswith(reason)
 
 
 def test_a_shard_of_which_no_row_is_left_is_there_and_empty(tmp_path: Path) -> None:
