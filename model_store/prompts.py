@@ -43,7 +43,7 @@ def read_prompts(file: Path) -> dict[str, Prompt]:
         OSError: if it can't be read.
     """
     try:
-        return _prompts(file.read_text(encoding="utf-8"))
+        return _prompts(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

@@ -101,7 +101,11 @@ def load_recipe(name_or_file: str) -> Recipe:
         path = Path(name_or_file)
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {name_or_file}")
-        return read_recipe(path.read_text(), path.stem)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"the recipe file {name_or_file} is not valid UTF-8: {error}") from error
+        return read_recipe(text, path.stem)
     recipes = packaged_recipes()
     if name_or_file not in recipes:
         raise RecipeError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from model_store.json_text import parse_json, unicode_problem
 
 
 class DatasetError(ValueError):
@@ -25,7 +27,10 @@ def read_lines(path: Path) -> list[str]:
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except OSError as error:
         raise DatasetError(f"{path} can't be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DatasetError(f"{path}, line {line} is not valid UTF-8") from error
+    except (EOFError, zlib.error) as error:
         raise DatasetError(f"{path} can't be read: {error}") from error
     # splitlines() would also split at what a sentence can hold, such as U+2028.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
@@ -36,15 +41,17 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(line number, object) of each line that is not empty.
 
     Raises:
-        DatasetError: for a line that is no JSON object.
+        DatasetError: for a line that is no JSON object, or holds half of a surrogate pair.
     """
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DatasetError(f"{path}, line {number}: {error.msg} at column {error.colno}") from error
+            item = parse_json(line)
+        except ValueError as error:
+            raise DatasetError(f"{path}, line {number} {error}") from error
+        if problem := unicode_problem(item):
+            raise DatasetError(f"{path}, line {number} {problem}")
         if not isinstance(item, dict):
             raise DatasetError(f"{path}, line {number}: not a JSON object")
         yield number, item
@@ -76,21 +83,26 @@ def text_field(path: Path, number: int, row: Mapping[str, Any], name: str, blank
     """
     value = row.get(name)
     if not isinstance(value, str):
-        raise DatasetError(f"{path}, line {number}: there is no text {name!r}, only {', '.join(row) or 'nothing'}")
+        found = f"only {', '.join(row) or 'nothing'}"
+        if name in row:
+            found = "it is null" if value is None else f"it is {value!r:.40}"
+        raise DatasetError(f"{path}, line {number}: there is no text {name!r}, {found}")
     if not value.strip() and not blank:
         raise DatasetError(f"{path}, line {number}: {name} is empty, and an empty text has no vector")
     return value
 
 
 def number_field(path: Path, number: int, row: Mapping[str, Any], name: str) -> float:
-    """A row's number, which may be written as a string.
+    """A row's finite number, which may be written as a string.
 
     Raises:
         DatasetError: if it has none of that name.
     """
     try:
-        return float(row[name])
+        if math.isfinite(value := float(row[name])):
+            return value
     except KeyError:
         raise DatasetError(f"{path}, line {number}: there is no {name!r}, only {', '.join(row)}") from None
-    except (TypeError, ValueError) as error:
-        raise DatasetError(f"{path}, line {number}: {name} is {row[name]!r}, not a number") from error
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DatasetError(f"{path}, line {number}: {name} is {row[name]!r:.40}, not a number")

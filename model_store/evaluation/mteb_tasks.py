@@ -5,7 +5,6 @@ Needs the extra `eval`; mteb fetches a task's data from the hub.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from model_store.evaluation.files import DatasetError
 from model_store.evaluation.report import Score
 from model_store.evaluation.text_vectors import TextVectors
+from model_store.json_text import parse_json, unicode_problem
 
 
 class MtebEncoder:
@@ -100,9 +100,13 @@ def mteb_tasks(names: Sequence[str], instructions: Path | None = None) -> list[M
 
 def _read_instructions(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} can't be read: {error}") from error
+    except ValueError as error:
+        raise DatasetError(f"{path} {error}") from error
+    if problem := unicode_problem(found):
+        raise DatasetError(f"{path} {problem}")
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise DatasetError(f"{path} is not {{task: instruction}} in JSON")
     return found

@@ -34,21 +34,30 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     """The collection in a folder: corpus.jsonl, queries.jsonl and qrels/test.tsv (the first two may be .gz).
 
     A document is its title, where it has one, and its text, or a space where both are empty. A query that no document
-    is relevant for is left out.
+    is relevant for is left out, and so is a judgement that is given twice alike.
 
     Raises:
-        DatasetError: naming the file and line that can't be read, or that names a text which is not there.
+        DatasetError: naming the file and line that can't be read, that names a text which is not there, or that judges
+            a pair otherwise than a line before it.
     """
     documents = _texts(_one_of(folder, "corpus.jsonl"))
     queries = _texts(_one_of(folder, "queries.jsonl"))
     path = folder / "qrels" / f"{split}.tsv"
+    judged: dict[tuple[str, str], tuple[int, float]] = {}
     relevant: dict[str, dict[str, float]] = {}
     for number, row in read_table(path):
         query, document = text_field(path, number, row, "query-id"), text_field(path, number, row, "corpus-id")
         if query not in queries or document not in documents:
             missing = f"query {query!r}" if query not in queries else f"document {document!r}"
             raise DatasetError(f"{path}, line {number}: there is no {missing}")
-        if (gain := number_field(path, number, row, "score")) > 0:
+        gain = number_field(path, number, row, "score")
+        line, before = judged.setdefault((query, document), (number, gain))
+        if gain != before:
+            raise DatasetError(
+                f"{path}, line {number}: query {query!r} and document {document!r} have the score {gain:g}, and "
+                f"{before:g} in line {line}: leave one of them out"
+            )
+        if gain > 0:
             relevant.setdefault(query, {})[document] = gain
     if not relevant:
         raise DatasetError(f"{path} judges no document as relevant")
@@ -122,7 +131,7 @@ def _texts(path: Path) -> dict[str, str]:
         name = text_field(path, number, row, "_id")
         if name in texts:
             raise DatasetError(f"{path}, line {number}: {name!r} is there already")
-        title = row.get("title") or ""
+        title = "" if row.get("title") is None else text_field(path, number, row, "title", blank=True)
         texts[name] = f"{title} {text_field(path, number, row, 'text', blank=True)}".strip() or " "
     return texts
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model_store.json_text import parse_json
 from model_store.pooling_modes import PoolingMode
 
 Stage = Literal["mntp", "simcse", "supervised"]
@@ -174,11 +175,11 @@ def read_config(stage: Stage, path: Path) -> TrainingConfig:
         TrainingConfigError: for bad JSON, an unknown key (naming the nearest), or a value that can't be honoured.
     """
     try:
-        given = json.loads(path.read_text())
-    except OSError as error:
-        raise TrainingConfigError(f"{path} can't be read: {error.strerror}") from error
+        given = parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingConfigError(f"{path} can't be read: {error}") from error
     except ValueError as error:
-        raise TrainingConfigError(f"{path} is not valid JSON: {error}") from error
+        raise TrainingConfigError(f"{path} {error}") from error
     if not isinstance(given, dict):
         raise TrainingConfigError(f"{path} is not a JSON object")
     try:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import tomllib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from model_store.json_text import parse_json, unicode_problem
 
 
 class TrainingDataError(ValueError):
@@ -70,7 +74,7 @@ def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
         TrainingDataError: for a file that can't be read, or a line that is no triplet.
     """
     if path.is_dir():
-        paths = sorted(child for child in path.iterdir() if child.name.endswith((".jsonl", ".jsonl.gz", ".json")))
+        paths = sorted(child for child in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", child.name))
         if not paths:
             raise TrainingDataError(f"{path} holds no .jsonl file")
     else:
@@ -128,43 +132,49 @@ def triplet_of(value: Any, where: str, group: str) -> Triplet:
 
 
 def _values(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line of a file, or of each item of a JSON array."""
+    """(place, value) of each line of a file, or of each item of a JSON array; every string is Unicode."""
+    for place, value in _decoded(path, plain):
+        if problem := unicode_problem(value):
+            raise TrainingDataError(f"{path}, {place} {problem}")
+        yield place, value
+
+
+def _decoded(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
+    """The same; bytes that are not UTF-8 are lone surrogates, so that their line is known."""
     name = path.name.removesuffix(".gz")
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how) as file:
             if name.endswith(".jsonl"):
                 yield from _json_lines(path, file)
             elif name.endswith(".json"):
-                yield from _json(path, file)
+                yield from _json(path, file.read())
             elif plain and name.endswith((".txt", ".text")):
                 yield from ((f"line {number}", line) for number, line in enumerate(file, 1))
             else:
                 kinds = ".txt, .json or .jsonl" if plain else ".json or .jsonl"
                 raise TrainingDataError(f"{path} is of no known kind: name it {kinds} (or one of them with .gz)")
-    except UnicodeDecodeError as error:
-        raise TrainingDataError(f"{path} is not UTF-8: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise TrainingDataError(f"{path} can't be read: {error}") from error
 
 
-def _json_lines(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                yield f"line {number}", parse_json(line)
             except ValueError as error:
-                raise TrainingDataError(f"{path}, line {number} is not valid JSON: {error}") from error
+                raise TrainingDataError(f"{path}, line {number} {error}") from error
 
 
-def _json(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+def _json(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     """A JSON array, or what many call .json: JSON lines."""
-    content = file.read()
     try:
-        whole = json.loads(content)
+        whole = parse_json(content)
     except ValueError as error:
         if not content.lstrip().startswith("{"):
-            raise TrainingDataError(f"{path} is not valid JSON: {error}") from error
-        yield from _json_lines(path, iter(content.splitlines()))  # type: ignore[arg-type]
+            raise TrainingDataError(f"{path} {error}") from error
+        yield from _json_lines(path, content.split("\n"))  # splitlines() would also split at U+2028
         return
     if not isinstance(whole, list):
         raise TrainingDataError(f"{path} holds {_kind(whole)}: an array is needed, or JSON lines")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
+
+from model_store.json_text import parse_json, unicode_problem
 
 if TYPE_CHECKING:
     import pyarrow
@@ -181,10 +184,25 @@ def _inputs_in(folder: Path, kind: Kind | None) -> list[Input]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Files that are not hidden, nor in a hidden folder."""
-    below = ((path, path.relative_to(folder)) for path in folder.rglob("*"))
-    seen = [path for path, name in below if path.is_file() and not any(part.startswith(".") for part in name.parts)]
+    """Files that are not hidden, nor in a hidden folder.
+
+    Raises:
+        InputError: for a folder that can't be listed, and for a link to a folder or to nothing: its files would be
+            left out without a word.
+    """
+    seen: list[Path] = []
+    for below, folders, names in os.walk(folder, onerror=_refuse_unlisted):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(below, name))]
+        files = [Path(below, name) for name in (*links, *names) if not name.startswith(".")]
+        if other := next((path for path in files if not path.is_file()), None):
+            raise InputError(f"{other} is no file, and links to folders are not followed: name its files, or remove it")
+        seen += files
     return sorted(seen, key=lambda path: path.relative_to(folder).parts)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise InputError(f"{error.filename} can't be listed: {error.strerror}") from error
 
 
 def _input_at(path: Path, kind: Kind | None) -> Input:
@@ -211,8 +229,8 @@ def row_of(line: int, found: Mapping[str, Any], columns: Columns, keeps_types: b
             for value in values
         ]
     for name, value in zip((columns.text, *columns.beside), (text, *values), strict=True):
-        if isinstance(value, str) and not _is_unicode(value):
-            return BadRow(line, f"{name!r} is not valid UTF-8")
+        if isinstance(value, str) and (problem := unicode_problem(value)):
+            return BadRow(line, f"{name!r} {problem}")
     return Row(line, text, tuple(values), tuple(name for name in columns.carried if name not in found))
 
 
@@ -221,15 +239,6 @@ def _no_text(found: Mapping[str, Any], column: str) -> str:
         return f"there is no {column!r}, only {', '.join(map(repr, found)) or 'nothing'}"
     value = found[column]
     return f"{column!r} is {'null' if value is None else f'{type(value).__name__} ({value!r:.40})'}, not a string"
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether it has no lone surrogates, which JSON can escape and no encoding can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # Each of these gives (line, what it holds): its values by column, or what is wrong with it.
@@ -251,9 +260,9 @@ def _json_lines(one: Input, after: int) -> Iterator[tuple[int, Mapping[str, Any]
             yield number, text
             continue
         try:
-            item = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield number, f"is not valid JSON: {error}"
+            item = parse_json(text)
+        except ValueError as error:
+            yield number, str(error)
         else:
             yield number, item if isinstance(item, dict) else "is not a JSON object"
 
@@ -334,14 +343,25 @@ def _lines(one: Input) -> Iterator[tuple[int, bytes | BadText]]:
 
 
 def _cells(one: Input, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line it ends at, cells) of each row, the header included. Tab-separated files have no quoting."""
+    """(line it ends at, cells) of each row, the header included. Tab-separated files have no quoting.
+
+    Raises:
+        InputError: for a quote that is never closed, or that is closed within a field. Which rows lie behind it can't
+            be told, so none of them is guessed.
+    """
     csv.field_size_limit(one.most_bytes)
-    reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if one.kind == "tsv" else csv.reader(file)
+    table: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if one.kind == "tsv" else {"strict": True}
+    reader = csv.reader(file, **table)
+    ended = 0
     try:
         for row in reader:
             yield reader.line_num, row
+            ended = reader.line_num
     except csv.Error as error:
-        raise InputError(f"{one.path}, line {reader.line_num}: {error}; is a quote before it never closed?") from error
+        raise InputError(
+            f"{one.path}, line {ended + 1}: a quote in the row that begins here is never closed, or ends before its "
+            f"field does ({error}): write a quote within a quoted field twice"
+        ) from error
 
 
 def _parquet(path: Path) -> Any:

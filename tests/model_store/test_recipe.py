@@ -59,6 +59,14 @@ def test_a_name_that_is_no_recipe_lists_those_there_are() -> None:
         load_recipe("nonesuch.toml")
 
 
+def test_a_recipe_s_file_is_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_bytes(b'\xef\xbb\xbfbase = "org/base"\n')
+    assert load_recipe(str(tmp_path / "own.toml")).base == "org/base"
+    (tmp_path / "latin.toml").write_bytes(b'description = "caf\xe9"\n')
+    with pytest.raises(RecipeError, match=r"latin\.toml is not valid UTF-8"):
+        load_recipe(str(tmp_path / "latin.toml"))
+
+
 def test_the_fingerprint_covers_what_moves_a_vector() -> None:
     one = recipe_from("a", base="x")
     assert one.fingerprint == recipe_from("b", base="x", description="other words").fingerprint

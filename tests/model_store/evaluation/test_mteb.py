@@ -109,11 +109,11 @@ def test_names_and_instructions_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not know the task"):
         mteb_tasks(["STSBenchmarc"])
     path = tmp_path / "instructions.json"
-    for content in ("{", json.dumps(["a"]), json.dumps({"STS12": 1})):
+    for content in ("{", json.dumps(["a"]), json.dumps({"STS12": 1}), json.dumps({"STS12": "\ud83d"})):
         path.write_text(content)
         with pytest.raises(DatasetError, match=r"instructions\.json"):
             mteb_tasks(["STSBenchmark"], path)
-    path.write_text(json.dumps({"STSBenchmark": "Retrieve similar text:"}))
+    path.write_text("\ufeff" + json.dumps({"STSBenchmark": "Retrieve similar text:"}), encoding="utf-8")
     assert len(mteb_tasks(["STSBenchmark"], path)) == 1
 
 

@@ -30,7 +30,9 @@ def write_collection(folder: Path, qrels: str) -> Path:
 
 
 def test_reads_the_layout_of_beir(tmp_path: Path) -> None:
-    found = read_collection(write_collection(tmp_path / "a", "q2\td2\t2\nq1\td1\t1\nq1\td2\t0\nq3\td3\t0\n"))
+    found = read_collection(
+        write_collection(tmp_path / "a", "q2\td2\t2\nq1\td1\t1\nq1\td1\t1.0\nq1\td2\t0\nq3\td3\t0\n")
+    )
     assert found.documents == {"d1": "Rivers The river ran past the mill.", "d2": "A plane is taking off.", "d3": " "}
     assert found.queries == {"q2": "planes", "q1": "which river?"}
     assert found.relevant == {"q2": {"d2": 2.0}, "q1": {"d1": 1.0}}
@@ -43,6 +45,8 @@ def test_reads_the_layout_of_beir(tmp_path: Path) -> None:
         ("q9\td1\t1\n", "line 2: there is no query 'q9'"),
         ("q1\td1\tgood\n", "line 2: score is 'good', not a number"),
         ("q1\td1\n", "line 2: 2 columns, the header has 3"),
+        ("q1\td1\t1\nq1\td1\t0\n", "line 3: query 'q1' and document 'd1' have the score 0, and 1 in line 2"),
+        ("q1\td1\tnan\n", "line 2: score is 'nan', not a number"),
         ("q1\td1\t0\n", "judges no document as relevant"),
     ],
 )
@@ -59,6 +63,12 @@ def test_a_bad_corpus_names_the_line(tmp_path: Path) -> None:
         read_collection(folder)
     corpus.write_text('{"_id": "d1"}\n')
     with pytest.raises(DatasetError, match="line 1: there is no text 'text'"):
+        read_collection(folder)
+    corpus.write_text('{"_id": "d1", "text": null}\n')
+    with pytest.raises(DatasetError, match="line 1: there is no text 'text', it is null"):
+        read_collection(folder)
+    corpus.write_text('{"_id": "d1", "title": 5, "text": "a"}\n')
+    with pytest.raises(DatasetError, match="line 1: there is no text 'title', it is 5"):
         read_collection(folder)
     corpus.unlink()
     with pytest.raises(DatasetError, match=r"corpus\.jsonl can't be read"):

@@ -29,6 +29,8 @@ def test_reads_plain_and_gzipped_files_without_quoting(tmp_path: Path) -> None:
     [
         ("score\tsentence1\n1\ta\n", "line 2: there is no text 'sentence2', only score, sentence1"),
         (HEADER + "news\tmuch\ta\tb\n", "line 2: score is 'much', not a number"),
+        (HEADER + "news\tnan\ta\tb\n", "line 2: score is 'nan', not a number"),
+        (HEADER + "news\tinf\ta\tb\n", "line 2: score is 'inf', not a number"),
         (HEADER + "news\t1\ta\n", "line 2: 3 columns, the header has 4"),
         (HEADER + "news\t1\ta\tb\n" * 3, "of different scores"),
         (HEADER + "news\t1\ta\tb\n", "at least two"),

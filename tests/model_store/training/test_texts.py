@@ -28,6 +28,10 @@ def write(path: Path, content: str) -> Path:
         ("texts.jsonl.gz", '"one"\n"two"\n'),
         ("texts.json", '[{"text": "one"}, "two"]'),
         ("texts.json", '{"text": "one"}\n{"text": "two"}\n'),
+        ("texts.json", '{"text": "one", "by": "a\u2028b"}\n{"text": "two"}\n'),
+        *((name, "\ufeffone\ntwo\n") for name in ("texts.txt", "texts.txt.gz")),
+        *((name, '\ufeff"one"\n"two"\n') for name in ("texts.jsonl", "texts.jsonl.gz")),
+        ("texts.json", '\ufeff["one", "two"]'),
     ],
 )
 def test_texts_are_read(name: str, content: str, tmp_path: Path) -> None:
@@ -43,6 +47,9 @@ def test_texts_are_read(name: str, content: str, tmp_path: Path) -> None:
         ("texts.json", '[{"text": "one"}, {"text": null}]', "item 2: a text must be a string, not nothing"),
         ("texts.json", "[1", "is not valid JSON"),
         ("texts.json", '"one"', "an array is needed"),
+        ("texts.jsonl", '"one"\n{"text": "\\ud83d"}\n', "line 2 holds \\ud83d, half of a surrogate pair"),
+        ("texts.json", '["one", {"text": "\\ude00"}]', "item 2 holds \\ude00, half of a surrogate pair"),
+        ("texts.jsonl", '"one"\n' + "[" * 100_000 + "\n", "line 2 is not valid JSON"),
         ("texts.csv", "one", "is of no known kind: name it .txt, .json or .jsonl"),
         ("texts.gz", "one", "is of no known kind"),
     ],
@@ -58,9 +65,14 @@ def test_a_bad_text_is_named_by_file_and_line(name: str, content: str, told: str
 def test_files_that_can_not_be_read(tmp_path: Path) -> None:
     with pytest.raises(TrainingDataError, match="can't be read"):
         read_texts(tmp_path / "none.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(TrainingDataError, match="is not UTF-8"):
-        read_texts(tmp_path / "latin.txt")
+    for name, content, place in (
+        ("latin.txt", b"one\ncaf\xe9\n", "line 2"),
+        ("latin.jsonl", b'"one"\n"caf\xe9"\n', "line 2"),
+        ("latin.json", b'["one", "caf\xe9"]', "item 2"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TrainingDataError, match=f"{name}, {place} is not valid UTF-8"):
+            read_texts(tmp_path / name)
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"one\n" * 1000)[:-9])
     with pytest.raises(TrainingDataError, match="can't be read"):
         read_texts(tmp_path / "torn.txt.gz")
@@ -89,6 +101,8 @@ def test_triplets_of_a_file(tmp_path: Path) -> None:
         ('{"query": "q", "positive": []}', "line 2: positive must be a string, not nothing"),
         ('["q", "p"]', "line 2: an example must be an object"),
         ("{", "line 2 is not valid JSON"),
+        ('{"query": "q", "positive": "p", "negative": "\\ud83d"}', "line 2 holds \\ud83d, half of a surrogate pair"),
+        ('{"query": "q", "positive": "p", "instruction": "\\udfff"}', "line 2 holds \\udfff, half of a surrogate pair"),
     ],
 )
 def test_a_bad_triplet_is_named_by_file_and_line(row: str, told: str, tmp_path: Path) -> None:
@@ -102,7 +116,8 @@ def test_a_bad_triplet_is_named_by_file_and_line(row: str, told: str, tmp_path: 
 def test_a_folder_is_a_group_a_file(tmp_path: Path) -> None:
     for name in ("nq", "fever"):
         write(tmp_path / f"{name}.jsonl", '{"query": "q", "positive": "p", "negative": "n"}\n' * 2)
-    assert [each.group for each in read_triplets(tmp_path)] == ["fever", "fever", "nq", "nq"]
+    write(tmp_path / "zipped.json.gz", '\ufeff[{"query": "q", "positive": "p"}]')
+    assert [each.group for each in read_triplets(tmp_path)] == ["fever", "fever", "nq", "nq", "zipped"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(TrainingDataError, match=r"holds no \.jsonl file"):
         read_triplets(tmp_path / "empty")

@@ -100,8 +100,8 @@ BAD: list[tuple[Kind, bytes, int, str]] = [
     ("jsonl", b'{"id": 1, "text": "a"}\n{"id": 2, "text": 17}\n', 2, "'text' is int (17), not a string"),
     ("jsonl", b'{"id": 1, "text": "a"}\n{"id": 2, "text": null}\n', 2, "'text' is null, not a string"),
     ("jsonl", b'{"id": 1, "text": "a"}\n{"text": "b"}\n', 2, "there is no 'id'"),
-    ("jsonl", b'{"id": 1, "text": "a"}\n{"id": 2, "text": "\\ud800"}\n', 2, "'text' is not valid UTF-8"),
-    ("jsonl", b'{"id": 1, "text": "a"}\n{"id": "\\udfff", "text": "b"}\n', 2, "'id' is not valid UTF-8"),
+    ("jsonl", b'{"id": 1, "text": "a"}\n{"id": 2, "text": "\\ud800"}\n', 2, "'text' holds \\ud800, half of a"),
+    ("jsonl", b'{"id": 1, "text": "a"}\n{"id": "\\udfff", "text": "b"}\n', 2, "'id' holds \\udfff, half of a"),
     ("jsonl", b'{"id": 1, "text": "a"}\n' + b"[" * 100_000 + b"\n", 2, "not valid JSON"),
     ("csv", b'id,text\n1,a\n2,"b\nc"\n3,d,e\n', 5, "has 3 columns, the header 2"),
     ("csv", b"id,text\n1,a\n2,\xe9\n", 3, "'text' is not valid UTF-8"),
@@ -156,11 +156,31 @@ def test_a_line_that_does_not_end_is_a_bad_row(tmp_path: Path) -> None:
     assert [row.line for row in read] == [1, 2, 3, 4, 5]
 
 
-def test_a_quote_that_is_never_closed_says_so(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text('text\ngood\n"never closed\n' + "more\n" * 1000)
-    with pytest.raises(InputError, match=r"rows.csv, line \d+: .*is a quote before it never closed"):
-        list(Input(path, "csv", most_bytes=1000).read(Columns()))
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('1,"never closed\n2,b\n3,c\n', 2),
+        ('1,a\n2,"b\nb"\n3,"never closed', 5),
+        ('1,"never closed\n2,"b"\n3,c\n', 2),
+        ('1,a\n2,"5" screw"\n3,c\n', 3),
+        ('1,a\n2,"b" \n3,c\n', 3),
+        ('1,"never closed\n' + "2,more\n" * 1000, 2),
+    ],
+)
+def test_a_quote_that_swallows_rows_names_the_line_it_is_in(tmp_path: Path, rows: str, line: int) -> None:
+    for path in (tmp_path / "rows.csv", tmp_path / "rows.csv.gz"):
+        content = f"id,text\n{rows}".encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        with pytest.raises(InputError, match=rf"{path.name}, line {line}: a quote in the row that begins here"):
+            list(Input(path, "csv", most_bytes=1000).read(Columns()))
+
+
+def test_quotes_that_enclose_nothing_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,a 5" screw\n2,"a 5"" screw"\n')
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"a 5" screw\n2\t"b\n')
+    for name, texts in (("a.csv", ['a 5" screw'] * 2), ("a.tsv", ['"a 5" screw', '"b'])):
+        (one,) = find_inputs([tmp_path / name])
+        assert [row.text for row in one.read(Columns()) if isinstance(row, Row)] == texts
 
 
 @pytest.mark.parametrize(
@@ -194,6 +214,18 @@ def test_a_folder_of_texts_is_one_input_in_order_of_their_paths(tmp_path: Path) 
     assert next(row.text for row in read if isinstance(row, Row)) == "the text of a/10.txt"
     assert one.where(3) == str(tmp_path / "b.txt")
     assert list(one.read(Columns("text", "path"), 2)) == read[2:]
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_folder_leaves_no_text_out_without_a_word(tmp_path: Path, target: str) -> None:
+    """A link to a folder is not followed, as it may lead back; one to a file is read."""
+    make_files(tmp_path, "in/a.txt", "elsewhere/b.txt")
+    (tmp_path / "in" / "c.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    (one,) = find_inputs([tmp_path / "in"])
+    assert len(list(one.read(Columns()))) == 2
+    (tmp_path / "in" / "link").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=r"in/link is no file, and links to folders are not followed"):
+        find_inputs([tmp_path / "in"])
 
 
 def test_a_folder_of_tables_is_each_of_them(tmp_path: Path) -> None:
