@@ -10,14 +10,17 @@ import json
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from model_store.json_text import parse_json
 from model_store.pooling_modes import PoolingMode
+from model_store.training.arguments import AS_WRITTEN, Arguments, sentences
 
 Stage = Literal["mntp", "simcse", "supervised"]
+
+_Path = Annotated[Path, Field(strict=False)]
 
 
 class TrainingConfigError(ValueError):
@@ -25,22 +28,22 @@ class TrainingConfigError(ValueError):
 
 
 class _Config(BaseModel):
-    """What every stage has. `arguments` are the keys of TrainingArguments that were given."""
+    """What every stage has. `arguments` are the keys of TrainingArguments that were given, `file` is where."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = AS_WRITTEN
 
     stage: ClassVar[Stage]
 
     model_name_or_path: str = Field(min_length=1)
     model_revision: str = "main"
-    output_dir: Path
+    output_dir: _Path
     torch_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
     cache_dir: str | None = None
-    train_file: Path | None = None
-    validation_file: Path | None = None
+    train_file: _Path | None = None
+    validation_file: _Path | None = None
     validation_split_percentage: int | None = Field(default=None, ge=0, lt=100)
     max_train_samples: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)
@@ -53,12 +56,25 @@ class _Config(BaseModel):
 
     arguments: dict[str, Any] = {}
     notes: tuple[str, ...] = ()
+    file: Path | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
     def _one_source_of_texts(self) -> _Config:
         if self.train_file is None and self.dataset_name is None:
             raise ValueError("there is nothing to train on: give train_file, or a dataset_name")
         return self
+
+    @model_validator(mode="after")
+    def _one_metric_that_there_is(self) -> _Config:
+        name = self.arguments.get("metric_for_best_model")
+        if name is not None and name.removeprefix("eval_") not in self.metrics:
+            raise ValueError(f'metric_for_best_model is "{name}": write {" or ".join(self.metrics)}')
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What an evaluation measures."""
+        return ("loss", "accuracy")
 
     @property
     def base(self) -> str:
@@ -83,11 +99,16 @@ class MntpConfig(_Config):
 
 
 class _ContrastiveConfig(_Config):
-    peft_model_name_or_path: str | None = None
+    peft_model_name_or_path: str | None = Field(default=None, min_length=1)
     pooling_mode: PoolingMode = "mean"
     loss_scale: float = Field(default=50.0, gt=0)
     gradient_cache_chunk_size: int | None = Field(default=None, ge=1)
-    eval_sts_file: Path | None = None
+    eval_sts_file: _Path | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Correlation needs pairs."""
+        return ("loss", "spearman") if self.eval_sts_file else ("loss",)
 
 
 class SimcseConfig(_ContrastiveConfig):
@@ -152,20 +173,8 @@ _RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 
-# Of TrainingArguments: what the trainer honours here. The rest is for models and optimisers that it does not have.
-_HONOURED = (
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "ddp_backend", "ddp_bucket_cap_mb", "ddp_timeout"),
-    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
-    *("disable_tqdm", "do_eval", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy", "full_determinism"),
-    *("gradient_accumulation_steps", "greater_is_better", "learning_rate", "load_best_model_at_end", "log_level"),
-    *("log_level_replica", "log_on_each_node", "logging_first_step", "logging_nan_inf_filter", "logging_steps"),
-    *("logging_strategy", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps"),
-    *("metric_for_best_model", "num_train_epochs", "per_device_eval_batch_size", "per_device_train_batch_size"),
-    *("report_to", "run_name", "save_only_model", "save_steps", "save_strategy", "save_total_limit", "seed", "tf32"),
-    *("torch_empty_cache_steps", "use_cpu", "warmup_steps", "weight_decay"),
-)
-_HANDLED_HERE = ("bf16", "optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
-_OPTIMISERS = ("adamw_torch", "adamw_torch_fused")
+# Fields of a configuration that are no keys.
+_NOT_KEYS = ("arguments", "notes", "file")
 
 
 def read_config(stage: Stage, path: Path) -> TrainingConfig:
@@ -183,7 +192,7 @@ def read_config(stage: Stage, path: Path) -> TrainingConfig:
     if not isinstance(given, dict):
         raise TrainingConfigError(f"{path} is not a JSON object")
     try:
-        return parse_config(stage, given)
+        return parse_config(stage, given).model_copy(update={"file": path})
     except TrainingConfigError as error:
         raise TrainingConfigError(f"{path}: {error}") from error
 
@@ -195,7 +204,7 @@ def parse_config(stage: Stage, given: dict[str, Any]) -> TrainingConfig:
     arguments: dict[str, Any] = {}
     notes: list[str] = []
     for key, value in _renamed(given):
-        if key in config_class.model_fields and key not in ("arguments", "notes"):
+        if key in config_class.model_fields and key not in _NOT_KEYS:
             own[key] = value
         elif key in _NOTHING_TO_DECIDE:
             if reason := _NOTHING_TO_DECIDE[key]:
@@ -205,26 +214,23 @@ def parse_config(stage: Stage, given: dict[str, Any]) -> TrainingConfig:
             if value != only:
                 shown = key if "token" in key else f"{key} {json.dumps(value)}"
                 raise TrainingConfigError(f"{shown} is not supported: {way_out}")
-        elif key in _HONOURED or key in _HANDLED_HERE:
+        elif key in Arguments.model_fields:
             arguments[key] = value
         else:
             _refuse_key(stage, key, value)
+    try:
+        Arguments(**arguments)
+    except ValidationError as error:
+        raise TrainingConfigError("; ".join(sentences(error))) from error
     if "bf16" in arguments and arguments.pop("bf16") and "torch_dtype" not in own:
         own["torch_dtype"] = "bfloat16"
         notes.append("bf16 is read as torch_dtype bfloat16: the adapters are updated in float32 copies")
     if own.get("torch_dtype", "") is None:
         del own["torch_dtype"]
-    if own.get("torch_dtype") == "float16":
-        raise TrainingConfigError("torch_dtype float16 is not supported: use bfloat16")
-    if arguments.get("optim", "adamw_torch") not in _OPTIMISERS:
-        raise TrainingConfigError(f"optim {arguments['optim']} is not supported: use {_OPTIMISERS[0]}")
     try:
         return config_class(**own, arguments=arguments, notes=tuple(notes))
     except ValidationError as error:
-        problems = (
-            f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}".removeprefix(": ") for issue in error.errors()
-        )
-        raise TrainingConfigError("; ".join(problems)) from error
+        raise TrainingConfigError("; ".join(sentences(error))) from error
 
 
 def _renamed(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -247,6 +253,6 @@ def _refuse_key(stage: Stage, key: str, value: Any) -> None:
         if value == fields[key].default:
             return
         raise TrainingConfigError(f"{key} {json.dumps(value)} is not supported: leave it out")
-    known = {*_STAGES[stage].model_fields, *_HONOURED, *_HANDLED_HERE, *_NOTHING_TO_DECIDE, *_ONLY, *_RENAMED}
-    nearest = get_close_matches(key, known - {"arguments", "notes"}, n=1, cutoff=0)[0]
+    known = {*_STAGES[stage].model_fields, *Arguments.model_fields, *_NOTHING_TO_DECIDE, *_ONLY, *_RENAMED}
+    nearest = get_close_matches(key, known - {*_NOT_KEYS}, n=1, cutoff=0)[0]
     raise TrainingConfigError(f"there is no key {key!r}: the nearest is {nearest!r}")

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from model_store.training.config import TrainingConfig, TrainingConfigError
+from model_store.evaluation.sts import ScoredPair, read_pairs
+from model_store.training.config import MntpConfig, TrainingConfig, TrainingConfigError
 from model_store.training.texts import TrainingDataError, read_texts, read_triplets, triplet_of
 
 # The percentage of texts held out where a configuration does not say: as the official scripts.
@@ -17,16 +18,19 @@ _DEFAULT_HELD_OUT = {"mntp": 5, "simcse": 0, "supervised": 0}
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples to train on and to hold out: texts or triplets."""
+    """Examples to train on and to hold out: texts or triplets. `pairs` are those of eval_sts_file."""
 
     train: list[Any]
     held_out: list[Any]
+    pairs: list[ScoredPair]
 
 
 def read_examples(config: TrainingConfig, arguments: TrainingArguments) -> Examples:
     evaluated = arguments.do_eval or arguments.eval_strategy != "no"
     supervised = config.stage == "supervised"
     read = partial(read_triplets, e5=config.dataset_name == "E5") if supervised else read_texts
+    pairs_file = None if isinstance(config, MntpConfig) else config.eval_sts_file
+    pairs = read_pairs(pairs_file) if pairs_file else []
     held_out: list[Any] = []
     if config.train_file is not None:
         examples: list[Any] = list(read(config.train_file))
@@ -40,12 +44,17 @@ def read_examples(config: TrainingConfig, arguments: TrainingArguments) -> Examp
         percentage = _DEFAULT_HELD_OUT[config.stage] if percentage is None else percentage
         first = len(examples) * percentage // 100
         held_out, examples = examples[:first], examples[first:]
-        if not held_out and (config.stage == "mntp" or getattr(config, "eval_sts_file", None) is None):
+        if not held_out and not pairs:
             raise TrainingConfigError(
                 "evaluation is asked for, but nothing is held out: give validation_file, validation_split_percentage "
                 'or eval_sts_file, or set eval_strategy to "no" and do_eval false'
             )
-    return Examples(examples[: config.max_train_samples], held_out[: config.max_eval_samples])
+        if not held_out and arguments.metric_for_best_model in ("loss", "eval_loss"):
+            raise TrainingConfigError(
+                "metric_for_best_model is loss, but nothing is held out to measure it on: set it to spearman, or give "
+                "validation_file or validation_split_percentage"
+            )
+    return Examples(examples[: config.max_train_samples], held_out[: config.max_eval_samples], pairs)
 
 
 def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from model_store.architectures import architecture_of
 from model_store.build import base_name, write_tokenizer
 from model_store.devices import choose_dtype
-from model_store.evaluation.sts import evaluate_sts, read_pairs
+from model_store.evaluation.sts import ScoredPair, evaluate_sts
 from model_store.manifest import TOKENIZER_FILE
 from model_store.sources import Source, resolve
 from model_store.templates import template_for
@@ -53,6 +55,13 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
     Raises:
         TrainingConfigError, TrainingDataError: and what the readers of base and adapters raise.
     """
+    try:
+        return _train(config, resume, callbacks)
+    except TrainingConfigError as error:
+        raise TrainingConfigError(f"{config.file}: {error}" if config.file else str(error)) from error
+
+
+def _train(config: TrainingConfig, resume: bool, callbacks: Sequence[TrainerCallback]) -> Path:
     arguments = training_arguments(config)
     checkpoint = begin(config, arguments, resume)
     examples = read_examples(config, arguments)
@@ -117,7 +126,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
     """What transformers is given of a configuration.
 
     Raises:
-        TrainingConfigError: for a value that it does not take.
+        TrainingConfigError: for values that don't go together, or that need what this machine has not.
     """
     given = {key: value for key, value in config.arguments.items() if key not in _NOT_OF_TRANSFORMERS}
     ratio = config.arguments.get("warmup_ratio")
@@ -136,14 +145,32 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
                 "ddp_broadcast_buffers": False,
             }
         )
-    except (ValueError, TypeError) as error:
-        raise TrainingConfigError(str(error)) from error
+        _try_schedule(arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise TrainingConfigError(" ".join(str(error).replace("--", "").split())) from error
+    usable = get_available_reporting_integrations()
+    if missing := [name for name in arguments.report_to if name not in usable]:
+        raise TrainingConfigError(
+            f'report_to is "{missing[0]}", which is not installed here: write {" or ".join([*usable, "none"])}'
+        )
     if arguments.n_gpu > 1:
         raise TrainingConfigError(
             f"there are {arguments.n_gpu} GPUs: run torchrun --nproc-per-node {arguments.n_gpu} -m service train …, or "
             "set CUDA_VISIBLE_DEVICES to one of them"
         )
     return arguments
+
+
+def _try_schedule(arguments: TrainingArguments) -> None:
+    """Make the schedule once for nothing: some need lr_scheduler_kwargs, and the Trainer makes it behind the model."""
+    kind, given = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
+    try:
+        get_scheduler(kind, nothing, num_warmup_steps=0, num_training_steps=1, scheduler_specific_kwargs=given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type {kind.value} does not go with lr_scheduler_kwargs {json.dumps(given)}: {error}"
+        ) from error
 
 
 _NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
@@ -256,7 +283,7 @@ def _contrastive(
         published,
         loss_scale=config.loss_scale,
         dropout_in_evaluation=simcse,
-        measures=[_sts(config.eval_sts_file)] if config.eval_sts_file else [],
+        measures=[_sts(data.pairs)] if data.pairs else [],
     )
 
 
@@ -264,9 +291,8 @@ def _order(groups: Sequence[str], config: TrainingConfig, arguments: TrainingArg
     return Order(groups, arguments.train_batch_size * arguments.world_size, config.seed)
 
 
-def _sts(path: Path) -> Measure:
-    """Spearman's correlation over the pairs of a file, as `eval sts` has it, by the weights of the moment."""
-    pairs = read_pairs(path)
+def _sts(pairs: Sequence[ScoredPair]) -> Measure:
+    """Spearman's correlation over pairs, as `eval sts` has it, by the weights of the moment."""
     texts = [text for pair in pairs for text in (pair.first, pair.second)]
     return lambda encode: {"spearman": evaluate_sts(pairs, encode(texts))}
 

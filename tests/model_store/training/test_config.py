@@ -6,11 +6,16 @@ import json
 from argparse import Namespace
 from pathlib import Path
 from runpy import run_path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from transformers import SchedulerType, TrainingArguments
 
+from model_store.evaluation.files import DatasetError
+from model_store.training.arguments import Arguments
 from model_store.training.config import (
+    _NOT_KEYS,
+    _STAGES,
     MntpConfig,
     SimcseConfig,
     Stage,
@@ -19,7 +24,7 @@ from model_store.training.config import (
     parse_config,
     read_config,
 )
-from model_store.training.run import training_arguments
+from model_store.training.run import train, training_arguments
 
 # The keys of the configurations that are published with LLM2Vec (train_configs/), and values of theirs.
 MNTP = {
@@ -142,14 +147,14 @@ def refused(stage: Stage, folder: Path, **changes: Any) -> str:
         ("simcse", {"train_file": "other.txt"}, "dataset_file_path and train_file are the same"),
         ("simcse", {"pooling_mode": "max"}, "pooling_mode"),
         ("simcse", {"loss_class": "Cosine"}, "HardNegativeNLLLoss is the only one"),
-        ("mntp", {"torch_dtype": "float16"}, "use bfloat16"),
+        ("mntp", {"torch_dtype": "float16"}, """torch_dtype is "float16": write 'auto', 'bfloat16' or 'float32'"""),
         ("mntp", {"fp16": True}, "set torch_dtype to bfloat16"),
         ("mntp", {"token": "hf_secret"}, "HF_TOKEN"),
         ("mntp", {"deepspeed": "zero3.json"}, "deepspeed"),
         ("mntp", {"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1 is not supported"),
-        ("mntp", {"optim": "adafactor"}, "use adamw_torch"),
+        ("mntp", {"optim": "adafactor"}, "write 'adamw_torch' or"),
         ("mntp", {"trust_remote_code": True}, "remote code never runs"),
-        ("mntp", {"mlm_probability": 1.5}, "mlm_probability: Input should be less than or equal to 1"),
+        ("mntp", {"mlm_probability": 1.5}, "mlm_probability is 1.5: write a number of at most 1"),
         ("mntp", {"mask_token_type": "underscore"}, "'blank', 'eos' or 'mask'"),
         ("mntp", {"save_strategy": "sometimes"}, "sometimes"),
         ("mntp", {"dataset_name": None}, "there is nothing to train on"),
@@ -159,6 +164,100 @@ def test_what_is_not_honoured_is_refused_with_the_way_out(
     stage: Stage, change: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     assert told in refused(stage, tmp_path, **change)
+
+
+@pytest.mark.parametrize("stage", PUBLISHED)
+def test_a_value_of_the_wrong_type_is_refused_for_every_key(stage: Stage, tmp_path: Path) -> None:
+    """With the file and the key; null too, unless the key may be without a value."""
+    path = tmp_path / "config.json"
+    fields = {**_STAGES[stage].model_fields, **Arguments.model_fields}
+    for key in fields.keys() - _NOT_KEYS:
+        good = {"model_name_or_path": "org/base", "train_file": "a.txt", "output_dir": "out"}
+        path.write_text(json.dumps({**good, key: 5 if key == "lr_scheduler_kwargs" else {"no": "value"}}))
+        with pytest.raises(TrainingConfigError, match=rf"config\.json: {key} is .*: write ."):
+            read_config(stage, path)
+        without = type(None) in get_args(fields[key].annotation) or key == "torch_dtype"
+        path.write_text(json.dumps({**good, "dataset_name": "org/set", key: None}))
+        if without:
+            read_config(stage, path)
+        else:
+            with pytest.raises(TrainingConfigError, match=rf"config\.json: {key} is null: write ."):
+                read_config(stage, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"learning_rate": "3e-5"}, 'learning_rate is "3e-5": write a number'),
+        ({"learning_rate": -1}, "learning_rate is -1: write a number above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is NaN: write a finite number"),
+        ({"max_steps": 1.5}, "max_steps is 1.5: write a whole number"),
+        ({"max_steps": 0}, "max_steps is 0: write a number of at least 1 or -1"),
+        ({"num_train_epochs": 0}, "num_train_epochs is 0: write a number above 0"),
+        ({"seed": None}, "seed is null: write a whole number"),
+        ({"seed": True}, "seed is true: write a whole number"),
+        ({"seed": 1 << 32}, "seed is 4294967296: write a number below 4294967296"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0: write a number of at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0: write a number of at least 1"),
+        ({"adam_beta2": 1}, "adam_beta2 is 1: write a number below 1"),
+        ({"gradient_checkpointing": "yes"}, 'gradient_checkpointing is "yes": write true or false'),
+        ({"lora_r": "16"}, 'lora_r is "16": write a whole number'),
+        ({"report_to": 5}, "report_to is 5: write a string or a list"),
+        ({"report_to": ["tensorboard", "nonesuch"]}, 'report_to is "nonesuch", which is not installed here: write '),
+        ({"lr_scheduler_type": "cosin"}, """lr_scheduler_type is "cosin": write 'linear', 'cosine'"""),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "does not go with lr_scheduler_kwargs null: One of min_lr or"),
+        ({"lr_scheduler_kwargs": {"num_cycle": 2}}, 'does not go with lr_scheduler_kwargs {"num_cycle": 2}: '),
+        ({"metric_for_best_model": "acuracy"}, 'metric_for_best_model is "acuracy": write loss or accuracy'),
+        ({"logging_steps": 2.5}, "logging_steps must be an integer"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end requires the save and eval strategy to match"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_refused_before_anything_is_loaded(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    good = {"model_name_or_path": "no/base", "train_file": "none.txt", "output_dir": str(tmp_path / "out")}
+    path.write_text(json.dumps({**good, **change}))
+    with pytest.raises(TrainingConfigError) as caught:
+        train(read_config("mntp", path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_run_is_measured_on_is_read_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("score\tsentence1\tsentence2\n1\ta\tb\n2\ta\tc\n")
+    given = {
+        "model_name_or_path": "no/base",
+        "train_file": str(tmp_path / "a.txt"),
+        "output_dir": str(tmp_path / "out"),
+        "eval_strategy": "steps",
+        "load_best_model_at_end": True,
+        "eval_sts_file": str(pairs),
+        "overwrite_output_dir": True,
+    }
+    with pytest.raises(TrainingConfigError, match="metric_for_best_model is loss, but nothing is held out"):
+        train(parse_config("simcse", given))
+    pairs.write_text("score\tsentence1\tsentence2\n1\ta\tb\nnan\ta\tc\n")
+    with pytest.raises(DatasetError, match=r"pairs\.tsv, line 3: score is 'nan', not a number"):
+        train(parse_config("simcse", given))
+
+
+def test_every_schedule_and_key_is_one_of_transformers() -> None:
+    schedules = get_args(Arguments.model_fields["lr_scheduler_type"].annotation)
+    assert {*schedules} == {kind.value for kind in SchedulerType}
+    assert Arguments.model_fields.keys() - TrainingArguments.__dataclass_fields__.keys() == {
+        "overwrite_output_dir",
+        "warmup_ratio",
+    }
+
+
+def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("\ufeff" + json.dumps(published("mntp", "org/base", tmp_path)), encoding="utf-8")
+    assert read_config("mntp", path).model_name_or_path == "org/base"
 
 
 def test_what_transformers_does_anyway_is_accepted(tmp_path: Path) -> None:
