@@ -358,9 +358,12 @@ def _cells(one: Input, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
             yield reader.line_num, row
             ended = reader.line_num
     except csv.Error as error:
+        where = f"{one.path}, line {ended + 1}"
+        if one.kind == "tsv":
+            raise InputError(f"{where}: {error}") from error
         raise InputError(
-            f"{one.path}, line {ended + 1}: a quote in the row that begins here is never closed, or ends before its "
-            f"field does ({error}): write a quote within a quoted field twice"
+            f"{where}: a quote in the row that begins here is never closed, or ends before its field does ({error}): "
+            "write a quote within a quoted field twice"
         ) from error
 
 

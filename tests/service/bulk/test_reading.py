@@ -175,6 +175,12 @@ def test_a_quote_that_swallows_rows_names_the_line_it_is_in(tmp_path: Path, rows
             list(Input(path, "csv", most_bytes=1000).read(Columns()))
 
 
+def test_a_field_that_is_too_long_has_no_quote_to_blame_where_there_are_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.tsv").write_text("id\ttext\n1\ta\n2\t" + "b" * 2000 + "\n")
+    with pytest.raises(InputError, match=r"rows\.tsv, line 3: field larger than field limit \(1000\)$"):
+        list(Input(tmp_path / "rows.tsv", "tsv", most_bytes=1000).read(Columns()))
+
+
 def test_quotes_that_enclose_nothing_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,text\n1,a 5" screw\n2,"a 5"" screw"\n')
     (tmp_path / "a.tsv").write_text('id\ttext\n1\t"a 5" screw\n2\t"b\n')
