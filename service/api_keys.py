@@ -39,10 +39,13 @@ def hash_keys(given: str | Iterable[str]) -> tuple[str, ...]:
     """Keys, given in a list or with commas between, as they are kept.
 
     Raises:
-        ValueError: as `hash_key`.
+        ValueError: as `hash_key`, and for a text without a key: whoever writes one does not mean an open server.
     """
     keys = given.split(",") if isinstance(given, str) else given
-    return tuple(hash_key(key.strip()) for key in keys if key.strip())
+    hashes = tuple(hash_key(key.strip()) for key in keys if key.strip())
+    if isinstance(given, str) and not hashes:
+        raise ValueError("there is no key in it: write at least one, or leave the variable out")
+    return hashes
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
@@ -52,7 +55,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         OSError, ValueError: if it can't be read, or a line is no key.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
-    return hash_keys(key for line in lines if (key := line.partition("#")[0].strip()))
+    return hash_keys(key for number, line in enumerate(lines, 1) if (key := _key_in(line, number)))
 
 
 class ApiKeys:
@@ -111,6 +114,20 @@ class ApiKeys:
     def _watch(self, file: Path) -> None:
         while not self._stopped.wait(_LOOK_AGAIN_SECONDS):
             self.look()
+
+
+def _key_in(line: str, number: int) -> str:
+    """The key before a comment.
+
+    Raises:
+        ValueError: for a `#` right after the key: the key could go on with it.
+    """
+    before, hash_sign, _ = line.partition("#")
+    if hash_sign and before.strip() and not before[-1].isspace():
+        raise ValueError(
+            f"line {number} has a # inside a key: write a space before a comment, and a key with a # as its hash"
+        )
+    return before.strip()
 
 
 def _digests(hashes: Iterable[str]) -> tuple[bytes, ...]:

@@ -169,6 +169,35 @@ def test_a_file_without_keys_refuses_to_start(tmp_path: Path) -> None:
     assert read_keys(tmp_path / "empty") == ()
 
 
+def test_a_key_with_a_hash_sign_is_not_cut_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# clients\n{KEY}\t# the first\nabc#def\n")
+    with pytest.raises(StartupError, match="line 3 has a # inside a key") as caught:
+        ApiKeys((), file)
+    assert "abc" not in str(caught.value)
+    assert ApiKeys(hash_keys("abc#def")).knows(b"abc#def")  # no comments there
+    file.write_text(KEY)
+    keys = ApiKeys((), file)
+    try:
+        file.write_text("abc#def\n")
+        keys.look()
+        assert keys.knows(KEY.encode())
+        assert not keys.knows(b"abc")
+        assert "line 1 has a # inside a key" in caplog.text
+    finally:
+        keys.close()
+
+
+@pytest.mark.parametrize("variable", ["LLM2VEC_API_KEYS", "LLM2VEC_METRICS_KEY"])
+@pytest.mark.parametrize("value", [" , ", " ", ","])
+def test_a_variable_without_a_key_does_not_open_the_server(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StartupError, match=f"{variable}: .*there is no key in it"):
+        load_settings({})
+
+
 def test_keys_are_no_options_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     from service.cli import main
 
