@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -53,11 +54,45 @@ class Guard:
                 connection.look(now, self._read_seconds, self._write_seconds)
 
 
+class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
+    """httptools' parser, but a request to upgrade to another protocol is read as if it did not ask for that.
+
+    None is spoken here, and a server may ignore the offer, as the stock HttpClient of Java expects, which makes it with
+    every request. httptools skips the body of such a request: it gets the header again, without the offer.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets its own
+        self._connection = connection
+
+    def feed_data(self, data: bytes) -> None:
+        """Called with what has come."""
+        parser = self
+        while True:
+            try:
+                httptools.HttpRequestParser.feed_data(parser, data)
+            except httptools.HttpParserUpgrade as paused:
+                if not parser.offers_upgrade:
+                    raise
+                data = self._connection.head_without_upgrade() + data[paused.args[0] :]
+                # Another one, since this one may be at the end of what it reads.
+                parser = self._connection.parser = _Parser(self._connection)
+            else:
+                return
+
+    @property
+    def offers_upgrade(self) -> bool:
+        """Whether the request that is being parsed may be answered without another protocol; not so for CONNECT."""
+        return bool(self.should_upgrade()) and self.get_method() != b"CONNECT"
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection."""
 
     def __init__(self, guard: Guard, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)
         self._guard = guard
         self._one_too_many = False
         self._reading_since: float | None = None  # of a request that has not all come
@@ -120,6 +155,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._unparsed_bytes = 0
+        if self.parser.offers_upgrade:
+            return
         self._in_header = False
         super().on_headers_complete()
 
@@ -130,12 +167,20 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
+        if self.parser.offers_upgrade:
+            return
         self._reading_since = None
         self._in_header = True
         self._header_bytes = self._unparsed_bytes = 0
         super().on_message_complete()
         if self._last:
             self._end_with_answer()
+
+    def head_without_upgrade(self) -> bytes:
+        """The request's line and header as they came, but for the offer to speak another protocol."""
+        line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([line, *fields, b"", b""])
 
     def shutdown(self) -> None:
         """Called by uvicorn when the server stops: an answer to what is being asked, and then the end.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -182,6 +184,76 @@ def test_an_endless_header_and_endless_trailers_cost_no_memory(server: ServerPro
         with closing(connect(server)) as connection:
             assert send_until_closed(connection, start, 100) < 100
     assert resident_bytes(server) - before < 20 * MEGABYTE
+
+
+UPGRADES = {
+    "as Java offers": (
+        b"Connection: Upgrade, HTTP2-Settings",
+        b"Upgrade: h2c",
+        b"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk",
+    ),
+    "and the end": (b"Connection: close, upgrade", b"upgrade: h2c"),
+    "of another kind": (b"Connection: upgrade", b"Upgrade: websocket, h2c, TLS/1.2"),
+}
+
+
+@pytest.mark.parametrize("offer", UPGRADES.values(), ids=UPGRADES)
+def test_an_offer_to_upgrade_is_ignored_and_the_body_read(server: ServerProcess, offer: tuple[bytes, ...]) -> None:
+    body = b'{"input": "a"}'
+    chunked = b"\r\n".join(
+        [b"POST /v1/embeddings HTTP/1.1", b"Host: x", *offer, b"Transfer-Encoding: chunked", b"", b""]
+    )
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    expected = server.embed("a").json()
+    for request in (post(body, *offer), chunked):
+        for step in (len(request), 7):
+            with closing(connect(server)) as connection:
+                for start in range(0, len(request), step):
+                    connection.sendall(request[start : start + step])
+                    time.sleep(0.001)
+                connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                answer = answer_of(connection)
+            assert status_of(answer) == 200, answer
+            assert expected["data"] == json.loads(answer.partition(b"\r\n\r\n")[2].partition(b"HTTP/1.1")[0])["data"]
+            if b"close" not in offer[0]:
+                assert answer.endswith(b'{"status":"alive"}')
+
+
+def test_many_offers_to_upgrade_at_once_are_all_answered(server: ServerProcess) -> None:
+    offer = UPGRADES["as Java offers"]
+    with closing(connect(server)) as connection:
+        one = b"\r\n".join([b"GET /livez HTTP/1.1", b"Host: x", *offer, b"", b""])
+        connection.sendall(one * 200 + b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert answer_of(connection).count(b"HTTP/1.1 200") == 201
+
+
+def test_an_offer_to_upgrade_makes_no_room_for_a_larger_header(server: ServerProcess) -> None:
+    with closing(connect(server)) as connection:
+        connection.sendall(post(b"{}", *UPGRADES["as Java offers"], b"X-Long: " + b"a" * 70_000))
+        assert status_of(answer_of(connection)) in (431, 0)
+
+
+@pytest.mark.skipif(not shutil.which("java"), reason="needs a JDK")
+def test_the_stock_http_client_of_java_is_answered(server: ServerProcess, tmp_path: Path) -> None:
+    source = tmp_path / "Ask.java"
+    source.write_text(
+        f"""
+        import java.net.URI;
+        import java.net.http.*;
+        public class Ask {{
+          public static void main(String[] arguments) throws Exception {{
+            HttpRequest request = HttpRequest.newBuilder(URI.create("{server.base_url}/v1/embeddings"))
+              .POST(HttpRequest.BodyPublishers.ofString("{{\\"input\\": \\"a\\"}}")).build();
+            for (int i = 0; i < 2; i++) {{
+              var answer = HttpClient.newHttpClient().send(request, HttpResponse.BodyHandlers.ofString());
+              System.out.println(answer.version() + " " + answer.statusCode());
+            }}
+          }}
+        }}
+        """
+    )
+    asked = subprocess.run(["java", str(source)], capture_output=True, text=True, timeout=120, check=False)
+    assert asked.stdout.split("\n")[:2] == ["HTTP_1_1 200"] * 2, asked.stderr
 
 
 def test_what_is_no_http_gets_400(server: ServerProcess) -> None:
