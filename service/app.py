@@ -89,6 +89,7 @@ def create_app(
         version=VERSION,
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
     state = app.state
     state.version = app.version

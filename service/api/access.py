@@ -31,7 +31,7 @@ class Access:
     def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Unauthorized | None:
         """Why a request may not be served; None if it may."""
         keys = self._metrics_key if path == METRICS_PATH else self._keys
-        if not keys.required or path in OPEN_PATHS or (path in self._pages and method in ("GET", "HEAD")):
+        if not keys.required or path in OPEN_PATHS or (path in self._pages and method == "GET"):
             return None
         given = _given_keys(headers)
         known = [keys.knows(key) for key in given]

@@ -73,5 +73,5 @@ def router_of(pages: Mapping[str, Page]) -> APIRouter:
         return pages[request.scope["path"]].answer(request)
 
     for path in pages:
-        router.add_api_route(path, page, methods=["GET", "HEAD"])
+        router.add_api_route(path, page, methods=["GET"])
     return router

@@ -78,6 +78,10 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
+        method = scope["method"]
+        # HEAD is GET without the body, and a slash at the end or twice in a row means nothing: never a redirect, as one
+        # sends the texts again, and behind a proxy that ends TLS in the clear.
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, "path": _single_slashes(scope["path"])}
         headers = dict(scope["headers"])
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
@@ -90,6 +94,8 @@ class RequestContext:
             nonlocal status, started, whole
             if message["type"] == "http.response.body":
                 whole = not message.get("more_body", False)
+                if method == "HEAD":
+                    message = {**message, "body": b""}
             elif message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", own_id.encode()))
@@ -124,11 +130,11 @@ class RequestContext:
         finally:
             self._metrics.inflight.dec()
             ended = time.perf_counter()
-            route = self._finish(scope, status, state.get("code", ""), ended - began)
+            route = self._finish(scope, method, status, state.get("code", ""), ended - began)
             if self._traces:
                 moments = Moments(began, started or ended, ended)
                 own = dict(state.get("answer_headers", ()))
-                self._traces.record(headers, scope["method"], route, status, state.get("code", ""), own, moments)
+                self._traces.record(headers, method, route, status, state.get("code", ""), own, moments)
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
@@ -139,13 +145,13 @@ class RequestContext:
             response = self._errors.of(request, error)
         await response(request.scope, request.receive, send)
 
-    def _finish(self, scope: Scope, status: int, code: str, seconds: float) -> str:
+    def _finish(self, scope: Scope, method: str, status: int, code: str, seconds: float) -> str:
         """Count and log it; the route it took."""
         route: str = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
         count, duration = self._metrics.of_request(route, str(status), code, lane_of_request.get())
         count.inc()
         duration.observe(seconds)
-        fields = {"method": scope["method"], "route": route, "status": status, "seconds": round(seconds, 4)}
+        fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
         if status >= 500 or status == _DEVICE_FAILED:
             level = logging.WARNING if status in (503, 504) else logging.ERROR
             log_request(level, {**fields, "code": code, "reason": scope["state"].get("reason", "")})
@@ -153,6 +159,12 @@ class RequestContext:
             quiet = route in QUIET_ROUTES and status < 400
             log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
         return route
+
+
+def _single_slashes(path: str) -> str:
+    if path[-1:] != "/" and "//" not in path:
+        return path
+    return "/" + "/".join(filter(None, path.split("/")))
 
 
 def _places(error: BaseException) -> str:

@@ -583,6 +583,46 @@ def test_operations(server: Server) -> None:
     assert "EmbeddingsBody" in json.dumps(server.client.get("/openapi.json").json()["paths"]["/v1/embeddings"])
 
 
+def test_head_is_get_without_the_body(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()["paths"]
+    for path in [path for path, methods in document.items() if "get" in methods and "{" not in path] + ["/", "/docs"]:
+        got, head = server.client.get(path), server.client.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"], path
+    assert server.client.head("/v1/models/fake").status_code == 200
+    assert server.client.head("/nonesuch").status_code == 404
+    assert server.client.head("/v1/embeddings").status_code == 405
+    assert server.metric('llm2vec_requests_total{code="",route="/api/tags",status="200"}') == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings/", {"input": "a"}),
+        ("//v1/embeddings", {"input": "a"}),
+        ("/v1//embeddings//", {"input": "a"}),
+        ("/embed/", {"inputs": "a"}),
+        ("//", {"inputs": "a"}),
+        ("/v1/embed/", {"texts": ["a"]}),
+        ("/api/embed/", {"input": "a"}),
+        ("/rerank/", {"query": "a", "texts": ["b"]}),
+        ("/v1/prompts/preview/", {"input": "a"}),
+    ],
+)
+def test_slashes_too_many_are_served_and_never_redirected(server: Server, path: str, body: dict[str, Any]) -> None:
+    answer = server.client.post(f"http://testserver{path}", json=body, follow_redirects=False)
+    assert answer.status_code == 200, answer.text
+    assert server.client.get("http://testserver/v1//models/", follow_redirects=False).status_code == 200
+
+
+def test_slashes_too_many_need_a_key_too() -> None:
+    with (own := Server(api_keys="sk-one", metrics_key="sk-two")).client:
+        for path in ("//v1/models", "/v1/models/", "/metrics/", "//metrics", "/docs/", "/v1/embeddings/"):
+            url = f"http://testserver{path}"
+            assert own.client.get(url, follow_redirects=False).status_code == 401, path
+        assert own.client.get("/livez/").status_code == 200
+
+
 def test_health_is_red_while_the_device_fails_and_green_again_after() -> None:
     worker = FakeWorker()
     with (server := Server(worker)).client:
