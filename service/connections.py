@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import orjson
@@ -66,7 +66,7 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
         self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets its own
         self._connection = connection
 
-    def feed_data(self, data: bytes) -> None:
+    def feed_data(self, data: Any) -> None:
         """Called with what has come."""
         parser = self
         while True:
@@ -155,7 +155,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._unparsed_bytes = 0
-        if self.parser.offers_upgrade:
+        if cast(_Parser, self.parser).offers_upgrade:
             return
         self._in_header = False
         super().on_headers_complete()
@@ -167,7 +167,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if self.parser.offers_upgrade:
+        if cast(_Parser, self.parser).offers_upgrade:
             return
         self._reading_since = None
         self._in_header = True
