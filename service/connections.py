@@ -54,6 +54,21 @@ class Guard:
                 connection.look(now, self._read_seconds, self._write_seconds)
 
 
+class Unsent:
+    """What is ready for a client. One that takes a little of it from time to time is slow, and not gone."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._bytes = 0
+
+    def idle_seconds(self, now: float, unsent_bytes: int) -> float:
+        """Seconds in which the client has taken nothing, by what was ready at each look."""
+        if self._since is None or unsent_bytes < self._bytes or not unsent_bytes:
+            self._since = now
+        self._bytes = unsent_bytes
+        return now - self._since
+
+
 class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
     """httptools' parser, but a request to upgrade to another protocol is read as if it did not ask for that.
 
@@ -96,7 +111,7 @@ class Connection(HttpToolsProtocol):
         self._guard = guard
         self._one_too_many = False
         self._reading_since: float | None = None  # of a request that has not all come
-        self._unsent_since: float | None = None  # of bytes that the client does not take
+        self._unsent = Unsent()
         self._ends_at: float | None = None
         self._last = False  # whether it ends with what is being asked
         self._in_header = True  # or before it
@@ -125,7 +140,7 @@ class Connection(HttpToolsProtocol):
 
     def resume_writing(self) -> None:
         """Called by the event loop."""
-        self._unsent_since = None
+        self._unsent = Unsent()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -199,11 +214,7 @@ class Connection(HttpToolsProtocol):
         if self._ends_at is not None and now > self._ends_at:
             self.transport.abort()
             return
-        if not self.transport.get_write_buffer_size():
-            self._unsent_since = None
-        elif self._unsent_since is None:
-            self._unsent_since = now
-        elif now - self._unsent_since > write_seconds:
+        if self._unsent.idle_seconds(now, self.transport.get_write_buffer_size()) > write_seconds:
             self._guard.dropped("slow_reader")
             self.transport.abort()
             return
