@@ -43,6 +43,10 @@ layout (see `tests/fidelity/README.md`). Largest difference of a component of th
 1 − cosine, over all inputs. `token` compares what nothing was cut from; `reference` compares everything, cut as the
 official library cuts. Official vectors are float32 in both columns.
 
+The official library shortens a text by whole words. Nothing is left of a text of more than 400 tokens without spaces,
+such as Chinese or Japanese, and all such texts get the same vector. A server under `--truncation reference` refuses
+them with 400; `LLM2VEC_EMPTY_TEXT=bos` gives them the official library's vector, which is compared here.
+
 Made by `make fidelity-table` on {machine}.
 
 | family | pooling | truncation | float32: max difference | 1 − cosine | bfloat16: max difference | 1 − cosine |

@@ -35,8 +35,8 @@ class TokenizedText:
     """One row for the encoder. The tokens from `span_start` to the end are pooled: never none of them.
 
     `head` tokens stand before the text's own (special ones, template, instruction) and `tail` tokens after them.
-    `cut` says that the text had more tokens than the row has room for, and lost some. `spans`, where there are any,
-    are pooled instead: ranges of tokens, each to a vector of its own.
+    `cut` says that the text had more tokens than the row has room for, and lost some; `emptied` that it lost all of
+    them. `spans`, where there are any, are pooled instead: ranges of tokens, each to a vector of its own.
     """
 
     token_ids: list[int]
@@ -45,6 +45,7 @@ class TokenizedText:
     head: int = 0
     tail: int = 0
     spans: tuple[tuple[int, int], ...] = ()
+    emptied: bool = False
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -171,7 +172,7 @@ class TextTokenizer:
         alone = self._ids(bodies)
         whole = alone if joined == bodies else self._ids(joined)
         return [
-            self._row(index, ids, len(span), text != original)
+            self._row(index, ids, len(span), text != original, emptied=bool(original) and not text)
             for index, (ids, span, text, original) in enumerate(zip(whole, alone, kept, strings, strict=True))
         ]
 
@@ -276,11 +277,14 @@ class TextTokenizer:
         lead = f"{instruction.strip()} "
         return lead.lstrip() if self._template.strip else lead
 
-    def _row(self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True) -> TokenizedText:
+    def _row(
+        self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True, emptied: bool = False
+    ) -> TokenizedText:
         """A row of the joined text's `ids`, of which the last `pooled` are the text's own."""
         suffix = self._suffix_tokens
         if self._reference and reference:
             room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
+            emptied = emptied or len(ids) - pooled >= room
             lost = max(len(ids) - room, 0)
             cut, suffix = cut or lost > 0, max(suffix - lost, 0)
             ids = ids[:room]
@@ -297,12 +301,12 @@ class TextTokenizer:
         span_start = max(len(row) - pooled, 0) if self._skip_instruction and pooled else 0
         head = min(max(len(row) - pooled, 0), len(row) - 1)
         tail = min(suffix + len(self._after), len(row) - 1 - head)
-        return TokenizedText(row, span_start, cut, head, tail)
+        return TokenizedText(row, span_start, cut, head, tail, emptied=emptied)
 
     def _shorten(self, text: str) -> str:
         """The official loop (llm2vec 0.2.3, `LLM2Vec._convert_to_str`): drop words until the text is short enough.
 
-        A text without spaces is one word, and goes as a whole.
+        A text without spaces is one word, and goes as a whole: its row is then marked as emptied.
         """
         if self._reference is None:
             return text

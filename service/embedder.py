@@ -570,7 +570,10 @@ class Embedder:
     ) -> list[TokenizedText]:
         texts = [self._text(text, request.token_ids, index) for index, text in enumerate(given)]
         if self.settings.empty_text == "error" or not any(map(_is_empty, texts)):
-            return self.tokenizer.encode_batch(texts, instructions)
+            rows = self.tokenizer.encode_batch(texts, instructions)
+            if self.settings.empty_text == "error":
+                _refuse_emptied(rows)
+            return rows
         one = self.tokenizer.encode_batch
         return [
             self.tokenizer.encode_nothing() if _is_empty(text) else one([text], [instruction])[0]
@@ -692,6 +695,19 @@ class Embedder:
 
 def _is_empty(text: str | Sequence[int]) -> bool:
     return not text or (isinstance(text, str) and text.isspace())
+
+
+def _refuse_emptied(rows: Sequence[TokenizedText]) -> None:
+    """Refuse rows that reference truncation left nothing of the text in: all of them would get one vector."""
+    for index, row in enumerate(rows):
+        if row.emptied:
+            raise TokenizationError(
+                "reference truncation leaves no token of this text: it drops whole words from a text that is too long, "
+                "so that nothing stays of one without spaces, and cuts what stands behind a long instruction. Send it "
+                "in parts, or set LLM2VEC_TRUNCATION=token. LLM2VEC_EMPTY_TEXT=bos gives such texts the official "
+                "library's vector, which is the same for all of them",
+                index,
+            )
 
 
 def _each_token(row: TokenizedText) -> tuple[tuple[int, int], ...]:

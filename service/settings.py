@@ -166,7 +166,8 @@ class Settings(BaseSettings):
     truncation: Literal["token", "reference"] = Field(
         "token",
         description="token refuses what is too long; reference cuts it as the official library does, to the model's "
-        "own limits (512 tokens, 400 of them text), and says so",
+        "own limits (512 tokens, 400 of them text), and says so; a text that nothing is left of, such as a longer one "
+        "without spaces, is refused unless empty_text is bos",
     )
     query_instruction: str | None = Field(
         None, description="instruction put before inputs of type query; by default the model's own"
@@ -196,7 +197,9 @@ class Settings(BaseSettings):
         "taken; auto takes those of OpenAI's SDKs for cl100k_base, as LangChain sends them, others for the model's",
     )
     empty_text: Literal["error", "bos"] = Field(
-        "error", description="an empty text is an error, or is embedded as the special tokens alone"
+        "error",
+        description="an empty text is an error, or is embedded as the special tokens alone; likewise a text that "
+        "reference truncation leaves nothing of, which bos gives the official library's vector",
     )
     overload_wait_seconds: float = Field(
         10.0,

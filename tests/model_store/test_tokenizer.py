@@ -109,6 +109,16 @@ def test_reference_truncation_drops_a_long_word_whole_and_pools_what_is_left() -
     assert (row.token_ids, row.span_start, row.cut) == ([1], 0, True)
 
 
+@pytest.mark.parametrize("template", [Template(), Template("[INST] ", " [/INST]", strip=True)])
+def test_a_row_says_that_reference_truncation_left_nothing_of_its_text(template: Template) -> None:
+    rows = TextTokenizer(tiny_tokenizer(), template, True, VOCABULARY, ReferenceLimits(64, 20))
+    ids = list(range(20, 60))
+    texts: list[str | list[int]] = ["東京" * 30, "x" * 50, "the river " * 20, "a river", ids, "a river"]
+    instructions = ["", INSTRUCTION, "", "", "", f"{INSTRUCTION} " * 3]
+    emptied = [row.emptied for row in rows.encode_batch(texts, instructions)]
+    assert emptied == [True, True, False, False, False, True]
+
+
 def test_nothing_is_cut_unasked() -> None:
     row = text_tokenizer().encode_batch(["x" * 5000], [""])[0]
     assert not row.cut

@@ -72,6 +72,23 @@ async def test_a_preview_has_what_the_tokenizer_cut_by_itself() -> None:
         assert not any(token.cut for token in short.tokens)
 
 
+async def test_a_text_that_reference_truncation_leaves_nothing_of_is_refused() -> None:
+    """Unless the official library's vector is asked for, which all such texts have in common."""
+    rows = TextTokenizer(tiny_tokenizer(), Template(), True, VOCABULARY, ReferenceLimits(64, 20))
+    asked = request("a river", "東京" * 30, "x" * 100)
+    async with embedder(FakeWorker()) as one:
+        one.tokenizer = rows
+        with pytest.raises(InvalidRequest, match=r"^input index 1: .*LLM2VEC_EMPTY_TEXT=bos") as caught:
+            await one.embed(asked)
+        assert caught.value.code == "invalid_input"
+        assert len((await one.embed(request("a river", "the river " * 20))).vectors) == 2
+    async with embedder(FakeWorker(), empty_text="bos") as one:
+        one.tokenizer = rows
+        result = await one.embed(asked)
+        assert result.truncated_inputs == 2
+        np.testing.assert_array_equal(result.vectors[1], result.vectors[2])
+
+
 @pytest.mark.parametrize("keep", ["start", "end"])
 async def test_a_preview_has_a_template_that_was_cut_off_with_the_text(keep: Literal["start", "end"]) -> None:
     template = Template("[INST] ", " [/INST]", strip=True)
