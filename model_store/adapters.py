@@ -5,12 +5,10 @@ A tensor of an adapter that finds no place is an error: peft itself only warns a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -18,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model_store.architectures import decoder_name
-from model_store.checkpoints import load_torch_file
+from model_store.architectures import decoder_name, unwrapped
+from model_store.checkpoints import load_torch_file, read_json_object, unreadable
 
 _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
@@ -56,13 +54,13 @@ def load_adapter(folder: Path, reference: str) -> Adapter:
     """Read adapter_config.json and adapter_model.safetensors (or .bin, as tensors only).
 
     Raises:
-        AdapterError: if files are missing or hold anything but plain LoRA updates.
+        AdapterError, CheckpointError: if files are missing, unreadable, or hold anything but plain LoRA updates.
     """
     config = _read_config(folder, reference)
     tensors = _read_tensors(folder, reference)
     sides: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _LORA_TENSOR.fullmatch(name)
+        match = _LORA_TENSOR.fullmatch(unwrapped(name))
         if match is None:
             raise AdapterError(f"adapter {reference}: {name} is not a plain LoRA tensor and can't be merged")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
@@ -117,10 +115,7 @@ def _read_config(folder: Path, reference: str) -> LoraConfig:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise AdapterError(f"adapter {reference}: {folder} has no adapter_config.json")
-    try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise AdapterError(f"adapter {reference}: {path} is not valid JSON: {error}") from error
+    raw = read_json_object(path)
     if raw.get("peft_type") != "LORA":
         raise AdapterError(f"adapter {reference} is of type {raw.get('peft_type')}: only LORA can be merged")
     unknown = sorted(key for key, value in raw.items() if value and key not in LoraConfig.__dataclass_fields__)
@@ -139,6 +134,13 @@ def _read_config(folder: Path, reference: str) -> LoraConfig:
     ):
         if wrong:
             raise AdapterError(f"adapter {reference} uses {what}: merge it with peft first and build from the result")
+    for key in ("lora_alpha", "rank_pattern", "alpha_pattern"):
+        value = raw.pop(key, None)
+        numbers = value.values() if isinstance(value, dict) and key != "lora_alpha" else [value]
+        if value is not None:  # null asks for the default
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise AdapterError(f"adapter {reference}: {path} has the {key} {value!r}, which is no number")
+            raw[key] = value
     known = {key: value for key, value in raw.items() if key in LoraConfig.__dataclass_fields__}
     return LoraConfig(**{**known, "task_type": None, "auto_mapping": None})
 
@@ -149,7 +151,7 @@ def _read_tensors(folder: Path, reference: str) -> dict[str, Tensor]:
         try:
             return load_file(safe)
         except SafetensorError as error:
-            raise AdapterError(f"adapter {reference}: {safe} can't be read: {error}") from error
+            raise unreadable(safe, "is not a readable safetensors file", error) from error
     if torch_file.is_file():
         return load_torch_file(torch_file)
     raise AdapterError(f"adapter {reference}: {folder} has no adapter_model.safetensors or adapter_model.bin")

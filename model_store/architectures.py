@@ -17,6 +17,7 @@ class UnsupportedArchitectureError(ValueError):
 class Architecture:
     """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text.
 
+    `tokenizer_class` is the class that transformers takes for the family where tokenizer_config.json names none.
     `windowed` False drops a sliding window that config.json asks for: LLM2Vec models of that family were trained by the
     official library, which attends to the whole text. `float16` False says that activations of published models of the
     family exceed 65,504, the largest number of that dtype.
@@ -24,6 +25,7 @@ class Architecture:
 
     model_type: str
     eos_text: str
+    tokenizer_class: str
     windowed: bool = True
     float16: bool = True
 
@@ -31,19 +33,23 @@ class Architecture:
 ARCHITECTURES = {
     row.model_type: row
     for row in (
-        Architecture("llama", " </s>"),
-        Architecture("mistral", " </s>", windowed=False),
-        Architecture("qwen2", "<|endoftext|>", float16=False),
-        Architecture("qwen3", "<|endoftext|>", float16=False),
-        Architecture("gemma", "<eos>", float16=False),
-        Architecture("gemma2", "<eos>", float16=False),
-        Architecture("gemma3_text", "<eos>", float16=False),
-        Architecture("phi3", "<|endoftext|>"),
+        Architecture("llama", " </s>", "LlamaTokenizer"),
+        Architecture("mistral", " </s>", "LlamaTokenizer", windowed=False),
+        Architecture("qwen2", "<|endoftext|>", "Qwen2Tokenizer", float16=False),
+        Architecture("qwen3", "<|endoftext|>", "Qwen2Tokenizer", float16=False),
+        Architecture("gemma", "<eos>", "GemmaTokenizer", float16=False),
+        Architecture("gemma2", "<eos>", "GemmaTokenizer", float16=False),
+        Architecture("gemma3_text", "<eos>", "GemmaTokenizer", float16=False),
+        Architecture("phi3", "<|endoftext|>", "LlamaTokenizer"),
     )
 }
 
 # Multimodal wrappers whose decoder is in the table.
 TEXT_MODEL_OF = {"gemma3": "gemma3_text"}
+
+# Wrappers that training puts around a model or any module of it, each with a part of its own in the names of what it
+# holds: torch.compile, DistributedDataParallel, FSDP and activation checkpointing.
+_TRAINING_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 # Wrappers around the decoder that checkpoints were saved from, longest first; the decoder alone has none.
 _WRAPPER_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
@@ -76,11 +82,18 @@ def architecture_of(model_type: str) -> Architecture:
 
 def is_encoder_tensor(name: str) -> bool:
     """False for checkpoint tensors that the encoder has no use for, such as the output head."""
+    name = unwrapped(name)
     return not name.startswith(_NOT_ENCODER) and not name.endswith("rotary_emb.inv_freq")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's (or module's) name without the parts that wrappers of training put into it."""
+    return ".".join(part for part in name.split(".") if part not in _TRAINING_WRAPPERS)
 
 
 def decoder_name(name: str) -> str:
     """A tensor's (or module's) name inside the bare decoder, whatever wrapper it was saved from."""
+    name = unwrapped(name)
     for prefix in _WRAPPER_PREFIXES:
         if name.startswith(prefix):
             return name.removeprefix(prefix)

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from model_store.adapters import Adapter, check_fit, load_adapter, merge_adapter
 from model_store.architectures import architecture_of
-from model_store.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
+from model_store.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_json_object, read_raw_config
 from model_store.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -36,12 +36,13 @@ from model_store.manifest import (
     find_built,
 )
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import ENCODER_DEFAULTS, Recipe, packaged_recipes
+from model_store.recipe import ENCODER_DEFAULTS, Recipe, RecipeError, packaged_recipes, recipe_from
 from model_store.rope import readable_positions
 from model_store.self_test import write_self_test
 from model_store.sources import Source, resolve
 from model_store.templates import template_for
 from model_store.tokenizer import special_tokens_around
+from model_store.tokenizer_files import write_tokenizer
 
 SHARD_BYTES = 2 << 30
 
@@ -169,32 +170,6 @@ def _write_config(config: Any, dtype: str, folder: Path) -> None:
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
-def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str:
-    """Copy the newest stage's tokenizer.json as it is, or convert the base's; returns where it came from."""
-    for source in (*reversed(stages), base):
-        if (source.folder / TOKENIZER_FILE).is_file():
-            for name in (TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json"):
-                if (source.folder / name).is_file():
-                    _copy_json(source.folder / name, folder / name)
-            return source.reference
-    from transformers import AutoTokenizer
-
-    gguf = next(iter(sorted(base.folder.glob("*.gguf"))), None)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base.folder,
-            **({"gguf_file": gguf.name} if gguf else {}),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # every tokenizer class fails in its own way
-        raise BuildError(f"{base.reference} has no tokenizer.json and none can be made from it: {error}") from error
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise BuildError(f"{base.reference} has no fast tokenizer: put a tokenizer.json beside its weights")
-    return f"{base.reference} (converted)"
-
-
 def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
     """What sentence-transformers looks for: the one module that reads this folder, and the query instruction."""
     modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_TRANSFORMERS_MODULE}]
@@ -206,16 +181,6 @@ def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
     }
     for name, content in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _copy_json(source: Path, target: Path) -> None:
-    """Byte for byte, but for an auto_map: a stored encoder names no remote code."""
-    if source.name != TOKENIZER_FILE:
-        content = json.loads(source.read_text())
-        if content.pop("auto_map", None) is not None:
-            target.write_text(json.dumps(content, indent=2, ensure_ascii=False))
-            return
-    shutil.copyfile(source, target)
 
 
 def _write_weights(
@@ -343,16 +308,16 @@ def _llm2vec_config(source: Source) -> dict[str, Any]:
     path = source.folder / "llm2vec_config.json"
     if not path.is_file():
         return {}
+    raw = read_json_object(path)
+    found = {
+        "pooling": raw.get("pooling_mode"),
+        **{key: raw.get(key) for key in ("skip_instruction", "max_length", "doc_max_length")},
+    }
+    asked = {key: value for key, value in found.items() if value is not None}
     try:
-        raw = json.loads(path.read_text())
-        found = {
-            "pooling": raw.get("pooling_mode"),
-            **{key: raw.get(key) for key in ("skip_instruction", "max_length", "doc_max_length")},
-        }
-        asked = {key: value for key, value in found.items() if value is not None}
-        Recipe.model_validate({"name": "llm2vec_config", "base": source.reference, **asked})
-    except (ValueError, AttributeError, ValidationError) as error:
-        raise BuildError(f"{path} can't be read: {error}") from error
+        recipe_from("llm2vec_config", base=source.reference, **asked)
+    except RecipeError as error:
+        raise BuildError(f"{path}: {error}") from error
     return asked
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of, decoder_name, is_encoder_tensor
+from model_store.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rope
 
 # Under whatever wrapper.
 _OUTPUT_HEAD = "lm_head.weight"
 
+# What Git leaves in place of a large file that has not been fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 class CheckpointError(ValueError):
-    """A base model whose files are incomplete, unreadable or of a kind that can't be merged."""
+    """A base or adapter whose files are incomplete, unreadable or of a kind that can't be merged."""
 
 
 class Checkpoint(ABC):
@@ -66,36 +71,82 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def read_raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it was written (transformers drops and overwrites some keys), or {} where there is none."""
     path = folder / "config.json"
-    if not path.is_file():
-        return {}
+    return read_json_object(path) if path.is_file() else {}
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a base or an adapter comes with.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+    """
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        raise unreadable(path, "is not valid JSON", error) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return raw
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only names the content that Git LFS would fetch into its place."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def unreadable(path: Path, complaint: str, error: Exception) -> CheckpointError:
+    """The error for a file that can't be read: its path, and the cause, in one sentence."""
+    if is_lfs_pointer(path):
+        return CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
+    return CheckpointError(f"{path} {complaint}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    return f"unknown value {told}" if isinstance(error, KeyError) and " " not in told else told
+
+
 def _decoder_config(folder: Path) -> Any:
-    raw = read_raw_config(folder)
-    if not raw:
+    path = folder / "config.json"
+    if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "a quantised format")
-        raise CheckpointError(f"the base in {folder} is stored as {method}: give the unquantised base model")
+    raw = read_json_object(path)
+    if quantization := raw.pop("quantization_config", None):
+        stored = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise CheckpointError(
+            f"the base in {folder} is stored as {stored or 'a quantised format'}: give the unquantised base model"
+        )
     raw.pop("auto_map", None)  # points at remote code, which never runs
-    model_type = raw.get("model_type", "")
+    model_type = str(raw.get("model_type", ""))
     architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
+    for key in ("dtype", "torch_dtype"):
+        if raw.get(key) and not isinstance(getattr(torch, str(raw[key]), None), torch.dtype):
+            raise CheckpointError(f"{path} has the {key} {raw[key]!r}, which torch does not know")
+    with _named(path, f"makes no {model_type} decoder"):
+        config = CONFIG_MAPPING[model_type].from_dict(raw).get_text_config()
+        decoder_on_meta(config)
+    return config
+
+
+@contextmanager
+def _named(path: Path, complaint: str) -> Iterator[None]:
+    """Names the file in errors of transformers and gguf, which raise a dozen unrelated types for what one holds."""
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw).get_text_config()
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+        yield
+    except Exception as error:
+        raise unreadable(path, complaint, error) from error
 
 
 def _by_decoder_name(stored_names: Iterable[str]) -> dict[str, str]:
     """Decoder name → stored name, for the tensors an encoder has a use for."""
-    return {decoder_name(name): name for name in stored_names if is_encoder_tensor(name)}
+    found: dict[str, str] = {}
+    for stored in filter(is_encoder_tensor, stored_names):
+        name = decoder_name(stored)
+        if name in found:
+            raise CheckpointError(f"{stored} and {found[name]} are both {name}: leave out the one not to use")
+        found[name] = stored
+    return found
 
 
 class _SafetensorsCheckpoint(Checkpoint):
@@ -107,7 +158,7 @@ class _SafetensorsCheckpoint(Checkpoint):
             try:
                 file = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+                raise unreadable(path, "is not a readable safetensors file", error) from error
             self._files[path.name] = file
             stored.update(dict.fromkeys(file.keys(), path.name))
         self._stored = _by_decoder_name(stored)
@@ -158,15 +209,18 @@ class _GgufCheckpoint(Checkpoint):
             get_gguf_hf_weights_map,
         )
 
-        self.config = AutoConfig.from_pretrained(
-            path.parent, gguf_file=path.name, trust_remote_code=False
-        ).get_text_config()
+        with _named(path, "is cut short, damaged or of an unknown kind"):
+            reader = GGUFReader(path)
+            self.config = AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            ).get_text_config()
         # The file's quantisation ends here: what is stored is plain weights.
         self.config.__dict__.pop("quantization_config", None)
-        reader = GGUFReader(path)
-        architecture = _gguf_architecture(reader)
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
-        mapped = get_gguf_hf_weights_map(decoder_on_meta(self.config), self._processor)
+        with _named(path, f"makes no {self.config.model_type} decoder"):
+            set_rope(self.config, reader)
+            processor = TENSOR_PROCESSORS.get(gguf_architecture(reader), TensorProcessor)
+            self._processor = processor(config=self.config.to_dict())
+            mapped = get_gguf_hf_weights_map(decoder_on_meta(self.config), self._processor)
         self._tensors = {}
         self._head: Any = None
         for tensor in reader.tensors:
@@ -174,7 +228,7 @@ class _GgufCheckpoint(Checkpoint):
             name = decoder_name(mapped.get(tensor.name, tensor.name))
             if tensor.name == "output.weight":
                 self._head = tensor
-            else:
+            elif tensor.name not in ROPE_TENSORS:
                 self._tensors[name] = tensor
         self.names = frozenset(self._tensors)
 
@@ -208,7 +262,8 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises half a dozen unrelated types for a bad file
-        raise CheckpointError(f"{path} is not a plain file of tensors ({error}): convert it to safetensors") from error
+        complaint = "is cut short, or not a plain file of tensors (convert it to safetensors)"
+        raise unreadable(path, complaint, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} holds something else than named tensors: convert it to safetensors")
     return tensors
@@ -224,16 +279,11 @@ def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
         if len(paths) != 1:
             raise CheckpointError(f"{folder} holds {len(paths)} weight files and no {index_name}")
         return paths
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} can't be read: {error}") from error
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if not re.fullmatch(r"[\w.-]+", name) or not (folder / name).is_file():
             raise CheckpointError(f"{index} lists {name}, which is not in {folder}")
     return [folder / name for name in names]
-
-
-def _gguf_architecture(reader: Any) -> str:
-    field = reader.fields["general.architecture"]
-    return bytes(field.parts[field.data[0]]).decode()

@@ -46,6 +46,21 @@ def test_every_file_layout_gives_the_base(tmp_path: Path, layout: str) -> None:
     assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+def test_names_that_training_wrapped_are_those_of_the_decoder(tmp_path: Path, prefix: str) -> None:
+    """As torch.compile, DistributedDataParallel and FSDP leave them, around the model or a layer of it."""
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tiny_model("llama"), 0)
+    build_encoder(recipe(tmp_path / "base", tmp_path / "adapter"), tmp_path / "plain")
+    for path in (tmp_path / "base" / "model.safetensors", tmp_path / "adapter" / "adapter_model.safetensors"):
+        tensors = {name.replace("layers.1.", f"layers.1.{prefix}"): tensor for name, tensor in load_file(path).items()}
+        save_file({prefix + name: tensor for name, tensor in tensors.items()}, path)
+    build_encoder(recipe(tmp_path / "base", tmp_path / "adapter"), tmp_path / "wrapped")
+    one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("plain", "wrapped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_merged_adapters_equal_base_and_adapters_forward(tmp_path: Path, head: bool) -> None:
     """The slow twin is peft: two adapters, merged by it one after the other, from both kinds of wrapper."""
@@ -103,41 +118,6 @@ def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder", shard_bytes=100_000)
     assert len(list((tmp_path / "encoder").glob("model-*.safetensors"))) > 1
-    expected = normalized(padded_vectors(tiny_model("llama", head=True).model, ROWS))
-    assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5
-
-
-def test_a_gguf_base_gives_the_same_vectors(tmp_path: Path) -> None:
-    """Written as llama.cpp's converter writes Llama: its own tensor names, and rows of q and k in another order."""
-    gguf = pytest.importorskip("gguf", reason="GGUF bases need the extra `demo`")
-    model = save_base(tmp_path / "base")
-    config = model.config
-    folder = tmp_path / "gguf"
-    folder.mkdir()
-    shutil.copyfile(tmp_path / "base" / "tokenizer.json", folder / "tokenizer.json")
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        values = tensor.numpy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        stem, _, ending = name.rpartition(".")
-        writer.add_tensor(f"{names.get_name(stem)}.{ending}", values.copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    build_encoder(recipe(folder), tmp_path / "encoder")
     expected = normalized(padded_vectors(tiny_model("llama", head=True).model, ROWS))
     assert (vectors_of(tmp_path / "encoder") - expected).abs().max() < 1e-5
 
@@ -282,13 +262,14 @@ def _edit_base(folder: Path, change: Any) -> None:
         (lambda t: t.pop("model.norm.weight"), r"lacks norm\.weight"),
         (lambda t: t.update({"model.layers.0.mystery": torch.zeros(2)}), r"holds layers\.0\.mystery"),
         (lambda t: t.update({"model.norm.weight": torch.ones(7)}), r"norm\.weight has shape \(7,\).*\(64,\)"),
+        (lambda t: t.update({"_orig_mod.norm.weight": torch.ones(64)}), r"both norm\.weight"),
         (lambda t: t["model.norm.weight"].fill_(float("nan")), r"norm\.weight holds NaN"),
     ],
 )
 def test_a_base_that_does_not_fit_its_config_is_named(tmp_path: Path, change: Any, message: str) -> None:
     save_base(tmp_path / "base")
     _edit_base(tmp_path / "base", change)
-    with pytest.raises(BuildError, match=message):
+    with pytest.raises((BuildError, CheckpointError), match=message):
         build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
     assert _nothing_left(tmp_path)
 
