@@ -225,11 +225,16 @@ def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifes
 def listen(host: str, port: int, shared: bool = False) -> socket.socket:
     """A socket on the address; with others if it is shared, among which the kernel spreads connections.
 
+    `::` is every address of IPv6 and of IPv4, as 0.0.0.0 is of IPv4 alone.
+
     Raises:
         StartupError: if it is taken or not this machine's.
     """
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((host, port), backlog=2048, family=_family(host), reuse_port=shared)
+        return socket.create_server(
+            (host, port), backlog=2048, family=_family(host), reuse_port=shared, dualstack_ipv6=both
+        )
     except OSError as error:
         raise StartupError(
             f"can't listen on {host}:{port} ({error.strerror or error}): choose another LLM2VEC_HOST or LLM2VEC_PORT"

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         Path("~/.cache/llm2vec-service"), description="folder in which recipes are built and found again"
     )
     served_name: str = Field("", description="the model's name in the API; by default the recipe's name")
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface, :: for IPv6 as well")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

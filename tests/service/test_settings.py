@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from service.cost_model import CostModel
 from service.errors import StartupError
 from service.scheduling import BatchLimits
+from service.server import listen
 from service.settings import Limits, Settings, load_settings, settings_table
 from tests.service.fakes import fake_manifest
 
@@ -95,6 +97,13 @@ def test_limits_that_contradict_each_other_name_the_way_out(given: dict[str, Any
 )
 def test_batches_follow_the_device(cost: CostModel, given: dict[str, Any], batch_tokens: int) -> None:
     assert limits(device="cuda", **given).for_batches(cost) == BatchLimits(batch_tokens, 16384)
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_every_address_of_ipv6_is_every_address_of_ipv4_too() -> None:
+    with listen("::", 0) as both:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, both.getsockname()[1]), timeout=10).close()
 
 
 def test_the_readme_lists_every_setting() -> None:
