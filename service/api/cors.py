@@ -12,6 +12,8 @@ from service.api.common import ANSWER_HEADERS
 
 _ERROR_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
 
+_ASKS_FOR_PRIVATE = b"access-control-request-private-network"
+
 
 def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
     """An application whose answers and errors pages of these origins may read; all pages if one is `*`.
@@ -28,7 +30,31 @@ def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
         allow_credentials=False,
         expose_headers=(*ANSWER_HEADERS, *_ERROR_HEADERS),
     )
-    return allowing if "*" in origins else VaryByOrigin(allowing)
+    return PrivateNetwork(allowing if "*" in origins else VaryByOrigin(allowing))
+
+
+class PrivateNetwork:
+    """Lets the pages of allowed origins ask a server in a private network, for which browsers ask leave beforehand."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or (_ASKS_FOR_PRIVATE, b"true") not in scope["headers"]:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_leave(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                headers = MutableHeaders(scope=message)
+                if "access-control-allow-origin" in headers:
+                    headers["access-control-allow-private-network"] = "true"
+            await send(message)
+
+        # Starlette's middleware refuses what it does not know, by version.
+        kept = [header for header in scope["headers"] if header[0] != _ASKS_FOR_PRIVATE]
+        await self._app({**scope, "headers": kept}, receive, send_with_leave)
 
 
 class VaryByOrigin:

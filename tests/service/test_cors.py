@@ -63,6 +63,21 @@ def test_every_origin_is_without_credentials() -> None:
             assert "access-control-allow-credentials" not in headers
 
 
+def test_allowed_origins_may_ask_a_server_in_a_private_network() -> None:
+    for origins, origin, leave in ((PAGE, PAGE, "true"), ("*", PAGE, "true"), (PAGE, "https://evil.example", None)):
+        with (server := Server(cors_origins=origins)).client:
+            headers = {
+                "origin": origin,
+                "access-control-request-method": "POST",
+                "access-control-request-private-network": "true",
+            }
+            answer = server.client.options("/v1/embeddings", headers=headers)
+            assert answer.status_code == (200 if leave else 400), answer.text
+            assert answer.headers.get("access-control-allow-private-network") == leave
+    with (server := Server(cors_origins=PAGE)).client:
+        assert "access-control-allow-private-network" not in preflight(server)  # which nobody asked for
+
+
 @pytest.mark.parametrize("wrong", ["app.example.org", "https://app.example.org/", "null", "https://*.example.org"])
 def test_what_is_no_origin_refuses_to_start(wrong: str) -> None:
     with pytest.raises(StartupError, match="LLM2VEC_CORS_ORIGINS"):
