@@ -31,6 +31,8 @@ MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
 
 # Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
 _DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
+_ROUTERS = [dialect.router for dialect in (openai, chunks, prompts, tei, cohere, ollama, operations)]
+_PATHS = [path for router in _ROUTERS for route in router.routes if (path := getattr(route, "path", "/")) != "/"]
 _DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
@@ -100,14 +102,14 @@ def create_app(
     state.started_at = int(time.time())
     metrics.ready.set(0)
     state.instructions = load_instructions(settings, manifest)
-    errors = ErrorResponses(_DIALECTS, metrics)
+    errors = ErrorResponses(_DIALECTS, metrics, _PATHS)
     errors.install(app)
     pages = playground.load_pages() if settings.playground else {}
     state.access = access = Access(settings, pages)
     context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
     app.entry = cors.allow(context, settings.cors_origins)
-    for routes in (openai, chunks, prompts, tei, cohere, ollama, operations):
-        app.include_router(routes.router)
+    for router in _ROUTERS:
+        app.include_router(router)
     app.include_router(playground.router_of(pages))
     return app
 

@@ -105,6 +105,8 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
 class Connection(HttpToolsProtocol):
     """One client's connection."""
 
+    parser: _Parser
+
     def __init__(self, guard: Guard, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.parser = _Parser(self)

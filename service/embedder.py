@@ -110,6 +110,7 @@ class EmbedRequest:
     wait_seconds: float = 0.0  # how long to wait for room in the queue before it is an overload
     param: str = "input"
     dimensions_param: str = "dimensions"
+    beside: int = 0  # of the inputs, those that the caller did not count: the query beside its texts
 
     @cached_property
     def characters(self) -> int:
@@ -452,7 +453,7 @@ class Embedder:
 
     def _check(self, request: EmbedRequest) -> None:
         inputs, param = request.inputs, request.param
-        self._check_count(len(inputs), param)
+        self._check_count(len(inputs) - request.beside, param)
         if self.settings.empty_text == "error":
             for index, item in enumerate(inputs):
                 if _is_empty(item.text):

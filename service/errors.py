@@ -89,7 +89,7 @@ class ModelNotFound(InvalidRequest):
 
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(
-            f"the model {asked!r} does not exist here; this server serves {served!r}",
+            f"the model {asked[:100]!r} does not exist here; this server serves {served!r}",
             "model_not_found",
             "model",
         )

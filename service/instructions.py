@@ -26,6 +26,10 @@ ROLES: dict[str, Role] = {
 }
 
 
+# What OpenAI's clients ask for unless they are told otherwise: names of the one model here, too.
+OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
+
+
 class Chosen(NamedTuple):
     """An instruction ("" for none) and where it came from."""
 
@@ -114,6 +118,8 @@ class Instructions:
     def alias_of(self, model: str | None, served: str) -> str:
         """The role or prompt that a model's name asks for: `served:query`, or an alias; "" for none.
 
+        OpenAI's names of its models stand for the served one.
+
         Raises:
             ModelNotFound: if no model here has that name.
         """
@@ -121,12 +127,24 @@ class Instructions:
             return ""
         if model in self.aliases:
             return self.aliases[model]
-        name, colon, alias = model.partition(":")
-        if colon and name == served and alias:
+        if model in OPENAI_MODELS:
+            return ""
+        name, _, alias = model.partition(":")
+        if alias and (name == served or name in OPENAI_MODELS):
             return alias
         if self.any_model:
             return ""
         raise ModelNotFound(model, served)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a role or prompt of this name."""
+        if name.lower() in ROLES:
+            return True
+        try:
+            find_prompt(self.prompts, name)
+        except UnknownPrompt:
+            return False
+        return True
 
     def _from_headers(self, instruction: str | None, name: str | None) -> str:
         by_name = None if name is None else self.named({"x-input-type": name})

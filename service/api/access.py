@@ -19,7 +19,7 @@ class Access:
     Pages are open to be read: what they ask for is not.
 
     OpenAI's, Cohere's, NVIDIA's, Ollama's, Infinity's and text-embeddings-inference's clients send
-    `Authorization: Bearer KEY`; some gateways `x-api-key: KEY`.
+    `Authorization: Bearer KEY`; some gateways `x-api-key: KEY`, Azure's `api-key: KEY`.
     """
 
     def __init__(self, settings: Settings, pages: Collection[str] = ()) -> None:
@@ -53,6 +53,4 @@ def _given_keys(headers: Mapping[bytes, bytes]) -> list[bytes]:
         scheme, _, key = authorization.partition(b" ")
         if scheme.lower() == b"bearer" and key.strip():
             keys.append(key.strip())
-    if key := headers.get(b"x-api-key", b"").strip():
-        keys.append(key)
-    return keys
+    return keys + [key for name in (b"x-api-key", b"api-key") if (key := headers.get(name, b"").strip())]

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors
-from service.api.common import Text, alias_of, answer_headers, choose_instruction, ignored_fields
+from service.api.common import Text, alias_of, answer_headers, asked_model, choose_instruction, ignored_fields
 from service.api.openai import ERRORS, EmbedFields, documented, usage
 from service.api.requests import read, while_connected
 from service.choices import EmbedDtype
@@ -71,7 +71,7 @@ async def create_chunk_embeddings(request: Request) -> Response:
     body = await read(request, ChunkEmbeddingsBody)
     embedder: Embedder = request.app.state.embedder
     alias = alias_of(request, body.model)
-    more = ignored_fields(embedder, body.model_extra or {})
+    more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
     if (body.chunk_size is None) == (body.spans is None):
         raise InvalidRequest("send either chunk_size or spans", "invalid_value", "chunk_size")
     if len(body.spans or ()) > embedder.settings.max_inputs_per_request:

@@ -18,13 +18,14 @@ from service.api.common import (
     Text,
     alias_of,
     answer_headers,
+    asked_model,
     choose_instruction,
     ignored_fields,
     truncation,
     with_instruction,
 )
 from service.api.error_responses import Dialect, described
-from service.api.requests import read, while_connected
+from service.api.requests import missing, read, while_connected
 from service.embedder import Embedder, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.logs import request_id
@@ -231,7 +232,7 @@ async def _embed(request: Request, version: Version) -> Response:
     body = await read(request, CohereEmbedBody)
     embedder: Embedder = request.app.state.embedder
     alias = alias_of(request, body.model)
-    more = ignored_fields(embedder, body.model_extra or {})
+    more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
     texts, param = _texts(body)
     asked = to_embed_request(request, body, alias, texts, param, version)
     result = await while_connected(request, embedder.embed(asked))
@@ -311,12 +312,14 @@ def _texts(body: CohereEmbedBody) -> tuple[Sequence[str], str]:
     """The texts, and the field that they came in.
 
     Raises:
-        InvalidRequest: for images, or texts in both of the fields.
+        InvalidRequest: for images, no texts, or texts in both of the fields.
     """
     if body.images:
         raise InvalidRequest("images are not taken: this model reads text only", "invalid_input", "images")
     if body.inputs is None:
-        return body.texts or [], "texts"
+        if body.texts is None:
+            raise missing("texts", body.model_extra or {})
+        return body.texts, "texts"
     if body.texts:
         raise InvalidRequest("send either texts or inputs", "invalid_input", "inputs")
     return [_text_of(item, index) for index, item in enumerate(body.inputs)], "inputs"

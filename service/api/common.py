@@ -12,7 +12,7 @@ from fastapi import Request
 from pydantic import StringConstraints
 
 from service.embedder import Embedder, EmbedInput, EmbedResult
-from service.errors import InvalidRequest
+from service.errors import InvalidRequest, ModelNotFound
 from service.instructions import Asked, Chosen, Instructions
 
 Text = Annotated[str, StringConstraints(strict=True)]
@@ -25,6 +25,7 @@ ANSWER_HEADERS = (
     "x-instruction-sha",
     "x-truncated-inputs",
     "x-ignored-fields",
+    "x-requested-model",
     "x-token-ids-decoded",
     "x-compute-tokens",
     "x-total-time",
@@ -53,6 +54,23 @@ def alias_of(request: Request, model: str | None) -> str:
         ModelNotFound: if no model here has that name.
     """
     return instructions_of(request).alias_of(model, request.app.state.served_name)
+
+
+def check_model(request: Request, model: str, alias: str) -> None:
+    """Look up a model by its name alone, where no instruction is asked for.
+
+    Raises:
+        ModelNotFound: if the role or prompt in the name does not exist.
+    """
+    if alias and not instructions_of(request).knows(alias):
+        raise ModelNotFound(model, request.app.state.served_name)
+
+
+def asked_model(request: Request, model: str | None) -> dict[str, str]:
+    """The header that says by which other name the served model was asked for."""
+    if model is None or model == request.app.state.served_name:
+        return {}
+    return {"x-requested-model": _header_text(model)[:200]}
 
 
 def choose_instruction(
@@ -125,8 +143,7 @@ def ignored_fields(embedder: Embedder, names: Iterable[str]) -> dict[str, str]:
     if embedder.settings.reject_unknown_fields:
         raise InvalidRequest(f"unknown fields: {', '.join(ignored)}", "unknown_field", ignored[0])
     embedder.metrics.ignored_fields.inc(len(ignored))
-    # The names are the client's: nothing in them may end the header or begin another.
-    return {"x-ignored-fields": ", ".join(re.sub(r"[^\x21-\x7e]", "?", name) for name in ignored)[:1024]}
+    return {"x-ignored-fields": ", ".join(map(_header_text, ignored))[:1024]}
 
 
 def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
@@ -165,6 +182,11 @@ def _sha(instruction: str) -> str:
 def _utf8(header: str | None) -> str | None:
     """A header's text: the framework takes its bytes for Latin-1."""
     return None if header is None else header.encode("latin-1").decode(errors="replace")
+
+
+def _header_text(name: str) -> str:
+    """A client's word in a header: nothing in it may end the header or begin another."""
+    return re.sub(r"[^\x21-\x7e]", "?", name)
 
 
 def _milliseconds(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +81,13 @@ def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) ->
 
 
 class ErrorResponses:
-    """Errors → answers, each in the words of the API that was asked: by path, OpenAI's where there is no other."""
+    """Errors → answers, each in the words of the API that was asked: by path, OpenAI's where there is no other.
 
-    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics) -> None:
+    A path that does not exist is told which of the known paths it ends with.
+    """
+
+    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics, known_paths: Sequence[str] = ()) -> None:
+        self._known_paths = known_paths
         self._dialects = dialects
         self._metrics = metrics
 
@@ -98,8 +102,9 @@ class ErrorResponses:
             assert isinstance(error, HTTPException)
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             request.state.code = code
-            message = f"{request.method} {request.url.path}: {error.detail}"
-            return self._answer(request.url.path, message, error.status_code, code, None, dict(error.headers or {}))
+            path = request.scope["path"]
+            message = f"{request.method} {path[:200]}: {error.detail}{_way_out(path, error, self._known_paths)}"
+            return self._answer(path, message, error.status_code, code, None, dict(error.headers or {}))
 
         async def bug(request: Request, error: Exception) -> Response:
             return self.unexpected(request.scope["path"])
@@ -144,6 +149,16 @@ class ErrorResponses:
             rejected.labels(known).inc()
         elif isinstance(error, errors.Unauthorized):
             rejected.labels(error.code).inc()
+
+
+def _way_out(path: str, error: HTTPException, known_paths: Sequence[str]) -> str:
+    """What a message says where a path was joined wrongly to the server's address, or asked with another method."""
+    if error.status_code == 405 and error.headers:
+        return f": use {error.headers['Allow']}"
+    if error.status_code != 404:
+        return ""
+    meant = max((known for known in known_paths if path.endswith(known)), key=len, default="")
+    return f": did you mean {meant}?" if meant else ": texts are embedded at /v1/embeddings, /docs shows all paths"
 
 
 def _headers(error: errors.ServiceError) -> dict[str, str]:

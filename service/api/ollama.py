@@ -18,6 +18,7 @@ from service.api.answers import AnswerWriter, encode_vectors, json_answer, json_
 from service.api.common import (
     Text,
     answer_headers,
+    check_model,
     choose_instruction,
     ignored_fields,
     instructions_of,
@@ -25,7 +26,7 @@ from service.api.common import (
     with_instruction,
 )
 from service.api.error_responses import Dialect, described
-from service.api.requests import parse, read, read_document, while_connected
+from service.api.requests import TEXT_FIELDS, missing, parse, read, read_document, while_connected
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
 from service.settings import Settings
@@ -54,6 +55,16 @@ class _Body(BaseModel):
     )
     options: dict[str, Any] | None = Field(None, description="accepted and not used: those with a value are named")
     keep_alive: Any = Field(None, description="accepted and not used: the model stays loaded")
+
+    def check(self, text_field: str) -> None:
+        """Let a request without texts pass, which asks to load the model, but none whose texts are in another field.
+
+        Raises:
+            InvalidRequest: for such a one: a client would take the empty answer for vectors.
+        """
+        extra = self.model_extra or {}
+        if getattr(self, text_field) is None and not TEXT_FIELDS.isdisjoint(extra):
+            raise missing(text_field, extra)
 
     def unused(self) -> list[str]:
         """The fields and options that change nothing here."""
@@ -186,6 +197,7 @@ async def embed(request: Request) -> Response:
     """Embed texts."""
     began = time.perf_counter()
     body = await read(request, OllamaEmbedBody)
+    body.check("input")
     embedder: Embedder = request.app.state.embedder
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
@@ -213,6 +225,7 @@ async def embeddings(request: Request) -> Response:
     """Embed one text. Superseded by `/api/embed`."""
     began = time.perf_counter()
     body = await read(request, OllamaEmbeddingsBody)
+    body.check("prompt")
     embedder: Embedder = request.app.state.embedder
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
@@ -258,7 +271,8 @@ async def show_model(request: Request) -> Response:
     """What the served model is, by one of its names."""
     embedder: Embedder = request.app.state.embedder
     body = parse(OllamaShowBody, await read_document(request))
-    _alias_of(request, body.model or body.name)
+    name = body.model or body.name
+    check_model(request, name or "", _alias_of(request, name))
     manifest: Manifest = request.app.state.manifest
     family = manifest.model_type
     about = {

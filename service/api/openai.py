@@ -17,6 +17,8 @@ from service.api.common import (
     alias_of,
     answer_headers,
     are_ids,
+    asked_model,
+    check_model,
     choose_instruction,
     ignored_fields,
     instructions_of,
@@ -25,7 +27,7 @@ from service.api.common import (
     truncation,
 )
 from service.api.error_responses import described
-from service.api.requests import read, while_connected
+from service.api.requests import missing, read, while_connected
 from service.choices import EmbedDtype, Overflow
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
 from service.errors import InvalidRequest
@@ -85,7 +87,9 @@ class EmbedFields(BaseModel):
     prompt_name: Name | None = Field(None, description="as input_type; beside one, it says which of its sides counts")
     task: Name | None = Field(None, description="as prompt_name")
     priority: Lane | None = Field(None, description="by default by the number of inputs")
-    timeout_ms: float | None = Field(None, gt=0, description="a request still queued after this is dropped")
+    timeout_ms: float | None = Field(
+        None, gt=0, strict=True, allow_inf_nan=False, description="a request still queued after this is dropped"
+    )
     user: Any = Field(None, description="accepted and not used")
 
     def names(self) -> Mapping[str, str | None]:
@@ -175,13 +179,28 @@ def documented(
     ),
 )
 @router.post("/embeddings", include_in_schema=False)
+@router.post("/openai/v1/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
     """Embed texts."""
     began = time.perf_counter()
     body = await read(request, EmbeddingsBody)
+    return await _embed(request, body, body.model, began)
+
+
+@router.post(
+    "/openai/deployments/{deployment}/embeddings",
+    **documented(EmbeddingsBody, EmbeddingsAnswer, {"input": ["A plane is taking off.", "A man is playing a flute."]}),
+)
+async def create_azure_embeddings(request: Request, deployment: str) -> Response:
+    """Embed texts, as Azure's clients ask: the deployment is the model's name, whatever the body says."""
+    began = time.perf_counter()
+    return await _embed(request, await read(request, EmbeddingsBody), deployment, began)
+
+
+async def _embed(request: Request, body: EmbeddingsBody, model: str | None, began: float) -> Response:
     embedder: Embedder = request.app.state.embedder
-    alias = alias_of(request, body.model)
-    more = ignored_fields(embedder, body.model_extra or {})
+    alias = alias_of(request, model)
+    more = {**asked_model(request, model), **ignored_fields(embedder, body.model_extra or {})}
     asked = to_embed_request(request, body, alias)
     if asked.token_ids != "model":
         more["x-token-ids-decoded"] = asked.token_ids
@@ -200,6 +219,8 @@ DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/emb
 
 
 @router.get("/v1/models")
+@router.get("/models", include_in_schema=False)
+@router.get("/openai/v1/models", include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
     return json_answer({"object": "list", "data": [_model(request, name) for name in model_names(request)]})
@@ -208,7 +229,7 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
 async def get_model(request: Request, name: str) -> Response:
     """The served model by one of its names."""
-    alias_of(request, name)
+    check_model(request, name, alias_of(request, name))
     return json_answer(_model(request, name))
 
 
@@ -219,6 +240,8 @@ def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> Embe
         InvalidRequest: for inputs, instructions or names that can't be served.
     """
     embedder: Embedder = request.app.state.embedder
+    if body.input is None:
+        raise missing("input", body.model_extra or {})
     given = [body.input] if isinstance(body.input, str) or are_ids(body.input) else body.input
     if not isinstance(given, list):
         raise InvalidRequest("input must be a text, a list of texts, or token ids", "invalid_input", "input")

@@ -9,7 +9,7 @@ import random
 import re
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -43,6 +43,9 @@ _LISTEN_AFTER_SECONDS = 0.05
 _DEVICE_FAILED = 424
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+# What the dialects call what is to be embedded.
+TEXT_FIELDS = frozenset({"input", "inputs", "texts", "text", "prompt"})
 
 # What a connection's protocol leaves in the state of a request that has not arrived in time.
 LATE = "late"
@@ -230,13 +233,24 @@ async def read_document(request: Request) -> dict[str, Any]:
         RequestTooLarge: past the settings' limit.
         InvalidRequest: if it is not JSON, or no object.
     """
+    body = await read_body(request, request.app.state.settings.max_body_bytes)
     try:
-        document = orjson.loads(await read_body(request, request.app.state.settings.max_body_bytes))
+        document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}", "invalid_json") from error
+        reason = _not_utf8(body) or f"valid JSON: {error}"
+        raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", "invalid_json")
     return document
+
+
+def _not_utf8(body: bytes) -> str:
+    """Where a body is not UTF-8, for which the JSON parser has no clear word; "" if it is."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"UTF-8, as JSON has to be: the byte at {error.start} is {body[error.start]:#04x}"
+    return ""
 
 
 def parse(model: type[Body], document: dict[str, Any]) -> Body:
@@ -250,8 +264,17 @@ def parse(model: type[Body], document: dict[str, Any]) -> Body:
     except ValidationError as error:
         issue = error.errors()[0]
         field = str(issue["loc"][0]) if issue["loc"] else None
+        if issue["type"] == "missing" and len(issue["loc"]) == 1:
+            raise missing(str(field), document) from error
         where = ".".join(map(str, issue["loc"]))
         raise InvalidRequest(f"{where}: {issue['msg']}", "invalid_value", field) from error
+
+
+def missing(field: str, given: Collection[str]) -> InvalidRequest:
+    """The refusal of a request without its texts; it says so where another API's field was sent instead."""
+    other = sorted(TEXT_FIELDS.intersection(given))
+    hint = f": this path reads {field}, not {other[0]}" if other else ""
+    return InvalidRequest(f"{field} is missing{hint}", "invalid_value", field)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -349,7 +349,7 @@ async def rerank(request: Request) -> Response:
         chosen = Chosen(instructions_of(request).query, "default")
     separator = embedder.settings.instruction_separator
     inputs = with_instruction(body.texts, NONE, separator) + with_instruction([body.query], chosen, separator)
-    asked = _asked(request, inputs, body, param="texts")
+    asked = _asked(request, inputs, body, param="texts", beside=1)
     result = await while_connected(request, embedder.embed(asked))
 
     cosines = _cosines(result)
@@ -470,7 +470,7 @@ async def _compare(request: Request, body: SimilarityBody, began: float) -> Resp
     separator = embedder.settings.instruction_separator
     # The source comes last, so that messages call each sentence by its own index.
     inputs = with_instruction([*sentences, body.inputs.source_sentence], chosen, separator)
-    asked = _asked(request, inputs, parameters)
+    asked = _asked(request, inputs, parameters, beside=1)
     result = await while_connected(request, embedder.embed(asked))
     return json_answer(_cosines(result), {**_headers(request, asked, result, began), **more})
 
@@ -509,6 +509,7 @@ def _asked(
     dimensions: int | None = None,
     each_token: bool = False,
     param: str = "inputs",
+    beside: int = 0,
 ) -> EmbedRequest:
     embedder: Embedder = request.app.state.embedder
     return EmbedRequest(
@@ -520,6 +521,7 @@ def _asked(
         each_token=each_token,
         wait_seconds=embedder.settings.overload_wait_seconds,
         param=param,
+        beside=beside,
     )
 
 

@@ -17,7 +17,7 @@ from tests.tiny import build_tiny
 SETTINGS = {
     "LLM2VEC_EMPTY_TEXT": "bos",
     "LLM2VEC_INSTRUCTION_SEPARATOR": SEPARATOR,
-    "LLM2VEC_MODEL_ALIASES": json.dumps({"text-embedding-3-small": "", "questions": "query"}),
+    "LLM2VEC_MODEL_ALIASES": json.dumps({"questions": "query"}),
 }
 
 # Connections that the packages leave open, and what they call of pydantic; to be seen only where they are to blame.

@@ -40,6 +40,13 @@ def test_openai_embeddings_untouched_send_token_ids_and_get_the_texts_vectors(de
     assert_same(untouched.embed_query("🙂"), reference(demo, "🙂"))
 
 
+def test_openai_embeddings_that_are_told_the_url_alone(demo: ServerProcess) -> None:
+    from langchain_openai import OpenAIEmbeddings
+
+    untouched = OpenAIEmbeddings(base_url=f"{demo.base_url}/v1", api_key="none")
+    assert_same(untouched.embed_documents(TEXTS), reference(demo, TEXTS))
+
+
 def test_openai_embeddings_pieces_that_begin_inside_a_character(demo: ServerProcess) -> None:
     """What the client averages are the vectors of the pieces, each with U+FFFD where its bytes are no character."""
     import tiktoken

@@ -50,6 +50,13 @@ def test_an_index_whose_retriever_has_the_query_alias_answers_a_question(demo: S
     assert found[0].score == pytest.approx(cosine, abs=COSINE_TOLERANCE)
 
 
+def test_openai_embeddings_that_are_told_the_url_alone(demo: ServerProcess) -> None:
+    from llama_index.embeddings.openai import OpenAIEmbedding
+
+    untouched = OpenAIEmbedding(api_base=f"{demo.base_url}/v1", api_key="none")
+    assert_same(untouched.get_text_embedding_batch(PASSAGES), reference(demo, PASSAGES))
+
+
 def test_an_instruction_in_additional_fields(demo: ServerProcess) -> None:
     queries = openai_like(demo, "demo", additional_kwargs={"extra_body": {"instruction": QUERY}})
     assert_same(queries.get_query_embedding(QUESTION), reference(demo, QUESTION, instruction=QUERY))

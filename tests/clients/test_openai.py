@@ -87,9 +87,20 @@ def test_every_way_to_the_query_instruction(demo: ServerProcess, client: Any, op
     assert_same(rows(client.embeddings.create(input=QUESTION, **options)), asked)
 
 
-def test_a_name_of_openai_s_by_alias(demo: ServerProcess, client: Any) -> None:
-    answer = client.embeddings.create(model="text-embedding-3-small", input=PASSAGES)
+@pytest.mark.parametrize("model", ["text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"])
+def test_the_names_of_openai_s_models(demo: ServerProcess, client: Any, model: str) -> None:
+    answer = client.embeddings.create(model=model, input=PASSAGES)
     assert_same(rows(answer), reference(demo, PASSAGES))
+    assert answer.model == "demo"
+
+
+def test_the_client_for_azure(demo: ServerProcess) -> None:
+    import openai
+
+    for model, instruction in (("text-embedding-3-small", ""), ("demo:query", QUERY)):
+        with openai.AzureOpenAI(azure_endpoint=demo.base_url, api_key="none", api_version="2024-10-21") as client:
+            found = rows(client.embeddings.create(model=model, input=PASSAGES))
+        assert_same(found, reference(demo, PASSAGES, instruction=instruction))
 
 
 async def test_the_asynchronous_client(demo: ServerProcess) -> None:

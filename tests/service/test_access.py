@@ -25,7 +25,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "headers", [bearer(KEY), bearer(OTHER), {"authorization": f"bearer  {KEY}"}, {"x-api-key": OTHER}]
+    "headers", [bearer(KEY), bearer(OTHER), {"authorization": f"bearer  {KEY}"}, {"x-api-key": OTHER}, {"api-key": KEY}]
 )
 def test_a_valid_key_opens_the_door(headers: dict[str, str]) -> None:
     server = Server(api_keys=f"{KEY}, {OTHER}")

@@ -438,7 +438,11 @@ def test_the_server_can_have_its_own_query_instruction() -> None:
         ({"input": []}, 400, "empty_input", "input", "at least one"),
         ({"input": ["a", "  "]}, 400, "empty_input", "input", "index 1"),
         ({"input": ""}, 400, "empty_input", "input", "index 0"),
-        ({}, 400, "invalid_input", "input", "a list of texts"),
+        ({}, 400, "invalid_value", "input", "input is missing"),
+        ({"input": None}, 400, "invalid_value", "input", "input is missing"),
+        ({"inputs": ["a"]}, 400, "invalid_value", "input", "input is missing: this path reads input, not inputs"),
+        ({"input": "a", "timeout_ms": True}, 400, "invalid_value", "timeout_ms", "valid number"),
+        ({"input": "a", "timeout_ms": "5"}, 400, "invalid_value", "timeout_ms", "valid number"),
         ({"input": 7}, 400, "invalid_input", "input", "a list of texts"),
         (
             {"input": [1, 2], "token_ids": "reject"},
@@ -593,6 +597,92 @@ def test_head_is_get_without_the_body(server: Server) -> None:
     assert server.client.head("/nonesuch").status_code == 404
     assert server.client.head("/v1/embeddings").status_code == 405
     assert server.metric('llm2vec_requests_total{code="",route="/api/tags",status="200"}') == 2
+
+
+@pytest.mark.parametrize("model", ["text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"])
+def test_the_models_that_openai_s_clients_ask_for_by_default_are_the_served_one(server: Server, model: str) -> None:
+    answer = server.embed(input="a", model=model)
+    np.testing.assert_allclose(vectors(answer), [expected("a")], rtol=1e-6)
+    assert answer.json()["model"] == "fake"
+    assert answer.headers["x-requested-model"] == model
+    np.testing.assert_allclose(vectors(server.embed(input="a", model=f"{model}:query")), [expected("a", "Find:")])
+    assert server.client.get(f"/v1/models/{model}").json()["root"] == "fake"
+    with (own := Server(model_aliases={model: "query"})).client:
+        np.testing.assert_allclose(vectors(own.embed(input="a", model=model)), [expected("a", "Find:")], rtol=1e-6)
+
+
+def test_other_models_are_not_there(server: Server) -> None:
+    for model in ("text-embedding-3", "text-embedding-3-small-2", "gpt-4o", "x" * 10_000):
+        answer = server.embed(input="a", model=model)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert len(answer.content) < 400
+    for name in ("fake:nonsense", "text-embedding-3-small:nonsense", "nonsense"):
+        answer = server.client.get(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), name
+        assert server.client.post("/api/show", json={"model": name}).status_code == 404
+    for name in ("fake:query", "fake:Retrieval.Query", "fake:STS12"):
+        assert server.client.get(f"/v1/models/{name}").json()["id"] == name
+
+
+def test_answers_say_the_served_model_and_which_name_was_asked_for() -> None:
+    with (own := Server(any_model=True)).client:
+        for path, body in (("/v1/embeddings", {}), ("/v1/chunk_embeddings", {"chunk_size": 2})):
+            for model, shown in (("fake:query", "fake:query"), ("größe\r\nx-evil: 1", "gr??e??x-evil:?1")):
+                answer = own.client.post(path, json={"input": "a", "model": model, **body})
+                assert answer.json()["model"] == "fake"
+                assert answer.headers["x-requested-model"] == shown
+            for named in ({"model": "fake"}, {}):
+                answer = own.client.post(path, json={"input": "a", **named, **body})
+                assert "x-requested-model" not in answer.headers
+        assert len(own.embed(input="a", model="x" * 10_000).headers["x-requested-model"]) == 200
+
+
+def test_azure_s_clients_name_the_model_in_the_path_and_send_an_api_key() -> None:
+    with (own := Server(api_keys="sk-one", served_name="org/mine")).client:
+        query = "api-version=2024-10-21"
+        for deployment, instruction in (("text-embedding-3-small", ""), ("text-embedding-ada-002:query", "Find:")):
+            path = f"/openai/deployments/{deployment}/embeddings?{query}"
+            answer = own.client.post(path, json={"input": "a", "model": "other"}, headers={"api-key": "sk-one"})
+            np.testing.assert_allclose(vectors(answer), [expected("a", instruction)], rtol=1e-6)
+            assert answer.json()["model"] == "org/mine"
+            assert own.client.post(path, json={"input": "a"}, headers={"api-key": "sk-two"}).status_code == 401
+        key = {"api-key": "sk-one"}
+        unknown = own.client.post(f"/openai/deployments/nonesuch/embeddings?{query}", json={"input": "a"}, headers=key)
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        assert own.client.post("/openai/v1/embeddings", json={"input": "a"}, headers=key).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/v1/embeddings", "/v1/embeddings"),
+        ("/v1/embeddings/embeddings", "/embeddings"),
+        ("/v1/embeddings/v1/embeddings", "/v1/embeddings"),
+        ("/api/v1/embeddings", "/v1/embeddings"),
+        ("/v1/rerank", "/rerank"),
+        ("/v1/api/embed", "/api/embed"),
+        ("/v1/health", "/health"),
+    ],
+)
+def test_a_path_joined_wrongly_is_told_the_right_one(server: Server, path: str, meant: str) -> None:
+    answer = server.client.post(path, json={"input": "a"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].endswith(f"did you mean {meant}?")
+
+
+def test_other_paths_are_told_where_texts_are_embedded(server: Server) -> None:
+    message = server.client.post("/v1/chat/completions", json={}).json()["error"]["message"]
+    assert message.endswith("texts are embedded at /v1/embeddings, /docs shows all paths")
+    assert server.client.get("/v1/embeddings").json()["error"]["message"].endswith("use POST")
+    assert len(server.client.get("/" + "x" * 10_000).content) < 500
+    assert server.client.get("/models").json() == server.client.get("/v1/models").json()
+
+
+@pytest.mark.parametrize("body", [b'{"input": "\xe4"}', '{"input": "a"}'.encode("utf-16"), b"\xff"])
+def test_a_body_that_is_not_utf_8_is_told_so(server: Server, body: bytes) -> None:
+    answer = server.client.post("/v1/embeddings", content=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert "the body is not UTF-8, as JSON has to be: the byte at" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_a_priority_above_0_yields(server: Server) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        ({}, 400, "texts is empty"),
+        ({}, 400, "texts is missing"),
         ({"texts": []}, 400, "texts is empty"),
         ({"inputs": []}, 400, "inputs is empty"),
         ({"texts": ["a", " "]}, 400, "index 1"),

@@ -339,7 +339,7 @@ def test_info() -> None:
         ({"inputs": ["a", "  "]}, 400, "Empty", "index 1"),
         ({"inputs": ""}, 400, "Empty", "index 0"),
         ({"inputs": ["a", []]}, 400, "Empty", "index 1"),
-        ({}, 422, "Validation", "inputs: Field required"),
+        ({}, 422, "Validation", "inputs is missing"),
         ({"inputs": None}, 422, "Validation", "text, a list of texts"),
         ({"inputs": 7}, 422, "Validation", "text, a list of texts"),
         ({"inputs": ["a", None]}, 422, "Validation", "input index 1"),
@@ -422,7 +422,13 @@ def is_error(answer: Any, status: int, kind: str, message: str = "") -> None:
         ("/rerank", {"query": "a", "texts": ["b", " "]}, 400, "Empty", "index 1"),
         ("/rerank", {"query": "", "texts": ["b"]}, 400, "Empty", "index 1"),
         ("/rerank", {"query": "a", "texts": ["b", "x" * 600]}, 422, "Validation", "input index 1"),
-        ("/rerank", {"query": "a", "texts": ["b"] * 2048}, 422, "Validation", "at most 2048"),
+        (
+            "/rerank",
+            {"query": "a", "texts": ["b"] * 2049},
+            422,
+            "Validation",
+            "2049 inputs in one request: at most 2048",
+        ),
         ("/rerank", {"query": "a", "texts": ["b", NOT_FINITE]}, 424, "Backend", "input index 1"),
         ("/tokenize", {"inputs": []}, 400, "Empty", "at least one"),
         ("/tokenize", {"inputs": ["a", ""]}, 400, "Empty", "index 1"),
@@ -448,6 +454,15 @@ def test_errors_of_the_other_endpoints(
 ) -> None:
     server.app.state.embedder.tokenizer = CheckingTokenizer()
     is_error(post(server, path, **body), status, kind, message)
+
+
+def test_as_many_texts_are_compared_as_are_embedded() -> None:
+    with (few := Server(max_inputs_per_request=3)).client:
+        assert len(post(few, "/rerank", query="a", texts=["b"] * 3).json()) == 3
+        assert len(post(few, "/similarity", inputs={"source_sentence": "a", "sentences": ["b"] * 3}).json()) == 3
+        is_error(
+            post(few, "/rerank", query="a", texts=["b"] * 4), 422, "Validation", "4 inputs in one request: at most 3"
+        )
 
 
 def test_errors_of_http(server: Server) -> None:
