@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import httptools
 import orjson
@@ -172,7 +172,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._unparsed_bytes = 0
-        if cast(_Parser, self.parser).offers_upgrade:
+        if self.parser.offers_upgrade:
             return
         self._in_header = False
         super().on_headers_complete()
@@ -184,7 +184,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if cast(_Parser, self.parser).offers_upgrade:
+        if self.parser.offers_upgrade:
             return
         self._reading_since = None
         self._in_header = True
