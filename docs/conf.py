@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from service.api.reference import kind
 from tests.service.fakes import Server
 
 project = "llm2vec-service"
@@ -80,17 +81,3 @@ def described(name: str, operation: dict[str, Any]) -> list[str]:
             lines.append(f"| `{field}` | {kind(about)}{needed} | {about.get('description', '')} |".replace("  |", " |"))
         lines.append("")
     return [*lines, f"Answers with {', '.join(sorted(operation['responses']))}."]
-
-
-def kind(schema: dict[str, Any]) -> str:
-    """A JSON schema's type, in words."""
-    if choices := schema.get("anyOf"):
-        return " or ".join(dict.fromkeys(kind(choice) for choice in choices if choice.get("type") != "null"))
-    if values := schema.get("enum") or ("const" in schema and [schema["const"]]):
-        return ", ".join(f"`{value}`" for value in values)
-    if "prefixItems" in schema:
-        return f"[{', '.join(kind(item) for item in schema['prefixItems'])}]"
-    if schema.get("type") == "array":
-        items = kind(schema.get("items", {}))
-        return f"list of ({items})" if " or " in items else f"list of {items}"
-    return str(schema.get("type", "any"))

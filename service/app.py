@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.manifest import Manifest
-from service.api import chunks, cohere, cors, ollama, openai, operations, playground, prompts, tei
+from service.api import chunks, cohere, cors, ollama, openai, operations, playground, prompts, reference, tei
 from service.api.access import Access
 from service.api.answers import AnswerWriter
 from service.api.error_responses import Dialect, ErrorResponses
@@ -31,7 +31,7 @@ MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
 
 # Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
 _DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
-_ROUTERS = [dialect.router for dialect in (openai, chunks, prompts, tei, cohere, ollama, operations)]
+_ROUTERS = [dialect.router for dialect in (openai, chunks, prompts, tei, cohere, ollama, operations, reference)]
 _PATHS = [path for router in _ROUTERS for route in router.routes if (path := getattr(route, "path", "/")) != "/"]
 _DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
@@ -92,6 +92,8 @@ def create_app(
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # both load scripts from elsewhere: see reference.py
+        redoc_url=None,
     )
     state = app.state
     state.version = app.version

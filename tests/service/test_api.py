@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -711,6 +713,23 @@ def test_slashes_too_many_need_a_key_too() -> None:
             url = f"http://testserver{path}"
             assert own.client.get(url, follow_redirects=False).status_code == 401, path
         assert own.client.get("/livez/").status_code == 200
+
+
+def test_the_page_of_the_api_has_all_of_it_and_loads_nothing(server: Server) -> None:
+    answer = server.client.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    (style,) = re.findall(r"<style>(.*?)</style>", answer.text, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy
+    assert not re.search(r"<script|src=|@import|url\(|<link|https?:", answer.text)
+    for path, methods in server.client.get("/openapi.json").json()["paths"].items():
+        for method, operation in methods.items():
+            assert f"<code>{method.upper()} {path}</code>" in answer.text
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                for field in content["schema"]["properties"]:
+                    assert f"<td><code>{field}</code>" in answer.text, (path, field)
+    assert server.client.get("/redoc").status_code == 404
 
 
 def test_health_is_red_while_the_device_fails_and_green_again_after() -> None:
