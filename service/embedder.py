@@ -22,7 +22,7 @@ from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.backend import Batcher
 from service.batcher import Computed
 from service.choices import Overflow
-from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded
+from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded, TooManyInputs
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics, lane_of_request
 from service.rows import EmbedRow, Vector
@@ -476,11 +476,7 @@ class Embedder:
         if not inputs:
             raise InvalidRequest(f"{param} is empty: send at least one", "empty_input", param)
         if inputs > self.settings.max_inputs_per_request:
-            raise InvalidRequest(
-                f"{inputs} inputs in one request: at most {self.settings.max_inputs_per_request} are taken",
-                "too_many_inputs",
-                param,
-            )
+            raise TooManyInputs(inputs, self.settings.max_inputs_per_request, param)
 
     def _check_characters(self, inputs: Sequence[EmbedInput], param: str) -> None:
         most = self.settings.max_input_characters

@@ -5,6 +5,7 @@ ServiceError
 ├── InvalidRequest             the caller can mend it; has a code, and a param where one field is to blame
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
+│   ├── TooManyInputs
 │   ├── UnsupportedEncoding
 │   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
@@ -65,6 +66,13 @@ class RequestTooLarge(InvalidRequest):
             f"the request body is larger than {limit_bytes} bytes: send fewer inputs at once",
             "request_too_large",
         )
+
+
+class TooManyInputs(InvalidRequest):
+    """A request has more inputs than the server takes at once."""
+
+    def __init__(self, inputs: int, most: int, param: str) -> None:
+        super().__init__(f"{inputs} inputs in one request: at most {most} are taken", "too_many_inputs", param)
 
 
 class UnsupportedEncoding(InvalidRequest):

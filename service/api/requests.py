@@ -25,6 +25,7 @@ from service.errors import (
     RequestTimeout,
     RequestTooLarge,
     ServiceError,
+    TooManyInputs,
     Unavailable,
     UnsupportedEncoding,
 )
@@ -231,7 +232,7 @@ async def read_document(request: Request) -> dict[str, Any]:
 
     Raises:
         RequestTooLarge: past the settings' limit.
-        InvalidRequest: if it is not JSON, or no object.
+        InvalidRequest: if it is not JSON, or no object, or has too many inputs: an object would be made for each.
     """
     body = await read_body(request, request.app.state.settings.max_body_bytes)
     try:
@@ -241,6 +242,11 @@ async def read_document(request: Request) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", "invalid_json")
+    most = request.app.state.settings.max_inputs_per_request
+    for name in TEXT_FIELDS.intersection(document):
+        given = document[name]
+        if isinstance(given, list) and len(given) > most and not isinstance(given[0], int):  # token ids are one input
+            raise TooManyInputs(len(given), most, name)
     return document
 
 

@@ -260,3 +260,22 @@ def test_token_ids_do_not_spoil_the_guess_of_a_text_s_tokens(server: Server) -> 
     for number in range(100):
         assert server.embed(input=[number] * 50, token_ids="model").status_code == 200
     assert embedder._tokens_per_character == before
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/embeddings", "input"),
+        ("/embed", "inputs"),
+        ("/rerank", "texts"),
+        ("/v2/embed", "texts"),
+        ("/api/embed", "input"),
+    ],
+)
+def test_inputs_are_counted_before_an_object_is_made_for_each(server: Server, path: str, field: str) -> None:
+    """So their number is told, and not what is wrong with the last of them."""
+    body: dict[str, Any] = {"query": "a", "model": "fake", "input_type": "search_document"}
+    assert server.client.post(path, json={**body, field: ["a", {}]}).status_code in (400, 422)
+    answer = server.client.post(path, json={**body, field: [*["a"] * 2999, {}]})
+    assert answer.status_code in (400, 413, 422)
+    assert "3000" in answer.text
