@@ -33,7 +33,7 @@ class Arguments(BaseModel):
     per_device_train_batch_size: _Positive = 8
     per_device_eval_batch_size: _Positive = 8
     gradient_accumulation_steps: _Positive = 1
-    learning_rate: float = Field(default=5e-5, gt=0)
+    learning_rate: _Weight = 5e-5
     lr_scheduler_type: Literal[
         "linear",
         "cosine",

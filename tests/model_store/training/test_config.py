@@ -189,7 +189,7 @@ def test_a_value_of_the_wrong_type_is_refused_for_every_key(stage: Stage, tmp_pa
     ("change", "told"),
     [
         ({"learning_rate": "3e-5"}, 'learning_rate is "3e-5": write a number'),
-        ({"learning_rate": -1}, "learning_rate is -1: write a number above 0"),
+        ({"learning_rate": -1}, "learning_rate is -1: write a number of at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate is NaN: write a finite number"),
         ({"max_steps": 1.5}, "max_steps is 1.5: write a whole number"),
         ({"max_steps": 0}, "max_steps is 0: write a number of at least 1 or -1"),
