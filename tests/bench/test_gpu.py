@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.cpus import SAME_BITS
 from tests.cuda_stand_in import environment
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +50,7 @@ def test_every_step_on_a_stand_in_gpu(tmp_path: Path) -> None:
     assert eager.keys() == {"device_ms", "wall_ms", "host_ms", "tokens_per_second", "of_ceiling"}
     assert figures["8B lone"]["to_floor"] > 0
     assert figures["8B kernels at 16"]["top"]
-    assert figures["1.3B alone and among"]["40"]["bit_identical"] or not SAME_BITS
+    assert figures["1.3B alone and among"]["40"]["1 - cosine"] < 1e-3
     assert "8B at 64, of the matmul rate" in found["targets"]
     assert "worker gemma3_text against the CPU" in found["checks"]
     served = figures["1.3B over HTTP"]
