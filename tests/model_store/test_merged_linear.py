@@ -12,6 +12,7 @@ from model_store.attention import implementation_name
 from model_store.merged_linear import PartOfProduct, SharedProduct, merge_projections
 from model_store.packing import PackedBatch
 from model_store.quantization import EmulatedFp8Linear, emulate_fp8
+from tests.cpus import SAME_BITS
 from tests.tiny import FAMILIES, product_weights, random_rows, tiny_model
 
 CPU = torch.device("cpu")
@@ -42,8 +43,19 @@ def test_every_family_s_vectors_stay(family: str, dtype: torch.dtype, gated: boo
     parts = sum(isinstance(module, PartOfProduct) for module in merged.modules())
     assert parts == (0 if family == "phi3" else 3 * (3 + 2 * gated))  # phi3 has both in one already; of three layers
     for lengths in ([16], [3, 40, 17], [200, 5]):
-        # A product of more outputs is the same sums, but an activation of rows apart may round a few of them otherwise.
-        torch.testing.assert_close(hidden(merged, lengths), hidden(plain, lengths), rtol=0, atol=1e-5)
+        assert_near(hidden(merged, lengths), hidden(plain, lengths), dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, same_bits: bool = SAME_BITS) -> None:
+    """A product of more outputs is the same sums; off AMD's CPUs its size may choose a kernel that orders them anew.
+
+    An activation of rows apart may round a few float32 numbers otherwise on any CPU.
+    """
+    if same_bits:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        cosines = torch.cosine_similarity(found.double(), expected.double(), dim=-1)
+        assert cosines.min() > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)
 
 
 def test_a_bias_is_merged_too_and_no_weight_is_lost() -> None:
