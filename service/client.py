@@ -77,9 +77,13 @@ PATIENCE = Patience()
 
 
 class ServerClient:
-    """Asks one server; to be entered before, and left after. Several requests may be on their way at once."""
+    """Asks one server; to be entered before, and left after. Several requests may be on their way at once.
 
-    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
+    `reached`: whether another client has had an answer of this server. What breaks off is then asked for again from
+    the first request on.
+    """
+
+    def __init__(self, url: str, patience: Patience = PATIENCE, *, reached: bool = False) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._patience = patience
         key = os.environ.get(KEY_VARIABLE, "")
@@ -92,7 +96,7 @@ class ServerClient:
             )
         except httpx.InvalidURL as error:
             raise ServiceError(f"{url} is not an address of a server: {error}") from error
-        self._went_well = 0.0  # when; 0 if never
+        self._went_well = time.monotonic() if reached else 0.0  # when; 0 if never
         self._said = 0.0
 
     async def __aenter__(self) -> ServerClient:

@@ -156,7 +156,7 @@ class ServerVectors:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """With connections to it."""
-        async with ServerClient(self.url, self.patience) as self._client:
+        async with ServerClient(self.url, self.patience, reached=True) as self._client:
             yield
 
     async def embed(self, texts: Sequence[str]) -> Embedded:

@@ -253,6 +253,17 @@ async def test_a_job_loses_no_row_to_a_server_in_trouble(tmp_path: Path) -> None
     np.testing.assert_array_equal(out.vectors, [expected(text) for text in texts])
 
 
+@pytest.mark.parametrize("trouble", TROUBLES)
+async def test_a_job_comes_again_where_its_very_first_requests_fail(tmp_path: Path, trouble: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a\nb\n")
+    with scripted() as server:
+        vectors = await reach(server)
+        server._troubles = iter([TROUBLES[trouble]] * 4)
+        await asyncio.to_thread(lambda: do_job([Input(path, "lines")], tmp_path / "out", vectors))
+    assert read_output(tmp_path / "out").rows == [0, 1]
+
+
 async def test_a_server_that_is_replaced_by_another_encoder_ends_the_job(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a\nb\n")
