@@ -12,6 +12,9 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
+# What is longer is no prompt's name, mistyped or not.
+_MOST_CHARACTERS = 200
+
 
 class UnknownPrompt(ValueError):
     """A name that no prompt has; `close` are names like it, the likest first."""
@@ -66,8 +69,13 @@ def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:
     Raises:
         UnknownPrompt: if there is none.
     """
+    if name in prompts:
+        return prompts[name]
+    if len(name) > _MOST_CHARACTERS:
+        raise UnknownPrompt(name, [])
+    folded = name.casefold()
+    for known in prompts:
+        if known.casefold() == folded:
+            return prompts[known]
     names = {known.casefold(): known for known in prompts}
-    known = names.get(name.casefold())
-    if known is None:
-        raise UnknownPrompt(name, [names[close] for close in get_close_matches(name.casefold(), names)])
-    return prompts[known]
+    raise UnknownPrompt(name, [names[close] for close in get_close_matches(folded, names)])

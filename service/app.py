@@ -19,6 +19,7 @@ from service.api.error_responses import Dialect, ErrorResponses
 from service.api.requests import RequestContext
 from service.backend import Backend
 from service.embedder import Embedder, Tokenizes
+from service.in_flight import InFlight
 from service.instructions import load_instructions
 from service.metrics import Metrics
 from service.settings import Limits, Settings
@@ -108,7 +109,9 @@ def create_app(
     errors.install(app)
     pages = playground.load_pages() if settings.playground else {}
     state.access = access = Access(settings, pages)
-    context = RequestContext(app.entry, metrics, errors, _DIRECT, access, traces)
+    state.in_flight = in_flight = InFlight(settings.max_bytes_in_flight)
+    metrics.bytes_in_flight.set_function(lambda: in_flight.bytes)
+    context = RequestContext(app.entry, metrics, errors, _DIRECT, access, in_flight, traces)
     app.entry = cors.allow(context, settings.cors_origins)
     for router in _ROUTERS:
         app.include_router(router)

@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.error_responses import openai_error_body
 from service.api.requests import LATE
+from service.in_flight import InFlight
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -36,8 +37,9 @@ class _HeaderTooLarge(Exception):
 class Guard:
     """The limits, and the look at who breaks them."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, in_flight: InFlight) -> None:
         self.most = settings.max_connections
+        self._in_flight = in_flight
         self._read_seconds = settings.request_read_seconds
         self._write_seconds = settings.answer_write_seconds
         self._metrics = metrics
@@ -47,11 +49,13 @@ class Guard:
         self._metrics.dropped_connections.labels(reason).inc()
 
     def look(self, connections: Iterable[Any]) -> None:
-        """End those that take too long."""
+        """End those that take too long, and count what is ready for all."""
         now = time.monotonic()
+        unsent = 0
         for connection in list(connections):
             if isinstance(connection, Connection):
-                connection.look(now, self._read_seconds, self._write_seconds)
+                unsent += connection.look(now, self._read_seconds, self._write_seconds)
+        self._in_flight.unsent_bytes = unsent
 
 
 class Unsent:
@@ -211,21 +215,23 @@ class Connection(HttpToolsProtocol):
         elif not self._asking:
             self.loop.call_later(_FIRST_REQUEST_SECONDS, self._end_unasked)
 
-    def look(self, now: float, read_seconds: float, write_seconds: float) -> None:
-        """End it if it takes too long, with an answer where there is none yet."""
+    def look(self, now: float, read_seconds: float, write_seconds: float) -> int:
+        """End it if it takes too long, with an answer where there is none yet; the bytes that are ready for it."""
+        unsent = self.transport.get_write_buffer_size()
         if self._ends_at is not None and now > self._ends_at:
             self.transport.abort()
-            return
-        if self._unsent.idle_seconds(now, self.transport.get_write_buffer_size()) > write_seconds:
+            return 0
+        if self._unsent.idle_seconds(now, unsent) > write_seconds:
             self._guard.dropped("slow_reader")
             self.transport.abort()
-            return
+            return 0
         if self._reading_since is None or self.transport.is_closing():
-            return
+            return unsent
         if self.flow.read_paused or (self._in_header and self._answering):  # it is not the client that is slow
             self._reading_since = now
         elif now - self._reading_since > read_seconds:
             self._too_late(now)
+        return unsent
 
     @property
     def _answering(self) -> bool:

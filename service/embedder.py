@@ -23,6 +23,7 @@ from service.backend import Batcher
 from service.batcher import Computed
 from service.choices import Overflow
 from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded, TooManyInputs
+from service.in_flight import hold_tokens, hold_vectors
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics, lane_of_request
 from service.rows import EmbedRow, Vector
@@ -253,7 +254,8 @@ class Embedder:
         """
         self._check(request)
         rows = await self._tokenize(request)
-        self._check_tokens(sum(map(len, rows)))
+        self._check_tokens(tokens := sum(map(len, rows)))
+        hold_tokens(tokens)
         return await self._pool.run(
             self._likely(request)[1],
             lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
@@ -266,7 +268,8 @@ class Embedder:
             InvalidRequest: for inputs that can't be tokenized, or that have too many tokens.
         """
         self._check(request)
-        self._check_tokens(sum(map(len, await self._tokenize(request))))
+        self._check_tokens(tokens := sum(map(len, await self._tokenize(request))))
+        hold_tokens(tokens)
         return await self._pool.run(
             self._likely(request)[1],
             lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs],
@@ -281,6 +284,8 @@ class Embedder:
             InvalidRequest: for ids that the model does not have, or too many lists of them.
         """
         self._check_count(len(token_ids), param)
+        self._check_tokens(tokens := sum(map(len, token_ids)))
+        hold_tokens(tokens)
 
         def decode_one(index: int) -> str:
             try:
@@ -288,7 +293,7 @@ class Embedder:
             except TokenizationError as error:
                 raise InvalidRequest(f"{param} index {index}: {error}", "invalid_token_ids", param) from error
 
-        lane = self._lane(len(token_ids), sum(map(len, token_ids)))
+        lane = self._lane(len(token_ids), tokens)
         return await self._pool.run(lane, lambda: list(map(decode_one, range(len(token_ids)))))
 
     async def probe(self) -> None:
@@ -623,6 +628,7 @@ class Embedder:
         """The rows' vectors, once they are admitted."""
         tokens = sum(map(len, rows))
         self._check_tokens(tokens)
+        hold_vectors(sum(row.width * max(len(row.text.spans), 1) for row in rows))
         lane = lane or self._lane(len(rows), tokens)
         lane_of_request.set(lane)
         return await self._once_there_is_room(

@@ -6,11 +6,13 @@ ServiceError
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
 │   ├── TooManyInputs
+│   ├── TooManyValues
 │   ├── UnsupportedEncoding
 │   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
 ├── Unauthorized               no key, or one that is not valid
 ├── Overloaded                 too much is queued; come again in retry_after_seconds
+│   └── TooMuchInFlight        or all requests together hold too much memory
 ├── Unavailable                loading, draining, or the device thread is gone
 │   └── DeviceLost             the device computes nothing any more: the process has to end
 ├── DeadlineExceeded           the caller's time was over before its turn came
@@ -118,6 +120,28 @@ class Overloaded(ServiceError):
         super().__init__(f"the server is overloaded: {queued_tokens} tokens are queued; try again later")
         self.queued_tokens = queued_tokens
         self.retry_after_seconds = retry_after_seconds
+
+
+class TooMuchInFlight(Overloaded):
+    """Requests and their answers hold as much memory as they may together."""
+
+    def __init__(self, held_bytes: int, most_bytes: int) -> None:
+        ServiceError.__init__(
+            self,
+            f"the server is overloaded: requests and answers hold {held_bytes} bytes together, of at most {most_bytes} "
+            "(the setting LLM2VEC_MAX_BYTES_IN_FLIGHT); try again later",
+        )
+        self.retry_after_seconds = 1.0
+
+
+class TooManyValues(InvalidRequest):
+    """The body holds more JSON values than any request needs."""
+
+    def __init__(self, values: int, most: int, what: str) -> None:
+        super().__init__(
+            f"the body holds {values} {what}: at most {most} are taken, send fewer inputs at once",
+            "request_too_large",
+        )
 
 
 class Unavailable(ServiceError):

@@ -119,6 +119,7 @@ class Metrics:
             ("route", "class"),
         )
         self.inflight = gauge("inflight_requests", "Requests being worked on")
+        self.bytes_in_flight = gauge("bytes_in_flight", "Bytes of requests and of their answers that are held")
         self.inputs = counter("inputs", "Inputs embedded")
         self.tokens = counter("tokens", "Tokens computed; kind text is what was pooled", ("kind",))
         self.request_inputs = histogram("request_inputs", "Inputs in a request", _COUNTS)

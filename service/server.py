@@ -139,7 +139,7 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
             watchdog.end_within(watchdog.GRACE_SECONDS)
 
     app = make_app(on_fatal)
-    guard = Guard(settings, app.state.metrics)
+    guard = Guard(settings, app.state.metrics, app.state.in_flight)
     _allow_connections(settings.max_connections)
     server = _Server(
         uvicorn.Config(

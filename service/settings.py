@@ -136,7 +136,13 @@ class Settings(BaseSettings):
     )
     max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
     max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
-    max_body_bytes: int = Field(32 << 20, ge=1024, description="largest request body")
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="largest request body")
+    max_bytes_in_flight: int = Field(
+        1 << 30,
+        ge=1024,
+        description="bytes of all requests and of their answers' vectors together, in each process that speaks HTTP; a "
+        "request that would exceed it gets 429, unless it is alone",
+    )
     max_input_characters: int = Field(
         1_000_000, ge=1, description="longest input and longest instruction before tokenizing, whatever is cut of them"
     )

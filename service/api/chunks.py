@@ -74,9 +74,6 @@ async def create_chunk_embeddings(request: Request) -> Response:
     more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
     if (body.chunk_size is None) == (body.spans is None):
         raise InvalidRequest("send either chunk_size or spans", "invalid_value", "chunk_size")
-    if len(body.spans or ()) > embedder.settings.max_inputs_per_request:
-        most = embedder.settings.max_inputs_per_request
-        raise InvalidRequest(f"{len(body.spans or ())} spans: at most {most} are taken", "too_many_inputs", "spans")
     asked = ChunkRequest(
         body.input,
         choose_instruction(request, body.instruction, body.names(), alias),

@@ -18,6 +18,13 @@ from service.instructions import Asked, Chosen, Instructions
 Text = Annotated[str, StringConstraints(strict=True)]
 Name = Annotated[str, StringConstraints(strict=True, max_length=200)]
 
+# Of names that a client made up: how many are told, and in how many characters of a header.
+_NAMED = 100
+_HEADER_CHARACTERS = 1024
+
+# An instruction of more characters is hashed each time: those of many clients would fill the memory.
+_REMEMBERED_CHARACTERS = 1024
+
 # Every header of an answer beside the usual ones, for pages of other origins that want to read them.
 ANSWER_HEADERS = (
     "x-request-id",
@@ -70,7 +77,7 @@ def asked_model(request: Request, model: str | None) -> dict[str, str]:
     """The header that says by which other name the served model was asked for."""
     if model is None or model == request.app.state.served_name:
         return {}
-    return {"x-requested-model": _header_text(model)[:200]}
+    return {"x-requested-model": _header_text(model[:200])}
 
 
 def choose_instruction(
@@ -128,7 +135,9 @@ def instruction_sha(instructions: set[str]) -> str:
     if len(instructions) != 1:
         return "mixed"
     (instruction,) = instructions
-    return _sha(instruction) if instruction else "none"
+    if not instruction:
+        return "none"
+    return (_sha if len(instruction) <= _REMEMBERED_CHARACTERS else _sha.__wrapped__)(instruction)
 
 
 def ignored_fields(embedder: Embedder, names: Iterable[str]) -> dict[str, str]:
@@ -141,9 +150,10 @@ def ignored_fields(embedder: Embedder, names: Iterable[str]) -> dict[str, str]:
     if not ignored:
         return {}
     if embedder.settings.reject_unknown_fields:
-        raise InvalidRequest(f"unknown fields: {', '.join(ignored)}", "unknown_field", ignored[0])
+        raise InvalidRequest(f"unknown fields: {', '.join(ignored[:_NAMED])}", "unknown_field", ignored[0])
     embedder.metrics.ignored_fields.inc(len(ignored))
-    return {"x-ignored-fields": ", ".join(map(_header_text, ignored))[:1024]}
+    shown = ", ".join(_header_text(name[:_HEADER_CHARACTERS]) for name in ignored[:_NAMED])
+    return {"x-ignored-fields": shown[:_HEADER_CHARACTERS]}
 
 
 def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:

@@ -32,6 +32,9 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.ServiceError: 500,
 }
 
+# Of an error's message, and of the name of the field that is to blame.
+_MOST_CHARACTERS = 2000
+
 # What each status means, for the documentation.
 MEANINGS = {
     400: "the request can't be served as it is; `code` and `param` say why",
@@ -122,7 +125,7 @@ class ErrorResponses:
         message = str(error)
         if isinstance(error, errors.EncodingError) and error.index is not None:
             message += f" (input index {error.index})"
-        request.state.reason = message
+        request.state.reason = message[:_MOST_CHARACTERS]
         return self._answer(path, message, status, error.code, error.param, _headers(error))
 
     def unexpected(self, path: str) -> Response:
@@ -135,6 +138,8 @@ class ErrorResponses:
     def _answer(
         self, path: str, message: str, status: int, code: str, param: str | None, headers: dict[str, str]
     ) -> Response:
+        # A client's own words may be in these.
+        message, param = message[:_MOST_CHARACTERS], param and param[:_MOST_CHARACTERS]
         body = orjson.dumps(self._dialect(path).body(message, status, code, param))
         return Response(body, status, headers, "application/json")
 

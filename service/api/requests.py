@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.access import Access
 from service.api.error_responses import ErrorResponses
+from service.api.json_size import JSONSize, json_size
 from service.errors import (
     ClientGone,
     InvalidRequest,
@@ -26,11 +27,14 @@ from service.errors import (
     RequestTooLarge,
     ServiceError,
     TooManyInputs,
+    TooManyValues,
     Unavailable,
     UnsupportedEncoding,
 )
+from service.in_flight import InFlight, hold
 from service.logs import log, log_request, request_id
 from service.metrics import Metrics, lane_of_request
+from service.settings import Settings
 from service.tracing import Moments, Traces
 
 T = TypeVar("T")
@@ -47,6 +51,15 @@ _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 # What the dialects call what is to be embedded.
 TEXT_FIELDS = frozenset({"input", "inputs", "texts", "text", "prompt"})
+
+# Bodies of more bytes are looked at before they are parsed; fewer can't hold much.
+_COUNTED_BYTES = 1 << 18
+
+# Of an input in its longest form there are fewer: an object with a key for each of its fields.
+_CONTAINERS_AN_INPUT = 16
+
+# Where they may be given as token ids, and where token ids alone are.
+_ID_FIELDS = frozenset({"input", "inputs", "ids"})
 
 # What a connection's protocol leaves in the state of a request that has not arrived in time.
 LATE = "late"
@@ -67,9 +80,11 @@ class RequestContext:
         errors: ErrorResponses,
         direct: Mapping[tuple[str, str], Endpoint],
         access: Access,
+        in_flight: InFlight,
         traces: Traces | None = None,
     ) -> None:
         self._app = app
+        self._in_flight = in_flight
         self._access = access
         self._traces = traces
         self._metrics = metrics
@@ -81,6 +96,10 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        with self._in_flight.request():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         method = scope["method"]
         # HEAD is GET without the body, and a slash at the end or twice in a row means nothing: never a redirect, as one
@@ -192,6 +211,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         RequestTooLarge: past `limit_bytes`.
         UnsupportedEncoding: if it is compressed.
         RequestTimeout: if it has not arrived in time.
+        TooMuchInFlight: if all requests together would hold too much with it.
         ClientGone: if the client hangs up before it is whole.
     """
     encoding = request.headers.get("content-encoding", "")
@@ -211,6 +231,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
         size += len(chunks[-1])
         if size > limit_bytes:
             raise RequestTooLarge(limit_bytes)
+        hold(len(chunks[-1]))
         if more and LATE in request.scope["state"]:
             raise RequestTimeout
     return b"".join(chunks)
@@ -232,9 +253,12 @@ async def read_document(request: Request) -> dict[str, Any]:
 
     Raises:
         RequestTooLarge: past the settings' limit.
-        InvalidRequest: if it is not JSON, or no object, or has too many inputs: an object would be made for each.
+        InvalidRequest: if it is not JSON, or no object, or has too many values: an object would be made for each.
     """
-    body = await read_body(request, request.app.state.settings.max_body_bytes)
+    settings: Settings = request.app.state.settings
+    body = await read_body(request, settings.max_body_bytes)
+    if len(body) > _COUNTED_BYTES:
+        _check_size(await asyncio.to_thread(json_size, body), settings)
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -242,12 +266,40 @@ async def read_document(request: Request) -> dict[str, Any]:
         raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", "invalid_json")
-    most = request.app.state.settings.max_inputs_per_request
-    for name in TEXT_FIELDS.intersection(document):
-        given = document[name]
-        if isinstance(given, list) and len(given) > most and not isinstance(given[0], int):  # token ids are one input
-            raise TooManyInputs(len(given), most, name)
+    _check_lists(document, settings.max_inputs_per_request)
     return document
+
+
+def _check_size(size: JSONSize, settings: Settings) -> None:
+    """Refuse a body that takes long to parse, or much memory, for what it says: everybody waits for the parser.
+
+    Raises:
+        TooManyValues: for more than token ids and inputs in any of their forms come to.
+    """
+    containers = _CONTAINERS_AN_INPUT * settings.max_inputs_per_request
+    values = settings.max_tokens_per_request + containers
+    if size.containers > containers:
+        raise TooManyValues(size.containers, containers, "arrays, objects and their keys")
+    if size.commas > values:
+        raise TooManyValues(size.commas, values, "values")
+
+
+def _check_lists(document: dict[str, Any], most: int) -> None:
+    """Refuse a list longer than those of inputs may be, in any field or in an object in one.
+
+    One text's token ids may be more, where a field may hold such.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    for name, given in document.items():
+        for value in (given, *given.values()) if isinstance(given, dict) else (given,):
+            if not isinstance(value, list) or len(value) <= most:
+                continue
+            if name not in _ID_FIELDS or not isinstance(value[0], int):
+                if name in TEXT_FIELDS:
+                    raise TooManyInputs(len(value), most, name)
+                raise InvalidRequest(f"{len(value)} {name}: at most {most} are taken", "too_many_inputs", name)
 
 
 def _not_utf8(body: bytes) -> str:

@@ -136,7 +136,9 @@ def test_a_client_that_does_not_read_its_answer_is_dropped(server: ServerProcess
     with closing(connect(server, receive_bytes=4096)) as connection:
         for _ in range(4):  # more than the kernel keeps for it
             connection.sendall(post(body))
+        server.eventually(lambda: server.metric("llm2vec_bytes_in_flight") > MEGABYTE)
         server.eventually(lambda: dropped(server, "slow_reader") == before + 1, 60)
+    server.eventually(lambda: server.metric("llm2vec_bytes_in_flight") == 0)
     server.eventually(lambda: server.metric("llm2vec_inflight_requests") == 1)
 
 
