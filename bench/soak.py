@@ -4,16 +4,18 @@
 
 The device fails on a share of the batches and on texts that say so (`tests/faults/faulty_server.py`). The clients ask
 for single vectors and for many, in the words of OpenAI and of text-embeddings-inference, hang up, send and read slowly,
-stop in the midst of a request, or send what is none; who is refused comes again, twice. No two texts are alike and each
-answer is held to vectors that were computed before, each text alone and in float32, so that another's vector is seen.
+stop in the midst of a request, send what is none, or bodies as large and as bad as the limits allow; who is refused
+comes again, twice. No two texts are alike and each answer is held to vectors that were computed before, each text alone
+and in float32, so that another's vector is seen.
 
 Capacity is what clients get answered who wait for their answers. Then queries arrive alone for a fifth of the
 time, and in the rest of it everything together, at random (Poisson), at twice the capacity. The tiny model stands
 before a device of a fixed speed, any other is as fast as it is. Where there is more than one core, the clients have one
 to themselves.
 
-It fails (status 1) if a request got no answer or a wrong one, if the memory of the server's processes grew by more than
-5 % from after the warm-up to the end, or if they are left with more files or threads than before, or with work. Linux.
+It fails (status 1) if a request got no answer or a wrong one, if one turn of the event loop took more than 50 ms of its
+core, if the memory of the server's processes grew by more than 5 % from after the warm-up to the end, or if they are
+left with more files or threads than before, or with work. Linux.
 """
 
 from __future__ import annotations
@@ -56,13 +58,15 @@ MIX = {
     "hangs up": 0.08,
     "slow": 0.06,
     "stalls": 0.01,
-    "bad": 0.03,
+    "bad": 0.02,
+    "at the limits": 0.01,
 }
 _ALONE = {kind: MIX[kind] for kind in ("query", "TEI query")}
 _WITH_ANSWERS = {kind: MIX[kind] for kind in ("query", "TEI query", "bulk", "TEI bulk", "with faults")}
 
 OVERLOAD = 2.0
 MOST_GROWTH = 0.05
+MOST_TURN_MS = 50.0
 # Files and threads that a server may have more of at the end: a connection that is just being closed, say.
 SLACK = 4
 
@@ -137,6 +141,8 @@ def failures(found: Mapping[str, Any]) -> list[str]:
     checks = {
         f"{found['lost']} requests got no answer": found["lost"],
         f"{sum(found['wrong'].values())} answers are wrong": found["wrong"],
+        f"the event loop was at one turn for {found['turns']['longest_ms']} ms": found["turns"]["longest_ms"]
+        > MOST_TURN_MS,
         f"memory grew by {found['memory']['growth']:.1%}": found["memory"]["growth"] > MOST_GROWTH,
         f"{after['files']} files are open, {before['files']} were": after["files"] > before["files"] + SLACK,
         f"{after['threads']} threads run, {before['threads']} did": after["threads"] > before["threads"] + SLACK,
@@ -165,6 +171,7 @@ def start(model: Model, frontends: int, settings: dict[str, str] | None = None) 
     environment = {
         "FAULTS_SHARE": str(_FAULTS_SHARE),
         "FAULTS_SEED": str(_FAULTS_SEED),
+        "FAULTS_WATCH_LOOP": "1",
         "FAULTS_TOKENS_PER_SECOND": str(model.tokens_per_second),
         "LLM2VEC_COMPILE": "auto",
         "LLM2VEC_DEVICE": "cpu",
@@ -211,6 +218,12 @@ def holdings(server: ServerProcess) -> dict[str, float]:
     }
 
 
+def turns(server: ServerProcess) -> dict[str, float]:
+    """The longest turn of the event loop, and the median of each second's; with several processes the engine's."""
+    longest = [record["longest_turn_ms"] for record in server.records() if record["message"] == "event loop"]
+    return {"longest_ms": max(longest), "median_of_seconds_ms": median(longest)}
+
+
 # What is asked.
 
 
@@ -244,6 +257,7 @@ def make_traffic(model: Model) -> Traffic:
         for request in traffic["query"] + traffic["slow"]
     ]
     traffic["bad"] = bad_requests()
+    traffic["at the limits"] = largest_requests()
     return traffic
 
 
@@ -302,6 +316,19 @@ def bad_requests() -> list[Request]:
         Request(post(path, b"", "content-encoding: gzip"), expects(415, "unsupported_content_encoding")),
         Request(post("/v1/nothing", {}), expects(404, "not_found")),
         Request(b"no request at all\r\n\r\n", expects(400, "invalid_http")),
+    ]
+
+
+def largest_requests() -> list[Request]:
+    """The worst bodies within the limits, and what they are answered."""
+    path, size = "/v1/embeddings", 16_000_000
+    return [
+        Request(post(path, b'{"input":[' + b"[]," * (size // 3) + b"[]]}"), expects(400, "request_too_large")),
+        Request(post(path, {"input": ["a " * (size // 4096)] * 2048}), expects(400, "context_length_exceeded")),
+        Request(post(path, {"input": [5] * 300_000, "token_ids": "model"}), expects(400, "context_length_exceeded")),
+        Request(post(path, {"input": "a", "model": "x" * size}), expects(404, "model_not_found")),
+        Request(post(path, {"input": [], **{str(n): 1 for n in range(30_000)}}), expects(400, "empty_input")),
+        Request(post(path, b'{"input": "' + b"\\" * size), expects(400, "invalid_json")),
     ]
 
 
@@ -429,7 +456,8 @@ class Clients:
     async def play(self, kind: str) -> None:
         """One request of a kind, to its end."""
         request = self._chance.choice(self._traffic[kind])
-        play = {"hangs up": self._hang_up, "slow": self._dawdle, "stalls": self._ask_once, "bad": self._ask_once}
+        play = {"hangs up": self._hang_up, "slow": self._dawdle, "stalls": self._ask_once}
+        play |= dict.fromkeys(("bad", "at the limits"), self._ask_once)
         try:
             await play.get(kind, self._ask)(kind, request)
         except (OSError, httptools.HttpParserError) as error:  # a TimeoutError is one
@@ -545,6 +573,7 @@ async def soak(server: ServerProcess, traffic: Traffic, seconds: float) -> dict[
         "lost": sum(len(seen.lost) for seen in phases.values()),
         "wrong": {verdict: count for verdict, count in verdicts.items() if "wrong" in verdict},
         "memory": judge(watching.result()),
+        "turns": turns(server),
         "before": before,
         "after": after,
         "server": {name: server.metric(f"llm2vec_{name}_total") for name in _COUNTED},

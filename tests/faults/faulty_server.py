@@ -3,10 +3,12 @@
 Everything is real but the step from the worker to the device, which misbehaves on batches with a text that begins with
 one of the marks below, and, where FAULTS_SHARE says so, on that share of all batches, in a random order seeded by
 FAULTS_SEED. FAULTS_TOKENS_PER_SECOND is how fast the device is at most. FAULTS_HANG_START=1 hangs the loading.
+FAULTS_WATCH_LOOP=1 logs the longest turns of the event loop that the worker was started in.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import sys
@@ -25,6 +27,7 @@ from model_store.manifest import read_manifest
 from model_store.pipeline import Pending, Pipeline
 from model_store.tokenizer import TextTokenizer, TokenizedText
 from service.batcher import DevicePlan
+from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Assignment
 from service.settings import Limits, Settings
@@ -55,6 +58,10 @@ MARKS = (
 _MARK_TOKENS = 32
 
 _SLOW_SECONDS = 0.2
+
+# How often the event loop's turns are looked at, and how often the longest since is told.
+_LOOK_SECONDS = 0.002
+_TELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,27 @@ class FaultyPipeline(Pipeline):
         return next((mark for mark in MARKS if text.startswith(mark)), "")
 
 
+async def watch_loop() -> None:
+    """Log how long the event loop is at one turn, in milliseconds of its thread's core, for ever."""
+    await asyncio.sleep(_TELL_SECONDS)  # what the start still does
+    while True:
+        longest, end = 0.0, time.monotonic() + _TELL_SECONDS
+        while time.monotonic() < end:
+            began = time.thread_time()
+            await asyncio.sleep(_LOOK_SECONDS)
+            longest = max(longest, time.thread_time() - began)
+        log.info("event loop", extra={"fields": {"longest_turn_ms": round(longest * 1000, 1)}})
+
+
 class FaultyWorker(EncoderWorker):
     """A worker that gives its batches to a faulty pipeline, once it has warmed up."""
+
+    async def start(self, limits: Limits) -> DevicePlan:
+        """As the real one."""
+        plan = await super().start(limits)
+        if os.environ.get("FAULTS_WATCH_LOOP"):
+            self._watching = asyncio.create_task(watch_loop())
+        return plan
 
     def _start(self, limits: Limits) -> DevicePlan:
         if os.environ.get("FAULTS_HANG_START"):
