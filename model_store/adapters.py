@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_store.architectures import decoder_name, unwrapped
-from model_store.checkpoints import load_torch_file, read_json_object, unreadable
+from model_store.checkpoints import load_torch_file
+from model_store.errors import UserError
+from model_store.json_text import read_json_object, unreadable
 
 _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
@@ -25,7 +27,7 @@ _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError):
     """An adapter that can't be read, or does not fit the base."""
 
 

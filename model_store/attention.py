@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from model_store.errors import UserError
 from model_store.packing import to_device
 
 # T packed tokens, B texts, S tokens of one text, H query heads, G key/value heads, d head width
@@ -46,7 +47,7 @@ _NEWER_FLASH = {9: ("FA3", "FA4"), 10: ("FA4",)}
 _HARMLESS = frozenset({"is_causal", "position_ids", "use_cache", "output_attentions", "output_hidden_states"})
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError):
     """The model asks of attention what these kernels don't do; serving it would give wrong vectors."""
 
 

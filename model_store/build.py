@@ -25,7 +25,9 @@ from torch import Tensor
 
 from model_store.adapters import Adapter, check_fit, load_adapter, merge_adapter
 from model_store.architectures import architecture_of
-from model_store.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_json_object, read_raw_config
+from model_store.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
+from model_store.errors import UserError
+from model_store.json_text import read_json_object
 from model_store.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -52,7 +54,7 @@ SENTENCE_TRANSFORMERS_MODULE = "model_store.sentence_transformers_module.StoredE
 Progress = Callable[[int, int], None]
 
 
-class BuildError(ValueError):
+class BuildError(UserError):
     """A recipe whose parts don't make an encoder; the message names the part and the way out."""
 
 

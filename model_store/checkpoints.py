@@ -6,7 +6,6 @@ not the model's. Files are only ever read as data: safetensors, torch files with
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -20,17 +19,12 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of, decoder_name, is_encoder_tensor
+from model_store.errors import CheckpointError
 from model_store.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rope
+from model_store.json_text import read_json_object, unreadable
 
 # Under whatever wrapper.
 _OUTPUT_HEAD = "lm_head.weight"
-
-# What Git leaves in place of a large file that has not been fetched.
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-class CheckpointError(ValueError):
-    """A base or adapter whose files are incomplete, unreadable or of a kind that can't be merged."""
 
 
 class Checkpoint(ABC):
@@ -72,39 +66,6 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     """config.json as it was written (transformers drops and overwrites some keys), or {} where there is none."""
     path = folder / "config.json"
     return read_json_object(path) if path.is_file() else {}
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a base or an adapter comes with.
-
-    Raises:
-        CheckpointError: if it holds anything else.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise unreadable(path, "is not valid JSON", error) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return raw
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file only names the content that Git LFS would fetch into its place."""
-    with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def unreadable(path: Path, complaint: str, error: Exception) -> CheckpointError:
-    """The error for a file that can't be read: its path, and the cause, in one sentence."""
-    if is_lfs_pointer(path):
-        return CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
-    return CheckpointError(f"{path} {complaint}: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    told = " ".join(str(error).split())
-    return f"unknown value {told}" if isinstance(error, KeyError) and " " not in told else told
 
 
 def _decoder_config(folder: Path) -> Any:

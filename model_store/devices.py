@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from model_store.errors import UserError
+
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -27,7 +29,7 @@ _OLD_CUDA_WAY_OUT = (
 )
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """A device or dtype that this machine can't serve."""
 
 

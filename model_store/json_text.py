@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
+
+from model_store.errors import CheckpointError
+
+# What Git leaves in place of a large file that has not been fetched.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def parse_json(text: str) -> Any:
@@ -34,3 +40,36 @@ def unicode_problem(value: Any) -> str:
             return "is not valid UTF-8"
         return f"holds \\u{ord(wrong):04x}, half of a surrogate pair, which is no character"
     return ""
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that a base or an adapter comes with.
+
+    Raises:
+        CheckpointError: if it holds anything else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise unreadable(path, "is not valid JSON", error) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return raw
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file only names the content that Git LFS would fetch into its place."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def unreadable(path: Path, complaint: str, error: Exception) -> CheckpointError:
+    """The error for a file that can't be read: its path, and the cause, in one sentence."""
+    if is_lfs_pointer(path):
+        return CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
+    return CheckpointError(f"{path} {complaint}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    told = " ".join(str(error).split())
+    return f"unknown value {told}" if isinstance(error, KeyError) and " " not in told else told

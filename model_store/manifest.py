@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, is_plain_name
 from model_store.templates import Template
@@ -26,7 +27,7 @@ TOKENIZER_FILE = "tokenizer.json"
 _HASH_BLOCK = 1 << 22
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A folder that is not a whole, unchanged stored encoder."""
 
 

@@ -15,6 +15,8 @@ from importlib.resources import files
 from itertools import accumulate
 from typing import Literal
 
+from model_store.errors import UserError
+
 OpenAIEncoding = Literal["cl100k_base", "o200k_base"]
 
 # Ids of their own, above the tokens' and not one after another (tiktoken 0.14.0, tiktoken_ext/openai_public.py).
@@ -31,7 +33,7 @@ _SPECIAL_TOKENS: Mapping[OpenAIEncoding, Mapping[int, bytes]] = {
 _TOKENS: Mapping[OpenAIEncoding, int] = {"cl100k_base": 100_256, "o200k_base": 199_998}
 
 
-class UnknownTokenId(ValueError):
+class UnknownTokenId(UserError):
     """An id that the encoding has no token for; `token_id` is that id."""
 
     def __init__(self, encoding: OpenAIEncoding, token_id: int) -> None:

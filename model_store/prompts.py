@@ -12,17 +12,23 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
+from model_store.errors import UserError
+
 # What is longer is no prompt's name, mistyped or not.
 _MOST_CHARACTERS = 200
 
 
-class UnknownPrompt(ValueError):
+class UnknownPrompt(UserError):
     """A name that no prompt has; `close` are names like it, the likest first."""
 
     def __init__(self, name: str, close: Sequence[str]) -> None:
         hint = f": did you mean {' or '.join(close)}?" if close else ""
         super().__init__(f"there is no prompt named {name!r}{hint}")
         self.close = tuple(close)
+
+
+class PromptsFileError(UserError):
+    """A file that holds no prompts."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,13 @@ def read_prompts(file: Path) -> dict[str, Prompt]:
     """Prompts of one's own, written like the packaged ones.
 
     Raises:
-        ValueError: if it is no such file, saying where.
+        PromptsFileError: if it is no such file, saying where.
         OSError: if it can't be read.
     """
     try:
         return _prompts(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise PromptsFileError(f"{file}: {error}") from error
 
 
 def _prompts(text: str) -> dict[str, Prompt]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model_store.errors import UserError
+
 # T packed tokens, K inputs and N outputs of a layer
 
 Quantization = Literal["none", "fp8"]
@@ -27,7 +29,7 @@ _MULTIPLE = 16
 _WAY_OUT = "set LLM2VEC_QUANTIZATION=none"
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UserError):
     """The model, its dtype or the device can't do with this quantisation."""
 
 

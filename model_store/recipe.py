@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.templates import Template
 
@@ -20,7 +21,7 @@ DType = Literal["bfloat16", "float32"]
 ENCODER_DEFAULTS = {"pooling": "mean", "skip_instruction": True, "max_length": 512, "doc_max_length": 400}
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that cannot be read, or that asks for something that does not exist."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from model_store.errors import UserError
+
 # RoPE types that have one set of frequencies for rows up to a border, and others beyond it. The border of `dynamic`
 # (NTK-aware scaling that grows with the row) is max_position_embeddings itself, that of `longrope` (Ding et al. 2024)
 # original_max_position_embeddings.
@@ -18,7 +20,7 @@ _BY_LENGTH = ("longrope", "dynamic")
 _FIXED = "fixed"
 
 
-class RopeError(ValueError):
+class RopeError(UserError):
     """The stored encoder reads texts for which its frequencies would depend on batch mates."""
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model_store.attention import newer_flash
 from model_store.encoder import Encoder
+from model_store.errors import UserError
 from model_store.packing import PackedBatch
 from model_store.pipeline import Pipeline
 from model_store.tokenizer import TextTokenizer, TokenizedText
@@ -39,7 +40,7 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 _CHECKED = [TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0) for length in (3, 24, 9)]
 
 
-class SelfTestError(ValueError):
+class SelfTestError(UserError):
     """The encoder does not compute what it should."""
 
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
+from model_store.json_text import read_json_object, unreadable
 from model_store.rope import readable_positions
 
 # What a weight takes, by the arithmetic that it is multiplied in.
@@ -117,6 +118,7 @@ def shape_of(reference: str) -> Shape:
 
     Raises:
         SourceError: if there is no config.json to be had.
+        CheckpointError: if it describes no decoder.
         UnsupportedArchitectureError: for a family that can't become an encoder.
     """
     if config := known_configs().get(reference):
@@ -125,4 +127,10 @@ def shape_of(reference: str) -> Shape:
 
     from model_store.sources import config_folder
 
-    return Shape.read(AutoConfig.from_pretrained(config_folder(reference), trust_remote_code=False).to_dict())
+    path = config_folder(reference) / "config.json"
+    model_type = str(read_json_object(path).get("model_type", ""))
+    architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
+    try:
+        return Shape.read(AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict())
+    except Exception as error:  # transformers raises a dozen unrelated types for what a file may hold
+        raise unreadable(path, f"describes no {model_type} decoder", error) from error

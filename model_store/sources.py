@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from model_store.errors import UserError
 from model_store.progress import bar_class
 
 DEMO = "demo:"
@@ -32,7 +33,7 @@ _WEIGHTS = (
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """A reference that leads nowhere; the message names the way out."""
 
 

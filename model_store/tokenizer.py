@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tokenizers import Tokenizer
 
+from model_store.errors import UserError
 from model_store.templates import Template
 from model_store.token_bounds import characters_per_token
 
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
 Part = Literal["special", "template", "instruction", "text"]
 
 
-class TokenizationError(ValueError):
+class TokenizationError(UserError):
     """A text that the model cannot read; `index` is its place in the batch."""
 
     def __init__(self, message: str, index: int) -> None:
         super().__init__(message)
         self.index = index
+
+
+class TokenizerError(UserError):
+    """A tokenizer that can't be used."""
 
 
 @dataclass(frozen=True)
@@ -325,11 +330,11 @@ def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after every text, such as BOS.
 
     Raises:
-        ValueError: if it does anything else with special tokens.
+        TokenizerError: if it does anything else with special tokens.
     """
     alone = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
     for start in range(len(whole) - len(alone) + 1):
         if whole[start : start + len(alone)] == alone:
             return whole[:start], whole[start + len(alone) :]
-    raise ValueError("the tokenizer's special tokens are not simply before and after a text: it can't be used")
+    raise TokenizerError("the tokenizer's special tokens are not simply before and after a text: it can't be used")

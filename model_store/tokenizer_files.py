@@ -16,10 +16,12 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, processors
 
 from model_store.architectures import ARCHITECTURES
-from model_store.checkpoints import CheckpointError, is_lfs_pointer, read_json_object, read_raw_config, unreadable
+from model_store.checkpoints import read_raw_config
+from model_store.errors import CheckpointError
+from model_store.json_text import is_lfs_pointer, read_json_object, unreadable
 from model_store.manifest import TOKENIZER_FILE
 from model_store.sources import Source
-from model_store.tokenizer import special_tokens_around
+from model_store.tokenizer import TokenizerError, special_tokens_around
 
 _SETTINGS_FILE = "tokenizer_config.json"
 _OTHER_FILES = (_SETTINGS_FILE, "special_tokens_map.json")
@@ -91,7 +93,7 @@ def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str,
     try:
         if special_tokens_around(tokenizer) == ([number for _, number in before], [number for _, number in after]):
             return None
-    except ValueError:
+    except TokenizerError:
         pass  # it does something else, which the flags end
     single = [*(f"{token}:0" for token, _ in before), "$A:0", *(f"{token}:0" for token, _ in after)]
     pair = [*single, *(f"{token}:1" for token, _ in before), "$B:1", *(f"{token}:1" for token, _ in after)]

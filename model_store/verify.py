@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from model_store.checkpoints import CheckpointError, decoder_on_meta, open_checkpoint
+from model_store.checkpoints import decoder_on_meta, open_checkpoint
+from model_store.errors import UserError
 from model_store.manifest import Manifest, StoreError, changed_files, read_manifest
 from model_store.self_test import self_test_difference
 
@@ -63,7 +64,7 @@ def _check_tensors(folder: Path, manifest: Manifest) -> Check:
                 problems.append(f"{name}: {tensor.dtype}, should be {manifest.dtype}")
             if not tensor.isfinite().all():
                 problems.append(f"{name}: holds NaN or infinite values")
-    except (CheckpointError, SafetensorError, OSError, ValueError) as error:
+    except (UserError, SafetensorError, OSError) as error:
         problems.append(str(error))
     return Check("tensors", f"{count} tensors", tuple(problems))
 
@@ -71,7 +72,7 @@ def _check_tensors(folder: Path, manifest: Manifest) -> Check:
 def _check_self_test(folder: Path) -> Check:
     try:
         difference, allowed = self_test_difference(folder)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (UserError, SafetensorError) as error:
         return Check("self-test", "not usable", (str(error),))
     problems = () if difference <= allowed else (f"1 − cosine up to {difference:.1e}, allowed {allowed:.0e}",)
     return Check("self-test", f"1 − cosine up to {difference:.1e}", problems)

@@ -14,7 +14,8 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
-from model_store.manifest import find_built
+from model_store.json_text import read_json_object
+from model_store.manifest import CONFIG_FILE, find_built
 from model_store.pooling_modes import PoolingMode
 from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
@@ -22,7 +23,7 @@ from model_store.shape import shape_of
 from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import Kind
 from service.choices import EmbedDtype, Overflow
-from service.errors import ServiceError
+from service.logs import unexplained
 from service.planning import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
 from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
@@ -31,7 +32,7 @@ _EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "e
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status. An expected failure is one sentence on stderr and status 1."""
+    """Run one subcommand; returns the exit status. An error that the user can mend is one sentence on stderr."""
     # Texts are tokenized by threads of ours; the tokenizer's own would fight them for the same cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = _parser().parse_args(arguments)
@@ -39,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except KeyboardInterrupt:
         return 130
-    except (ServiceError, ValueError, OSError) as error:
+    except Exception as error:
+        if unexplained(error):
+            raise
         print(f"llm2vec-service: {error}", file=sys.stderr)
         return 1
 
@@ -306,7 +309,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _read_limit(folder: Path) -> str:
     from model_store.rope import limited_by
 
-    kind = limited_by(json.loads((folder / "config.json").read_text()))
+    kind = limited_by(read_json_object(folder / CONFIG_FILE))
     return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
 
 

@@ -94,6 +94,8 @@ class ServerClient:
                 limits=httpx.Limits(max_connections=None),
                 headers={"authorization": f"Bearer {key}"} if key else {},
             )
+        except UnicodeEncodeError:
+            raise ServiceError(f"{KEY_VARIABLE} is no key of a server: it holds more than ASCII characters") from None
         except httpx.InvalidURL as error:
             raise ServiceError(f"{url} is not an address of a server: {error}") from error
         self._went_well = time.monotonic() if reached else 0.0  # when; 0 if never

@@ -11,6 +11,9 @@ from typing import Any
 
 import orjson
 
+from model_store.errors import explains_itself
+from service.errors import ServiceError
+
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 log = logging.getLogger("llm2vec")
@@ -31,6 +34,11 @@ def log_request(level: int, fields: dict[str, Any]) -> None:
     """A request's line, if its level is written: without a log record, which would cost as much as routing it."""
     if log.isEnabledFor(level):
         sys.stderr.write(_line(time.time(), logging.getLevelName(level).lower(), "request", fields) + "\n")
+
+
+def unexplained(error: BaseException) -> BaseException | None:
+    """What to pass as `exc_info`: the error, unless its message tells all that there is to tell."""
+    return None if isinstance(error, ServiceError) or explains_itself(error) else error
 
 
 def _line(created: float, level: str, message: str, fields: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from model_store.errors import UserError
 from model_store.shape import WEIGHT_BYTES, Arithmetic, Shape
 from service.cost_model import CostModel
 from service.settings import BATCH_SECONDS, TOKEN_BUDGET
@@ -56,7 +57,7 @@ _P99_SHARE = 0.9
 _CAPS = [percent / 100 for percent in range(5, 85, 5)]
 
 
-class PlanError(ValueError):
+class PlanError(UserError):
     """What is asked for can't be had; the message names the way out."""
 
 

@@ -28,7 +28,7 @@ from service.app import MakeApp, create_app, drain
 from service.backend import LocalBackend
 from service.connections import Connection, Guard
 from service.errors import DeviceLost, StartupError
-from service.logs import configure_logs, log
+from service.logs import configure_logs, log, unexplained
 from service.metrics import Metrics
 from service.settings import Limits, Settings
 from service.torch_environment import set_torch_defaults
@@ -55,7 +55,7 @@ def serve(settings: Settings, progress: Progress) -> int:
     Everything that can be known to be wrong is found before the port is opened.
 
     Raises:
-        StartupError, ValueError: with a sentence that says what to change.
+        StartupError, UserError: with a sentence that says what to change.
     """
     # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -108,7 +108,7 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
     """Find the encoder of these settings, or build it, and make ready what serves it.
 
     Raises:
-        StartupError, ValueError: with a sentence that says what to change.
+        StartupError, UserError: with a sentence that says what to change.
     """
     set_torch_defaults(settings.models_dir)
     from model_store.devices import choose_device, choose_dtype  # torch, from here on
@@ -132,7 +132,7 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
     failure: list[BaseException] = []
 
     def on_fatal(error: BaseException) -> None:
-        log.critical("the server can't go on: %s", error)
+        log.critical("the server can't go on: %s", error, exc_info=unexplained(error))
         failure.append(error)
         server.should_exit = True
         if isinstance(error, DeviceLost):

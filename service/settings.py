@@ -6,7 +6,6 @@ python -m service.settings     prints that table
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from model_store.json_text import parse_json, unicode_problem
 from model_store.manifest import Manifest
 from service.api_keys import hash_keys
 from service.cost_model import CostModel
@@ -38,6 +38,8 @@ SECRETS = ("api_keys", "metrics_key")
 
 # The key that the commands which are clients of a server send; no setting of the server's.
 KEY_VARIABLE = "EMBED_API_KEY"
+
+_ALIASES = '{"text-embedding-3-small": "", "queries": "query"}'
 
 _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
 
@@ -191,10 +193,10 @@ class Settings(BaseSettings):
         description="where a text holds this, what stands before it is the text's instruction; for clients that can "
         "only put text in front",
     )
-    model_aliases: dict[str, str] = Field(
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
         {},
         description="further names of the model, each with the input type or prompt that it stands for, or nothing: "
-        '`{"text-embedding-3-small": "", "queries": "query"}`',
+        f"`{_ALIASES}`",
     )
     any_model: bool = Field(False, description="take requests for any model's name, and serve this one")
     token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = Field(
@@ -241,8 +243,19 @@ class Settings(BaseSettings):
 
     @field_validator("model_aliases", mode="before")
     @classmethod
-    def _read_json(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+    def _read_aliases(cls, value: Any) -> Any:
+        try:
+            found = parse_json(value) if isinstance(value, str) else value
+        except ValueError as error:
+            raise ValueError(f"it {error}; write {_ALIASES}, for example") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"it is not a JSON object; write {_ALIASES}, for example")
+        for name, meant in found.items():
+            if not isinstance(meant, str):
+                raise ValueError(f"{name!r} stands for {meant!r}, not for a string; write {_ALIASES}, for example")
+        if problem := unicode_problem(found):
+            raise ValueError(f"it {problem}")
+        return found
 
     @field_validator(*SECRETS, mode="before")
     @classmethod
@@ -287,7 +300,17 @@ def load_settings(given: dict[str, Any]) -> Settings:
 def _sentence(issue: ErrorDetails) -> str:
     name = str(issue["loc"][0])
     given = "" if name in SECRETS else f" is {issue['input']!r}"
-    return f"{PREFIX}{name.upper()}{given}: {issue['msg']}"
+    wrong = _MEANT.get(issue["type"]) or issue["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    return f"{PREFIX}{name.upper()}{given}: {wrong}"
+
+
+# What a setting must be, instead of pydantic's words, by its name for the mistake.
+_MEANT = {
+    "int_parsing": "it must be a whole number",
+    "int_from_float": "it must be a whole number",
+    "float_parsing": "it must be a number",
+    "bool_parsing": "it must be true or false",
+}
 
 
 class Limits:

@@ -35,7 +35,7 @@ from model_store.tokenizer import TokenizedText
 from service.batcher import DevicePlan
 from service.cost_model import CostModel, fit
 from service.errors import DeviceLost, EncodingError, NonFiniteEmbedding, OutOfMemory, StartupError
-from service.logs import log
+from service.logs import log, unexplained
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.settings import Limits, Settings, Switch
@@ -162,8 +162,10 @@ class EncoderWorker:
             turn_on()
         except Exception as error:
             if switch == "on":
+                if fault := unexplained(error):
+                    log.error("%s fails", name, exc_info=fault)
                 raise StartupError(f"LLM2VEC_{name.upper()} is on but fails: {error}") from error
-            log.info("%s is off: %s", name, error)
+            log.info("%s is off: %s", name, error, exc_info=unexplained(error))
         else:
             log.info("%s is on", name, extra={"fields": {"seconds": round(time.perf_counter() - began, 2)}})
 

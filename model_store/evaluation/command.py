@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from model_store.errors import UserError
 from model_store.evaluation.report import Score, check_picture, draw, table, write_json
 from model_store.evaluation.retrieval import Retrieval
 from model_store.evaluation.sts import Sts
@@ -26,7 +27,7 @@ STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token"
 Progress = Callable[[int, int], None]
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UserError):
     """An evaluation that makes no sense as asked for."""
 
 
@@ -68,7 +69,7 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: 
 
     Raises:
         EvaluationError, DatasetError, ReportError: before anything is computed, but for data that mteb can't fetch.
-        ValueError: what building, loading and embedding raise.
+        UserError: what building, loading and embedding raise.
     """
     _refuse_contradictions(asked)
     tasks = _tasks(asked)

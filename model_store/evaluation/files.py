@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from model_store.errors import UserError
 from model_store.json_text import parse_json, unicode_problem
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """An evaluation file that can't be read or used; the message names the file, and the line where there is one."""
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from model_store.devices import Dtype
 from model_store.encoder import Encoder
+from model_store.evaluation.files import DatasetError
 from model_store.packing import PackedBatch
 from model_store.pooling import pool
 from model_store.pooling_modes import PoolingMode
@@ -88,7 +89,7 @@ class LocalEncoder:
         stands for itself if it is the only one. A sentence is read as its words with a space between them.
 
         Raises:
-            ValueError: for a sentence that the model is too short for, or a word that the tokenizer drops.
+            DatasetError: for a sentence that the model is too short for, or a word that the tokenizer drops.
         """
         rows = [self._with_word_spans(words) for words in sentences]
         ends = np.cumsum([len(words) for words in sentences])
@@ -109,7 +110,7 @@ class LocalEncoder:
         text = " ".join(words)
         row, characters = self.tokenizer.locate(text, "")
         if len(row) > (most := self.encoder.manifest.max_positions):
-            raise ValueError(f"a sentence has {len(row)} tokens and the model reads {most}: leave out {text[:80]!r}")
+            raise DatasetError(f"a sentence has {len(row)} tokens and the model reads {most}: leave out {text[:80]!r}")
         spans = []
         begin = 0
         for word in words:
@@ -117,7 +118,7 @@ class LocalEncoder:
             # The space before a word is the word's, whether it is in a token with it or has one of its own.
             own = [place for place, (start, stop) in enumerate(characters) if start < end and max(begin - 1, 0) < stop]
             if not own:
-                raise ValueError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
+                raise DatasetError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
             spans.append((own[0], own[-1] + 1))
             begin = end + 1
         before = [(max(start - 1, 0), max(end - 1, 1)) for start, end in spans]

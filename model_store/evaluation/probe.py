@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model_store.errors import UserError
+
 # N examples, D width, C classes
 
 _MOST_STEPS = 200
@@ -27,7 +29,7 @@ _PENALTIES = (1000.0, 100.0, 10.0, 1.0)
 Example = TypeVar("Example")
 
 
-class ProbeError(ValueError):
+class ProbeError(UserError):
     """Examples that no probe can be fitted to."""
 
 

@@ -10,10 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from model_store.errors import UserError
+
 _PICTURES = (".png", ".svg", ".pdf")
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A report that can't be written."""
 
 

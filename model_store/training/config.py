@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from model_store.errors import UserError
 from model_store.json_text import parse_json
 from model_store.pooling_modes import PoolingMode
 from model_store.training.arguments import AS_WRITTEN, Arguments, sentences
@@ -23,7 +24,7 @@ Stage = Literal["mntp", "simcse", "supervised"]
 _Path = Annotated[Path, Field(strict=False)]
 
 
-class TrainingConfigError(ValueError):
+class TrainingConfigError(UserError):
     """A configuration that can't be run; the message names the key and the way out."""
 
 

@@ -15,6 +15,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model_store.adapters import AdapterError
 from model_store.build import base_name
 from model_store.checkpoints import read_raw_config
 from model_store.pooling_modes import PoolingMode
@@ -88,11 +89,11 @@ def load_weights(adapted: Any, folder: Path) -> None:
     """Put a saved adapter's weights into peft's model of the same shape.
 
     Raises:
-        ValueError: if they are not of that shape.
+        AdapterError: if they are not of that shape.
     """
     tensors = load_file(folder / _WEIGHTS)
     if tensors.keys() != _lora_tensors(adapted).keys():
-        raise ValueError(f"{folder / _WEIGHTS} is another model's adapter")
+        raise AdapterError(f"{folder / _WEIGHTS} is another model's adapter")
     set_peft_model_state_dict(adapted, tensors)
 
 

@@ -13,10 +13,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from model_store.errors import UserError
 from model_store.json_text import parse_json, unicode_problem
 
 
-class TrainingDataError(ValueError):
+class TrainingDataError(UserError):
     """Texts that can't be read or are too few; the message names file and line where there is one."""
 
 

@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.api.answers import json_answer
 from service.api.openai import ERRORS
-from service.errors import Unavailable
+from service.errors import ServiceError, Unavailable
 from service.metrics import with_tei_names
 
 router = APIRouter(tags=["operations"])
@@ -34,7 +34,7 @@ async def readyz(request: Request) -> Response:
     if request.app.state.backend.batcher.last_batch_failed:
         try:
             await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
-        except Exception as error:
+        except (ServiceError, TimeoutError) as error:
             raise Unavailable("the device fails on every input") from error
     return json_answer({"status": "ready"})
 

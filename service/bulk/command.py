@@ -31,7 +31,7 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
     """Do a job, or what is left of it; `progress` is told of an encoder that is built. What there is in the end.
 
     Raises:
-        JobError, InputError, ServiceError, ValueError, OSError: with a sentence that says what to change. What was
+        UserError, ServiceError, OSError: with a sentence that says what to change. What was
             done before stays, and the same command goes on from there.
     """
     _refuse_contradictions(asked)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from model_store.errors import UserError
 from model_store.manifest import file_sha256
 from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import PATH_COLUMN, BadRow, Columns, Input, InputError, Kind
@@ -25,7 +26,7 @@ ID_COLUMN = "id"
 VECTOR_COLUMN = "embedding"
 
 
-class JobError(ValueError):
+class JobError(UserError):
     """A job that can't be begun or gone on with as asked for; the message names the way out."""
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
 
+from model_store.errors import UserError
 from model_store.json_text import parse_json, unicode_problem
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ _PARQUET_BUFFER = 1 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
-class InputError(ValueError):
+class InputError(UserError):
     """A file that can't be read or lacks what was asked for; the message names it, and its line where there is one."""
 
 

@@ -46,7 +46,7 @@ def main(names: list[str]) -> int:
     """Print the devices, or on stderr why not; returns the exit status."""
     import torch
 
-    from model_store.devices import choose_device, cuda_fault, installed_driver
+    from model_store.devices import DeviceError, choose_device, cuda_fault, installed_driver
 
     everything = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     try:
@@ -60,7 +60,7 @@ def main(names: list[str]) -> int:
                         f"{_WARNING}the CPU serves, although there is a driver for GPUs: {cuda_fault()}",
                         file=sys.stderr,
                     )
-    except ValueError as error:
+    except DeviceError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

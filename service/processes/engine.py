@@ -19,7 +19,7 @@ from service import watchdog
 from service.backend import LocalBackend, Worker
 from service.batcher import MicroBatcher
 from service.errors import ServiceError
-from service.logs import log
+from service.logs import log, unexplained
 from service.metrics import Metrics
 from service.processes.child import Assignment, Child, inherited
 from service.processes.link import Link
@@ -142,7 +142,7 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
     await asyncio.wait({life, end}, return_when=asyncio.FIRST_COMPLETED)
     failure = life.exception() if life.done() else None
     if failure is not None:
-        log.critical("%s can't go on: %s", assignment.name, failure)
+        log.critical("%s can't go on: %s", assignment.name, failure, exc_info=unexplained(failure))
         watchdog.end_within(watchdog.GRACE_SECONDS)
     life.cancel()
     end.cancel()

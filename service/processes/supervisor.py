@@ -44,7 +44,7 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
     `engine` is the module that is run for a device. One front end and one device are this process alone.
 
     Raises:
-        StartupError, ValueError: with a sentence that says what to change.
+        StartupError, UserError: with a sentence that says what to change.
     """
     # Until there are children to end, a signal to stop ends a build through its clean-up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

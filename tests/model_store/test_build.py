@@ -16,8 +16,8 @@ from transformers import AutoModel
 from model_store.adapters import AdapterError
 from model_store.architectures import UnsupportedArchitectureError
 from model_store.build import BuildError, build_encoder, ensure_built
-from model_store.checkpoints import CheckpointError
 from model_store.encoder import Encoder
+from model_store.errors import CheckpointError
 from model_store.manifest import read_manifest
 from model_store.packing import PackedBatch
 from model_store.recipe import Recipe, recipe_from

@@ -12,7 +12,7 @@ import pytest
 
 from model_store.adapters import AdapterError
 from model_store.build import BuildError, build_encoder
-from model_store.checkpoints import CheckpointError
+from model_store.errors import CheckpointError
 from model_store.recipe import recipe_from
 from tests.tiny import save_adapter, save_base, tiny_model
 

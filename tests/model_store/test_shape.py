@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from model_store.architectures import UnsupportedArchitectureError
 from model_store.attention import implementation_name
+from model_store.errors import CheckpointError
 from model_store.recipe import packaged_recipes
 from model_store.shape import Shape, known_configs, shape_of
 from model_store.sources import SourceError
@@ -77,6 +78,23 @@ def test_what_leads_nowhere_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UnsupportedArchitectureError, match="llama, mistral"):
         shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("{", "is not valid JSON: Expecting property name"),
+        ("[]", "is not a JSON object"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "describes no llama decoder: .*hidden_size"),
+        ('{"model_type": "gemma3", "text_config": 7}', "describes no gemma3 decoder: "),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer: fetch it with git lfs pull"),
+    ],
+)
+def test_a_malformed_config_is_told_with_its_path_and_the_cause(tmp_path: Path, config: str, told: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/config.json {told}") as caught:
+        shape_of(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 class Live(TorchDispatchMode):

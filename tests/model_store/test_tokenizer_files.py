@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from model_store.build import build_encoder
-from model_store.checkpoints import CheckpointError
+from model_store.errors import CheckpointError
 from model_store.recipe import recipe_from
 from model_store.sources import Source
 from model_store.tokenizer import special_tokens_around

@@ -31,8 +31,19 @@ def test_explicit_values_win_over_the_environment(monkeypatch: pytest.MonkeyPatc
     [
         ("LLM2VEC_TOKEN_BUGDET", "1", "did you mean LLM2VEC_TOKEN_BUDGET"),
         ("LLM2VEC_XYZZY", "1", "known are LLM2VEC_"),
-        ("LLM2VEC_PORT", "many", "LLM2VEC_PORT is 'many'"),
-        ("LLM2VEC_DTYPE", "int4", "LLM2VEC_DTYPE"),
+        ("LLM2VEC_PORT", "many", "^LLM2VEC_PORT is 'many': it must be a whole number$"),
+        ("LLM2VEC_BATCH_SECONDS", "long", "it must be a number$"),
+        ("LLM2VEC_ANY_MODEL", "maybe", "it must be true or false$"),
+        ("LLM2VEC_DTYPE", "int4", "^LLM2VEC_DTYPE is 'int4': it must be 'auto', 'bfloat16', 'float16' or 'float32'$"),
+        ("LLM2VEC_CORS_ORIGINS", "x", "^LLM2VEC_CORS_ORIGINS is 'x': 'x' is no origin"),
+        (
+            "LLM2VEC_MODEL_ALIASES",
+            "a",
+            'it is not valid JSON: Expecting value at column 1; write {"text-.*}, for example$',
+        ),
+        ("LLM2VEC_MODEL_ALIASES", "[1]", 'it is not a JSON object; write {"text-embedding-3-small": ""'),
+        ("LLM2VEC_MODEL_ALIASES", '{"a": 1}', "'a' stands for 1, not for a string; write {"),
+        ("LLM2VEC_MODEL_ALIASES", '{"\\ud800": ""}', "half of a surrogate pair"),
         ("LLM2VEC_FRONTENDS", "0", "greater than or equal to 1"),
         ("LLM2VEC_TOKENIZER_THREADS", "0", "greater than or equal to 1"),
     ],
@@ -43,6 +54,11 @@ def test_a_wrong_variable_refuses_to_start(
     monkeypatch.setenv(variable, value)
     with pytest.raises(StartupError, match=message):
         load_settings({})
+
+
+def test_aliases_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM2VEC_MODEL_ALIASES", '{"queries": "query"}')
+    assert load_settings({}).model_aliases == {"queries": "query"}
 
 
 def test_limits_by_default() -> None:
