@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -22,7 +23,15 @@ from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.backend import Batcher
 from service.batcher import Computed
 from service.choices import Overflow
-from service.errors import ContextLengthExceeded, DeadlineExceeded, InvalidRequest, Overloaded, TooManyInputs
+from service.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EncodingError,
+    InvalidRequest,
+    NonFiniteEmbedding,
+    Overloaded,
+    TooManyInputs,
+)
 from service.in_flight import hold_tokens, hold_vectors
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics, lane_of_request
@@ -319,11 +328,18 @@ class Embedder:
         self._note_lengths(request, rows)
         tokenized = time.perf_counter()
         lane, timeout = request.lane, request.timeout_seconds
-        computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
-        result = _result(rows, computed, cut, tokenized - began)
+        try:
+            computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
+            result = _result(rows, computed, cut, tokenized - began)
+        except EncodingError as error:
+            raise error.at(_input_of(error.index, fitted)) from error
         if len(rows) > len(fitted):
             width = request.dimensions or self.manifest.width
-            result = replace(result, vectors=_means(fitted, result.vectors, width, request.normalize))
+            try:
+                result = replace(result, vectors=_means(fitted, result.vectors, width, request.normalize))
+            except NonFiniteEmbedding:
+                self.metrics.nonfinite.inc()
+                raise
         sources = [item.instruction.source for item in request.inputs]
         await self._aside(request, len(rows), lambda: self._measure(sources, rows, result))
         return result
@@ -731,7 +747,11 @@ def _result(rows: list[EmbedRow], computed: list[Computed[Vector]], cut: int, to
 def _means(
     fitted: Sequence[Sequence[TokenizedText]], vectors: Sequence[Vector], width: int, normalize: bool
 ) -> list[Vector]:
-    """One vector an input: the mean of its chunks' vectors, each weighed by the tokens it pooled."""
+    """One vector an input: the mean of its chunks' vectors, each weighed by the tokens it pooled.
+
+    Raises:
+        NonFiniteEmbedding: where the chunks of an input cancel each other out, so that their mean has no direction.
+    """
     remaining = iter(vectors)
     means: list[Vector] = []
     for parts in fitted:
@@ -741,8 +761,16 @@ def _means(
             continue
         pooled = np.array([len(part) - part.span_start for part in parts], dtype=np.float32)
         mean: Vector = ((pooled / pooled.sum()) @ np.stack(own))[:width]
-        means.append(mean / np.linalg.norm(mean) if normalize else mean)
+        length = np.linalg.norm(mean) if normalize else np.float32(1)
+        if not (length > 0 and np.isfinite(mean.sum() / length)):
+            raise NonFiniteEmbedding("the chunks of this input have no finite mean of length 1").at(len(means))
+        means.append(mean / length)
     return means
+
+
+def _input_of(row: int | None, fitted: Sequence[Sequence[TokenizedText]]) -> int | None:
+    """The place of the input that a row is a part of."""
+    return None if row is None else bisect_right(list(accumulate(map(len, fitted))), row)
 
 
 def _tokens_of(

@@ -24,6 +24,8 @@ ServiceError
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class ServiceError(Exception):
     """The root; `code` is the stable, machine-readable name of the case."""
@@ -178,7 +180,7 @@ class EncodingError(ServiceError):
     code = "encoding_failed"
     index: int | None = None
 
-    def at(self, index: int) -> EncodingError:
+    def at(self, index: int | None) -> Self:
         """The same error, saying which of a request's inputs it is about; requests that share an input differ in it."""
         error = type(self)(*self.args)
         error.index = index

@@ -102,7 +102,11 @@ class EncoderWorker:
         pending = await loop.run_in_executor(self._device_thread, self._launch, rows)
         if pending.copied is None:
             return self._finish(rows, pending, given)
-        return await loop.run_in_executor(self._result_thread, self._finish, rows, pending, given)
+        try:
+            return await loop.run_in_executor(self._result_thread, self._finish, rows, pending, given)
+        except RuntimeError:
+            await loop.run_in_executor(self._device_thread, self._check_device)
+            raise
 
     def stop(self) -> None:
         """Let the threads end after the batches they are at."""
@@ -305,11 +309,7 @@ class EncoderWorker:
             raise DeviceLost(f"the device can't compute any more: {error}") from error
 
     def _finish(self, rows: list[EmbedRow], pending: Pending, given: float) -> list[Vector | EncodingError]:
-        try:
-            vectors = pending.wait()
-        except RuntimeError:
-            self._check_device()
-            raise
+        vectors = pending.wait()
         self._measure(rows, given)
         # One number that is not finite makes all of its normalised vector so, or itself: the sum shows either.
         finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))

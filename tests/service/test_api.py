@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ import pytest
 
 from model_store.tokenizer import TokenizedText
 from service.app import drain
-from service.errors import StartupError
-from service.rows import EmbedRow
+from service.errors import EncodingError, StartupError
+from service.rows import EmbedRow, Vector
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NO_TOKENS,
@@ -315,6 +315,38 @@ def test_a_long_input_as_the_mean_of_its_chunks(server: Server) -> None:
         np.testing.assert_allclose(vectors(answer)[1], wanted, rtol=1e-5, err_msg=str(fields))
         assert answer.json()["usage"]["truncated_inputs"] == 0
         assert answer.json()["usage"]["prompt_tokens"] == 1200 + 3 * 7 + len("Find: short") + 1
+
+
+class OpposedWorker(FakeWorker):
+    """Texts of "b" get the opposite of other texts' vector, and those of "0" one of zeros."""
+
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
+        signs = {ord("b"): -1, ord("0"): 0}
+        found = await super().run_batch(rows)
+        return [
+            vector if isinstance(vector, EncodingError) else np.full_like(vector, signs.get(row.text.token_ids[-1], 1))
+            for row, vector in zip(rows, found, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("second", ["b", "0"])
+def test_chunks_that_cancel_each_other_out_have_no_mean_of_length_1(second: str) -> None:
+    first = second.replace("b", "a")
+    long = first * 511 + second * 511
+    with (server := Server(OpposedWorker())).client:
+        answer = server.embed(input=["a", long], overflow="mean")
+        assert answer.status_code == 500
+        error = answer.json()["error"]
+        assert (error["code"], "input index 1" in error["message"]) == ("non_finite_embedding", True)
+        assert "llm2vec_nonfinite_total 1.0" in server.client.get("/metrics").text
+        as_it_is = server.embed(input=["a", long], overflow="mean", normalize=False)
+        assert vectors(as_it_is)[1].tolist() == [0.0] * WIDTH
+
+
+def test_an_error_behind_a_long_input_names_the_input_and_not_the_chunk(server: Server) -> None:
+    answer = server.embed(input=["a" * 1200, "b", NOT_FINITE], overflow="mean")
+    assert answer.status_code == 500
+    assert "input index 2" in answer.json()["error"]["message"]
 
 
 def test_vectors_as_the_model_gives_them(server: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModel
 from model_store.manifest import read_manifest
 from model_store.tokenizer import TokenizedText
 from service.backend import LocalBackend
-from service.errors import OutOfMemory, StartupError
+from service.errors import DeviceLost, OutOfMemory, StartupError
 from service.metrics import Metrics
 from service.rows import EmbedRow
 from service.settings import Limits, Settings
@@ -218,4 +219,36 @@ async def test_memory_that_runs_out_anywhere_is_the_rows_own_error(tmp_path: Pat
     assert gpus.done["empty_cache"] == 1
     assert b"oom" in metrics.page()
     await assert_right(worker, tmp_path / "encoder", 0.999)
+    worker.stop()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_after_a_batch_that_failed_the_device_thread_alone_tries_the_device(
+    tmp_path: Path, gpus: Gpus, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    build_tiny(tmp_path / "encoder")
+    worker = await started(tmp_path / "encoder")
+    event: Any = torch.cuda.Event
+    zeros, threads = torch.zeros, []
+
+    def failing(**options: Any) -> Any:
+        one = event(**options)
+
+        def fails() -> None:
+            monkeypatch.setattr(torch, "zeros", tried)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(one, "synchronize", fails)
+        return one
+
+    def tried(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "Event", failing)
+    with pytest.raises(DeviceLost if lost else RuntimeError, match="illegal memory access"):
+        await worker.run_batch([EmbedRow(row, 64) for row in random_rows([5])])
+    assert threads == ["device"]
     worker.stop()
