@@ -49,6 +49,14 @@ class _Tokens:
     starts: array[int]
 
 
+def missing_id(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> int | None:
+    """The first id that the encoding has no token for, if there is one. Loads nothing."""
+    count, special_tokens = _TOKENS[encoding], _SPECIAL_TOKENS[encoding]
+    if min(token_ids, default=0) >= 0 and max(token_ids, default=0) < count:
+        return None
+    return next((one for one in token_ids if not 0 <= one < count and one not in special_tokens), None)
+
+
 def decode(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> str:
     """The text of `token_ids`, as tiktoken's `decode` gives it. Safe to call from several threads at once.
 

@@ -202,7 +202,8 @@ class Settings(BaseSettings):
     token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = Field(
         "auto",
         description="what inputs of token ids are: this model's own, OpenAI's (decoded and tokenized again), or not "
-        "taken; auto takes those of OpenAI's SDKs for cl100k_base, as LangChain sends them, others for the model's",
+        "taken; auto takes those of OpenAI's SDKs for cl100k_base, as LangChain sends them, unless that lacks one of "
+        "them; others for the model's",
     )
     empty_text: Literal["error", "bos"] = Field(
         "error",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from model_store.openai_tokens import missing_id
 from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors, json_answer
 from service.api.common import (
     Name,
@@ -32,6 +34,7 @@ from service.choices import EmbedDtype, Overflow
 from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
 from service.errors import InvalidRequest
 from service.instructions import ROLES, Chosen
+from service.logs import log
 from service.scheduling import Lane
 
 _INPUT_SCHEMA = {
@@ -341,8 +344,8 @@ def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInp
         InvalidRequest: if there are some and none are taken.
     """
     embedder: Embedder = request.app.state.embedder
-    count = sum(not isinstance(item.text, str) for item in inputs)
-    if not count:
+    given = {index: item.text for index, item in enumerate(inputs) if not isinstance(item.text, str)}
+    if not given:
         return "model"
     policy = body.token_ids or embedder.settings.token_ids
     if policy == "reject":
@@ -352,9 +355,40 @@ def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInp
             "input",
         )
     if policy == "auto":
-        policy = "cl100k_base" if _by_openai_sdk(request) else "model"
-    embedder.metrics.token_id_inputs.labels(policy).inc(count)
+        policy = _whose(given, embedder.manifest.vocabulary) if _by_openai_sdk(request) else "model"
+    embedder.metrics.token_id_inputs.labels(policy).inc(len(given))
     return policy
+
+
+def _whose(given: Mapping[int, Sequence[int]], vocabulary: int) -> TokenIds:
+    """What ids that an SDK of OpenAI's sends are: cl100k_base's, or where it lacks one of them all the model's own.
+
+    Raises:
+        InvalidRequest: if the model lacks one too.
+    """
+    lacks = ((index, missing_id("cl100k_base", ids)) for index, ids in given.items())
+    index, lacking = next((found for found in lacks if found[1] is not None), (0, None))
+    if lacking is None:
+        _tell_once("cl100k_base", "set LLM2VEC_TOKEN_IDS=model if they are this model's own")
+        return "cl100k_base"
+    for other, ids in given.items():
+        if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+            wrong = next(one for one in ids if not 0 <= one < vocabulary)
+            raise InvalidRequest(
+                f"input index {other}: this model has no token {wrong}, its ids are 0 to {vocabulary - 1}; and "
+                f"cl100k_base, as which ids of OpenAI's clients are read otherwise, has no token {lacking} (input "
+                f"index {index}). Send texts, or say in the field token_ids whose ids they are",
+                "invalid_token_ids",
+                "input",
+            )
+    _tell_once("the model's own", "set LLM2VEC_TOKEN_IDS=model, or requests with small ids alone are decoded")
+    return "model"
+
+
+@cache
+def _tell_once(whose: str, way_out: str) -> None:
+    """Once a process: each request says it in its answer's header."""
+    log.warning("token ids of a client built on OpenAI's SDK are taken for %s: %s", whose, way_out)
 
 
 def _by_openai_sdk(request: Request) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_token_ids_are_openai_s(demo: ServerProcess, client: Any) -> None:
     ids = tiktoken.get_encoding("cl100k_base").encode_batch(TEXTS)
     assert_same(rows(client.embeddings.create(model="demo", input=ids)), reference(demo, TEXTS), "[[int]]")
     assert_same(rows(client.embeddings.create(model="demo", input=ids[0])), reference(demo, TEXTS[0]), "[int]")
+
+
+def test_the_model_s_own_token_ids(demo: ServerProcess, client: Any, demo_encoder: Path) -> None:
+    """Known by ids that cl100k_base lacks; or because the client says so."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(demo_encoder / "tokenizer.json"))
+    ids = [one.ids for one in tokenizer.encode_batch([*TEXTS, "東京の天気"], add_special_tokens=False)]
+    assert max(map(max, ids)) > 100_276
+    wanted = reference(demo, [*TEXTS, "東京の天気"])
+    assert_same(rows(client.embeddings.create(model="demo", input=ids)), wanted)
+    said = client.embeddings.create(model="demo", input=ids[:1], extra_body={"token_ids": "model"})
+    assert_same(rows(said), wanted[:1])
 
 
 def test_dimensions(demo: ServerProcess, client: Any) -> None:

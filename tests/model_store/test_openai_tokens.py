@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from model_store import openai_tokens
-from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode, decode_bytes
+from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode, decode_bytes, missing_id
 
 # What tiktoken 0.14.0 encodes these to.
 ENCODED: list[tuple[str, list[int], list[int]]] = [
@@ -97,3 +97,15 @@ def test_threads_may_be_first_together() -> None:
     text, ids, _ = ENCODED[3]
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(lambda _: decode("cl100k_base", ids), range(64))) == {text}
+
+
+@pytest.mark.parametrize("encoding", ["cl100k_base", "o200k_base"])
+def test_an_id_is_missing_exactly_if_it_has_no_text(encoding: OpenAIEncoding) -> None:
+    assert missing_id(encoding, []) is None
+    for token_id in (-1, 0, *range(100_200, 100_300), *range(199_990, 200_030), 2**31):
+        try:
+            decode_bytes(encoding, [token_id])
+        except UnknownTokenId:
+            assert missing_id(encoding, [5, token_id, 2**40]) == token_id
+        else:
+            assert missing_id(encoding, [5, token_id]) is None

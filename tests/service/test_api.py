@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from model_store.tokenizer import TokenizedText
+from service.api.openai import _tell_once
 from service.app import drain
 from service.errors import EncodingError, StartupError
 from service.rows import EmbedRow, Vector
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
+    CHARACTERS,
     NO_TOKENS,
     NOT_FINITE,
     OUT_OF_MEMORY,
@@ -271,6 +273,33 @@ def test_token_ids(server: Server) -> None:
     assert server.metric('llm2vec_token_id_inputs_total{decoder="model"}') == 3
     with (strict := Server(token_ids="reject")).client:
         assert strict.embed(input=own).json()["error"]["code"] == "invalid_token_ids"
+
+
+def test_ids_of_openai_s_sdks_that_cl100k_base_lacks_are_the_model_s(caplog: pytest.LogCaptureFixture) -> None:
+    """Of the whole request; the fakes' ids are characters, of which "𠀀" is one that cl100k_base has no token for."""
+    _tell_once.cache_clear()
+    sdk = {"x-stainless-lang": "python"}
+    own = [list(map(ord, text)) for text in ("ab", "a𠀀")]
+    with (server := Server()).client:
+        for _ in range(2):
+            answer = server.embed(sdk, input=own)
+            assert "x-token-ids-decoded" not in answer.headers
+            np.testing.assert_allclose(vectors(answer), [expected("ab"), expected("a𠀀")], rtol=1e-6)
+            assert server.embed(sdk, input=own[:1]).headers["x-token-ids-decoded"] == "cl100k_base"
+        said = server.embed(sdk, input=own[:1], token_ids="model")
+        assert "x-token-ids-decoded" not in said.headers
+        np.testing.assert_allclose(vectors(said), [expected("ab")], rtol=1e-6)
+        error = server.embed(sdk, input=[own[1], [97, CHARACTERS]]).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_token_ids", "input")
+        assert error["message"].startswith("input index 1: this model has no token 1114112")
+        assert (
+            "cl100k_base, as which ids of OpenAI's clients are read otherwise, has no token 131072" in error["message"]
+        )
+    with (server := Server(token_ids="model")).client:
+        np.testing.assert_allclose(vectors(server.embed(sdk, input=own[:1])), [expected("ab")], rtol=1e-6)
+    told = [line for line in caplog.messages if "OpenAI's SDK" in line]
+    assert len(told) == 2
+    assert all("set LLM2VEC_TOKEN_IDS=model" in line for line in told)
 
 
 def test_empty_texts_by_setting() -> None:
