@@ -6,9 +6,10 @@ looked at twice a second.
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import orjson
@@ -28,6 +29,11 @@ _END_SECONDS = 5.0
 
 # How long a connection on which nothing was asked yet is kept by a server that stops: its request is on its way.
 _FIRST_REQUEST_SECONDS = 0.5
+
+# What every answer begins with, and when a client that was sent it is looked at first, and at the longest.
+_BEGINNING = b"HTTP/1.1 "
+_RESET_SECONDS = 0.005
+_MOST_RESET_SECONDS = 0.25
 
 
 class _HeaderTooLarge(Exception):
@@ -71,6 +77,20 @@ class Unsent:
             self._since = now
         self._bytes = unsent_bytes
         return now - self._since
+
+
+class _Remainder:
+    """The transport of an answer whose beginning has been written."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self._written = len(_BEGINNING)
+        self.close = transport.close
+
+    def write(self, data: bytes) -> None:
+        """The first piece holds the line of the status and all of the header."""
+        self._transport.write(data[self._written :])
+        self._written = 0
 
 
 class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
@@ -120,6 +140,7 @@ class Connection(HttpToolsProtocol):
         self._unsent = Unsent()
         self._ends_at: float | None = None
         self._last = False  # whether it ends with what is being asked
+        self._half_closed = False  # whether the client has ended its side
         self._in_header = True  # or before it
         self._header_bytes = 0
         self._unparsed_bytes = 0  # since the last whole piece of a request
@@ -143,6 +164,22 @@ class Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._unparsed_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
             self._refuse_header()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Called by the event loop when the client ends its side; True keeps ours open, for the answer.
+
+        A client that hangs up ends its side too, like one that goes on reading, such as `nc -N`. The answer's first
+        bytes tell them apart: they are the same in every answer, and whoever has hung up resets the connection.
+        """
+        if not self._answering or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        if not (self._half_closed or self.pipeline or self.cycle.response_started):
+            self.transport.write(_BEGINNING)
+            self.cycle.transport = cast(Any, _Remainder(self.transport))
+            self.loop.call_later(_RESET_SECONDS, self._look_for_reset, _RESET_SECONDS)
+        self._half_closed = True
+        return True
 
     def resume_writing(self) -> None:
         """Called by the event loop."""
@@ -251,6 +288,18 @@ class Connection(HttpToolsProtocol):
     def _end_unasked(self) -> None:
         if not self._asking:
             self._end_with_answer()
+
+    def _look_for_reset(self, seconds: float) -> None:
+        """End it if the client has hung up, which an event loop does not see on a side that has ended."""
+        if self.transport.is_closing() or self.cycle.response_started:
+            return
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), 0)
+        if poll.poll(0):
+            self.transport.abort()
+        else:
+            seconds = min(2 * seconds, _MOST_RESET_SECONDS)
+            self.loop.call_later(seconds, self._look_for_reset, seconds)
 
     def _too_late(self, now: float) -> None:
         cycle = self.cycle

@@ -188,6 +188,20 @@ def test_an_endless_header_and_endless_trailers_cost_no_memory(server: ServerPro
     assert resident_bytes(server) - before < 20 * MEGABYTE
 
 
+def test_a_client_that_ends_its_side_gets_its_answer(server: ServerProcess) -> None:
+    """As `nc -N` does, for instance, and whoever speaks HTTP by hand."""
+    many = json.dumps({"input": [f"{number}" for number in range(1000)]}).encode()
+    for body in (b'{"input": "a"}', many):
+        with closing(connect(server)) as connection:
+            connection.sendall(post(body))
+            connection.shutdown(socket.SHUT_WR)
+            answer = answer_of(connection)
+        assert status_of(answer) == 200
+        assert b"connection: close" in answer.partition(b"\r\n\r\n")[0]
+        assert b'"object":"list"' in answer
+        assert b'"usage"' in answer
+
+
 UPGRADES = {
     "as Java offers": (
         b"Connection: Upgrade, HTTP2-Settings",
