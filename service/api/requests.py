@@ -262,7 +262,7 @@ async def read_document(request: Request) -> dict[str, Any]:
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        reason = _not_utf8(body) or f"valid JSON: {error}"
+        reason = _not_utf8(body) if "UTF-8" in str(error) else f"valid JSON: {error}"
         raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", "invalid_json")
@@ -303,12 +303,12 @@ def _check_lists(document: dict[str, Any], most: int) -> None:
 
 
 def _not_utf8(body: bytes) -> str:
-    """Where a body is not UTF-8, for which the JSON parser has no clear word; "" if it is."""
+    """Where a body is not UTF-8, for which the JSON parser has no clear word."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
         return f"UTF-8, as JSON has to be: the byte at {error.start} is {body[error.start]:#04x}"
-    return ""
+    return "UTF-8, as JSON has to be"
 
 
 def parse(model: type[Body], document: dict[str, Any]) -> Body:

@@ -14,6 +14,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from service.connections import Connection, Guard, Unsent
+from service.in_flight import InFlight
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -77,7 +78,7 @@ def run(talk: Talk, loop: str) -> None:
 
     async def main() -> None:
         echo, running = Echo(), asyncio.get_running_loop()
-        guard = Guard(Settings(), Metrics())
+        guard = Guard(Settings(), Metrics(), InFlight(1 << 30))
         config = uvicorn.Config(echo, http=partial(Connection, guard), log_config=None)  # type: ignore[arg-type]
         config.load()
         protocol = partial(Connection, guard, config=config, server_state=ServerState(), app_state={})
