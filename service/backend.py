@@ -7,12 +7,12 @@ The HTTP side can't tell them apart. No HTTP, no torch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from model_store.manifest import Manifest
 from service.batcher import Computed, DevicePlan, MicroBatcher
-from service.errors import DeviceLost, EncodingError
+from service.errors import DeviceLost, EncodingError, Overloaded
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
 from service.scheduling import Lane
@@ -32,12 +32,19 @@ class Batcher(Protocol):
     def last_batch_failed(self) -> bool:
         """Whether a device's last batch failed."""
 
-    def admit(self, tokens: int, lane: Lane) -> None:
-        """See whether a lane has room for about so many tokens, before they are made.
+    on_room: Callable[[], None]
+    """Called whenever a lane may have more room than before, and when there will never be any again."""
+
+    def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
+        """See whether a lane has room for so many tokens, behind those that wait and `ahead` that are to come.
 
         Raises:
             Overloaded: if it has not.
+            Unavailable: if nothing computes any more.
         """
+
+    def overloaded(self, lane: Lane) -> Overloaded:
+        """The refusal of a request that a lane has no room for."""
 
     async def submit(
         self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None

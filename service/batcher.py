@@ -26,6 +26,7 @@ from service.errors import (
 from service.logs import log
 from service.memory_budget import MemoryBudget
 from service.metrics import Metrics
+from service.room import has_room
 from service.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
 from service.watchdog import stuck_after
 
@@ -55,9 +56,6 @@ _ROWS_AT_ONCE = 128
 
 # What a client that finds too much queued is told to wait, at least and at most.
 _RETRY_SECONDS = (1.0, 60.0)
-
-# Room in a lane where nothing waits: one request goes in then, however large.
-UNLIMITED = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,7 @@ class MicroBatcher(Generic[Row, Vector]):
         self._arriving = dict.fromkeys(LANES, 0)  # tokens of requests that are just being queued
         self._queue_waits = {lane: metrics.queue_wait_seconds.labels(lane) for lane in LANES}
         self.last_batch_failed = False
+        self.on_room: Callable[[], None] = lambda: None
         for lane in LANES:
             self._expose(lane)
 
@@ -220,7 +219,9 @@ class MicroBatcher(Generic[Row, Vector]):
             for item in dropped:
                 self._unqueue(item)
                 self._end(item)
-            self._queue.drop(len(dropped))
+            if dropped:
+                self._queue.drop(len(dropped))
+                self.on_room()
             if cancelled:
                 self._metrics.cancelled.labels("queued").inc(len(dropped))
 
@@ -255,6 +256,8 @@ class MicroBatcher(Generic[Row, Vector]):
             self._arriving[lane] -= left
             self._queue.add(new, lane)
             self._arrival.set()
+            if len(new) < len(rows):
+                self.on_room()
 
     async def probe(self, row: Row) -> None:
         """Compute a row, whatever waits, to see that the device still does.
@@ -264,19 +267,23 @@ class MicroBatcher(Generic[Row, Vector]):
         """
         await self.submit([row], admitted=True)
 
-    def admit(self, tokens: int, lane: Lane) -> None:
-        """See whether a lane has room for so many tokens more.
+    def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
+        """See whether a lane has room for so many tokens more, behind those that wait and `ahead` that are to come.
+
+        Each lane has a queue of its own, so that bulk can't keep queries out.
 
         Raises:
             Overloaded: if it has not.
+            Unavailable: if the batcher has ended.
         """
-        if tokens > self.room(lane):
-            raise Overloaded(self.queued_in(lane), self.retry_seconds())
+        if self._ended:
+            raise Unavailable("the server can't compute any more")
+        if not has_room(tokens, self.queued_in(lane) + ahead, self._max_queued_tokens):
+            raise self.overloaded(lane)
 
-    def room(self, lane: Lane) -> int:
-        """Tokens that a lane still takes. Each has a queue of its own, so that bulk can't keep queries out."""
-        queued = self.queued_in(lane)
-        return self._max_queued_tokens - queued if self._max_queued_tokens is not None and queued else UNLIMITED
+    def overloaded(self, lane: Lane) -> Overloaded:
+        """The refusal of a request that a lane has no room for."""
+        return Overloaded(self.queued_in(lane), self.retry_seconds())
 
     def retry_seconds(self) -> float:
         """What a client that finds no room is told to wait."""
@@ -326,6 +333,7 @@ class MicroBatcher(Generic[Row, Vector]):
                 batch = take_batch(self._queue, self._limits(plan))
                 for item in batch:
                     self._unqueue(item)
+                self.on_room()
                 if batch:
                     running.add(task := asyncio.create_task(self._compute(batch, plan)))
                     task.add_done_callback(self._note_failure)
@@ -339,6 +347,7 @@ class MicroBatcher(Generic[Row, Vector]):
             for item in self._known.values():
                 item.fail(error)
             self._queue = Queue()
+            self.on_room()  # to learn that there will be none
 
     async def _wait_for_device(self, running: set[asyncio.Task[None]], at_once: int, lead_seconds: float) -> None:
         """Until a batch composed now would not wait for the device long, nor the device for the batch.

@@ -6,9 +6,10 @@ Knows nothing of HTTP, and nothing of devices: a dialect translates to and from 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -35,6 +36,7 @@ from service.errors import (
 from service.in_flight import hold_tokens, hold_vectors
 from service.instructions import NONE, Chosen, Source
 from service.metrics import Metrics, lane_of_request
+from service.room import Line
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES, Lane
 from service.settings import Limits, Settings
@@ -51,8 +53,7 @@ _TOKENIZE_HERE = 512
 # Share of the newest request in the running average of tokens a character.
 _NEWEST = 0.02
 
-# How often one that waits for room in the queue looks for it, and how many queues full may wait so.
-_ROOM_AGAIN_SECONDS = 0.02
+# How many queues full of tokens may wait for room.
 _WAITING_QUEUES = 8
 
 # Numbers in the answer to one request that asks for a vector of each token: 256 MB of them.
@@ -222,10 +223,13 @@ class Embedder:
     _waiting: int = field(default=0, init=False)  # tokens of requests that wait for room
     _tokens_per_character: float = field(default=0.25, init=False)
     _pool: TokenizerPool = field(init=False)
+    _lines: dict[Lane, Line] = field(init=False)  # of those that wait for room
 
     def __post_init__(self) -> None:
         self._pool = TokenizerPool(self.settings.tokenizer_threads)
         self._tokenizing = dict.fromkeys(LANES, 0)
+        self._lines = {lane: Line() for lane in LANES}
+        self.batcher.on_room = self._call_lines
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Vectors for a request's inputs.
@@ -345,7 +349,7 @@ class Embedder:
         return result
 
     async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
-        """What to tokenize the request in, once there seems to be room for it: nothing is spent on what is refused.
+        """A context to tokenize the request in, once there seems to be room: nothing is spent on what is refused.
 
         Its tokens are guessed from its characters, and it counts as queued while it is tokenized. Where so much waits
         for room that it would fill the queue several times, a request does not wait.
@@ -353,21 +357,19 @@ class Embedder:
         Raises:
             Overloaded: if there is no room.
             DeadlineExceeded: if its time ran out first.
+            Unavailable: if the batcher has ended.
         """
         tokens, lane = self._likely(request)
 
-        async def admit(_: float | None = None) -> AbstractContextManager[None]:
-            self.batcher.admit(tokens + self._tokenizing[lane], lane)
+        def admit() -> AbstractContextManager[None]:
+            self.batcher.admit(tokens, lane, self._tokenizing[lane])
             return self._counted(tokens, lane)
 
-        try:
-            return await admit()
-        except Overloaded:
-            if self._waiting and self._waiting + tokens > _WAITING_QUEUES * self.settings.max_queued_tokens:
-                raise
+        crowded = self._waiting and self._waiting + tokens > _WAITING_QUEUES * self.settings.max_queued_tokens
+        wait_seconds = 0.0 if crowded else request.wait_seconds
         self._waiting += tokens
         try:
-            return await self._once_there_is_room(admit, began, request.timeout_seconds, request.wait_seconds)
+            return await self._in_turn(lane, admit, began, request.timeout_seconds, wait_seconds)
         finally:
             self._waiting -= tokens
 
@@ -377,30 +379,45 @@ class Embedder:
         tokens = max(guessed, len(request.inputs))
         return tokens, request.lane or self._lane(len(request.inputs), tokens)
 
-    async def _once_there_is_room(
+    async def _in_turn(
         self,
-        attempt: Callable[[float | None], Awaitable[T]],
+        lane: Lane,
+        attempt: Callable[[], T],
         began: float,
         timeout_seconds: float | None,
         wait_seconds: float,
+        refused: bool = False,
     ) -> T:
-        """What the attempt gives, told how much time is left, and made again while it finds no room.
+        """The result of an attempt that finds room in the lane, once all who came earlier have found theirs.
+
+        `refused` is who has tried already: it waits for more room.
 
         Raises:
             Overloaded: if there is none in time.
-            DeadlineExceeded: if its time ran out first.
+            DeadlineExceeded: if the time of `began` and `timeout_seconds` ran out first.
         """
-        while True:
-            now = time.perf_counter()
-            left = None if timeout_seconds is None else began + timeout_seconds - now
-            if left is not None and left <= 0:
-                raise DeadlineExceeded
+        now = time.perf_counter()
+        deadline = math.inf if timeout_seconds is None else began + timeout_seconds
+        until = min(deadline, began + wait_seconds)
+        if now >= deadline:
+            raise DeadlineExceeded
+        line = self._lines[lane]
+        if not refused and not line.is_before(began):
             try:
-                return await attempt(left)
+                return attempt()
             except Overloaded:
-                if now >= began + wait_seconds:
+                if now >= until:
                     raise
-            await asyncio.sleep(_ROOM_AGAIN_SECONDS)
+        elif now >= until:
+            raise self.batcher.overloaded(lane)
+        try:
+            return await line.wait(began, attempt, until - now)
+        except TimeoutError:
+            raise (DeadlineExceeded() if until == deadline else self.batcher.overloaded(lane)) from None
+
+    def _call_lines(self) -> None:
+        for line in self._lines.values():
+            line.call()
 
     @contextmanager
     def _counted(self, tokens: int, lane: Lane) -> Iterator[None]:
@@ -409,6 +426,7 @@ class Embedder:
             yield
         finally:
             self._tokenizing[lane] -= tokens
+            self._lines[lane].call()
 
     def _note_lengths(self, request: EmbedRequest, rows: Sequence[EmbedRow]) -> None:
         """Keep the guess near to what texts here come to. Token ids say nothing of it."""
@@ -647,9 +665,17 @@ class Embedder:
         hold_vectors(sum(row.width * max(len(row.text.spans), 1) for row in rows))
         lane = lane or self._lane(len(rows), tokens)
         lane_of_request.set(lane)
-        return await self._once_there_is_room(
-            lambda left: self.batcher.submit(rows, lane, left), began, timeout_seconds, wait_seconds
-        )
+        refused = False
+        while True:
+            admit = partial(self.batcher.admit, tokens, lane)
+            await self._in_turn(lane, admit, began, timeout_seconds, wait_seconds, refused)
+            left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
+            try:
+                return await self.batcher.submit(rows, lane, left)
+            except Overloaded:
+                if not wait_seconds:
+                    raise
+                refused = True  # by an engine that another front end was faster to fill
 
     def _lane(self, inputs: int, tokens: int) -> Lane:
         small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2

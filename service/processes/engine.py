@@ -49,6 +49,8 @@ class Desk:
     def __init__(self, end: socket.socket, batcher: MicroBatcher[EmbedRow, Vector], metrics: Metrics) -> None:
         self.link = Link("front end", end, metrics, self._take, self._drop_all)
         self.tokens = 0  # submitted and not answered
+        self._submissions = 0  # taken from the link
+        self._coming: set[int] = set()  # those of them that the queue does not contain yet
         self._batcher = batcher
         self._others_tokens = 0
         self._told: State | None = None
@@ -59,16 +61,20 @@ class Desk:
         """Tell the front end how the engine is, if that has changed, or nothing was told for a while."""
         self._others_tokens = others_tokens
         batcher, now = self._batcher, time.monotonic()
-        room = tuple(max(batcher.room(lane), 0) for lane in LANES)
-        state = State(batcher.batch_tokens, others_tokens, batcher.last_batch_failed, room, batcher.retry_seconds())
+        queued = tuple(map(batcher.queued_in, LANES))
+        failed, retry_seconds = batcher.last_batch_failed, batcher.retry_seconds()
+        submissions = self._submissions - len(self._coming)
+        state = State(batcher.batch_tokens, others_tokens, failed, queued, submissions, retry_seconds)
         if state != self._told or now >= self._tell_again:
             self.link.send(state)
             self._told, self._tell_again = state, now + _ALIVE_SECONDS
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Submit):
+            self._submissions += 1
+            self._coming.add(message.number)
             task = self._work[message.number] = asyncio.create_task(self._answer(message))
-            task.add_done_callback(lambda _: self._work.pop(message.number))
+            task.add_done_callback(lambda _: self._forget(message.number))
         else:
             assert isinstance(message, Cancel), message
             if (work := self._work.get(message.number)) is not None:
@@ -80,6 +86,7 @@ class Desk:
             rows = await _rows(asked.keys)
             tokens = sum(map(len, rows))
             self.tokens += tokens
+            self._coming.discard(asked.number)
             computed = await self._batcher.submit(rows, asked.lane, asked.timeout_seconds, admitted=asked.probe)
             for part in vectors_in_parts(asked.number, computed):
                 self.link.send(part)
@@ -93,6 +100,10 @@ class Desk:
             self.link.send(Failed(asked.number, error))
         finally:
             self.tokens -= tokens
+
+    def _forget(self, number: int) -> None:
+        del self._work[number]
+        self._coming.discard(number)  # where it ended before it was queued
 
     def _drop_all(self) -> None:
         for work in self._work.values():

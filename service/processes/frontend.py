@@ -34,6 +34,7 @@ def main() -> int:
         inherited(assignment.front_ends),
         metrics,
         silence_seconds(settings.stuck_batch_seconds),
+        settings.max_queued_tokens,
     )
 
     def on_ready(facts: dict[str, object]) -> None:

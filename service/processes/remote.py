@@ -10,7 +10,8 @@ import asyncio
 import itertools
 import math
 import socket
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from service.batcher import Computed
@@ -20,6 +21,7 @@ from service.metrics import Metrics, merged_page
 from service.processes.dispatch import Part, share
 from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, Vectors
+from service.room import has_room
 from service.rows import EmbedRow, Vector
 from service.scheduling import LANES, Lane
 from service.watchdog import LEAST_SECONDS
@@ -52,11 +54,19 @@ class RemoteEngine:
         self._numbers = itertools.count()
         self._pending: dict[int, _Pending] = {}
         self._own_tokens = 0
+        self._unseen: deque[tuple[Lane, int]] = deque()  # tokens sent that its last word does not contain
+        self._seen = 0  # submissions that it does
+        self.on_room: Callable[[], None] = lambda: None
 
     @property
     def load(self) -> int:
         """Tokens that it has to do: those from here, and those from elsewhere as it last said."""
         return self._own_tokens + self.state.others_tokens
+
+    def queued_in(self, lane: Lane) -> int:
+        """Tokens that wait in one lane: as it last said, and with what was sent since."""
+        sent = sum(tokens for its_lane, tokens in self._unseen if its_lane == lane)
+        return self.state.queued[LANES.index(lane)] + sent
 
     async def submit(
         self, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None = None, probe: bool = False
@@ -73,6 +83,7 @@ class RemoteEngine:
         done = asyncio.get_running_loop().create_future()
         pending = self._pending[number] = _Pending([None] * len(rows), len(rows), done)
         self._own_tokens += tokens
+        self._unseen.append((lane, tokens))
         self.link.send(Submit(number, [row.key for row in rows], lane, probe, timeout_seconds))
         try:
             await done
@@ -82,12 +93,17 @@ class RemoteEngine:
             del self._pending[number]
             if done.cancelled():
                 self.link.send(Cancel(number))
+            self.on_room()
 
     def _take(self, message: Message) -> None:
         self.heard = True
         if isinstance(message, State):
             self.state = message
+            for _ in range(message.submissions - self._seen):
+                self._unseen.popleft()
+            self._seen = message.submissions
             self.ready.set()
+            self.on_room()
             return
         assert isinstance(message, Vectors | Failed), message
         pending = self._pending.get(message.number)
@@ -107,14 +123,19 @@ class RemoteEngine:
         for pending in self._pending.values():
             if not pending.done.done():
                 pending.done.set_exception(self.link.gone())
+        self.on_room()
 
 
 class RemoteBatcher:
     """Several engines as one batcher."""
 
-    def __init__(self, engines: Sequence[RemoteEngine]) -> None:
+    def __init__(self, engines: Sequence[RemoteEngine], max_queued_tokens: int | None = None) -> None:
         self._engines = engines
+        self._max_queued_tokens = max_queued_tokens  # in each lane of each engine
         self._turns = itertools.count()
+        self.on_room: Callable[[], None] = lambda: None
+        for engine in engines:
+            engine.on_room = lambda: self.on_room()
 
     @property
     def batch_tokens(self) -> int:
@@ -126,16 +147,25 @@ class RemoteBatcher:
         """Whether any engine's last batch failed."""
         return any(engine.state.last_batch_failed for engine in self._engines)
 
-    def admit(self, tokens: int, lane: Lane) -> None:
-        """See whether any engine has room for so many tokens more, as it last said.
+    def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
+        """See whether any engine has room for so many tokens, behind those that wait and `ahead` that are to come.
 
         Raises:
             Overloaded: if none has.
+            Unavailable: if one is lost, as the server ends then.
         """
-        states = [engine.state for engine in self._engines]
-        if all(tokens > state.room[LANES.index(lane)] for state in states):
-            queued = sum(engine.load for engine in self._engines)
-            raise Overloaded(queued, min(state.retry_seconds for state in states))
+        for engine in self._engines:
+            if engine.link.lost:
+                raise engine.link.gone()
+        if not any(
+            has_room(tokens, engine.queued_in(lane) + ahead, self._max_queued_tokens) for engine in self._engines
+        ):
+            raise self.overloaded(lane)
+
+    def overloaded(self, lane: Lane) -> Overloaded:
+        """The refusal of a request that no engine has room for."""
+        queued = sum(engine.load for engine in self._engines)
+        return Overloaded(queued, min(engine.state.retry_seconds for engine in self._engines))
 
     async def submit(
         self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
@@ -190,11 +220,12 @@ class RemoteBackend:
         front_end_ends: Sequence[socket.socket],
         metrics: Metrics,
         silent_seconds: float = LEAST_SECONDS,
+        max_queued_tokens: int | None = None,
     ) -> None:
         self._metrics = metrics
         self._silent_seconds = silent_seconds
         self.engines = [RemoteEngine(f"engine {number}", end, metrics) for number, end in enumerate(engine_ends)]
-        self.batcher = RemoteBatcher(self.engines)
+        self.batcher = RemoteBatcher(self.engines, max_queued_tokens)
         self.links = [engine.link for engine in self.engines] + [
             Link("front end", end, metrics) for end in front_end_ends
         ]

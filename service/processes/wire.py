@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import orjson
 
-from service.batcher import UNLIMITED, Computed
+from service.batcher import Computed
 from service.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -40,7 +40,7 @@ _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<IB3x")  # number, kind
 _SUBMIT = struct.Struct("<B?2xId")  # lane, whether it is a probe, rows, seconds that it may wait (or infinity)
 _VECTORS = struct.Struct("<IIII")  # place of the first, rows, width, vectors of each where a row has several
-_STATE = struct.Struct("<QQ?7xQQd")
+_STATE = struct.Struct("<QQ?7xQQQd")
 
 # By name on the wire; each is made of its message alone.
 _ERRORS: dict[str, type[ServiceError]] = {
@@ -88,13 +88,14 @@ class Failed:
 class State:
     """What an engine is at; its first one says that it is ready. `others_tokens` wait for other front ends.
 
-    `room` is how many tokens each lane still takes.
+    `queued` are the tokens that wait in each lane, with those of so many `submissions` of the front end.
     """
 
     batch_tokens: int
     others_tokens: int
     last_batch_failed: bool
-    room: tuple[int, ...] = (UNLIMITED,) * len(LANES)
+    queued: tuple[int, ...] = (0,) * len(LANES)
+    submissions: int = 0
     retry_seconds: float = 1.0
 
 
@@ -135,8 +136,8 @@ def decode(content: bytes) -> Message:
     if kind is Failed:
         return Failed(number, _read_error(content[start:]))
     if kind is State:
-        batch_tokens, others_tokens, failed, *room, retry_seconds = _STATE.unpack_from(content, start)
-        return State(batch_tokens, others_tokens, failed, tuple(room), retry_seconds)
+        batch_tokens, others_tokens, failed, *queued, submissions, retry_seconds = _STATE.unpack_from(content, start)
+        return State(batch_tokens, others_tokens, failed, tuple(queued), submissions, retry_seconds)
     if kind is GiveSamples:
         return GiveSamples(
             number,
@@ -190,7 +191,7 @@ def _content(message: Message) -> bytes:
             return _write_error(message.error)
         case State():
             told = (message.batch_tokens, message.others_tokens, message.last_batch_failed)
-            return _STATE.pack(*told, *message.room, message.retry_seconds)
+            return _STATE.pack(*told, *message.queued, message.submissions, message.retry_seconds)
         case GiveSamples():
             return orjson.dumps(message.samples)
     return b""

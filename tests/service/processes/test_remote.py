@@ -13,6 +13,7 @@ import pytest
 
 from service.app import create_app
 from service.backend import LocalBackend
+from service.embedder import Embedder, EmbedInput, EmbedRequest
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
 from service.processes.engine import Desk, tell_all
@@ -81,6 +82,7 @@ class Server:
                 [pairs[front, engine][0] for engine in range(engines)],
                 [ends[both.index(front)] for both, ends in peers.items() if front in both],
                 self.metrics[front],
+                max_queued_tokens=max_queued_tokens,
             )
             for front in range(front_ends)
         ]
@@ -215,6 +217,49 @@ async def test_the_engine_says_when_too_much_is_queued_by_all_front_ends() -> No
         tasks.append(asyncio.create_task(right.submit(rows_of("y" * 200))))  # the other lane has room
         server.go_on()
         await asyncio.gather(*tasks)
+
+
+async def test_those_who_wait_for_room_in_an_engine_are_served_in_the_order_in_which_they_came() -> None:
+    async with running(max_queued_tokens=100) as server:
+        front, settings = server.fronts[0], Settings(max_queued_tokens=100)
+        limits = Limits(settings, MANIFEST, "cpu")
+        embedder = Embedder(MANIFEST, FakeTokenizer(), front.batcher, settings, limits, server.metrics[0])
+
+        def asked(text: str, wait_seconds: float = 1e6) -> EmbedRequest:
+            return EmbedRequest([EmbedInput(text)], lane="interactive", wait_seconds=wait_seconds)
+
+        server.hold()
+        tasks = [asyncio.create_task(embedder.embed(asked("first")))]
+        await until(lambda: server.workers[0].batches and not front.engines[0].queued_in("interactive"))
+        texts = [f"{number:02}".ljust((7, 45, 25)[number % 3], "x") for number in range(30)]
+        for text in texts:
+            tasks.append(asyncio.create_task(embedder.embed(asked(text))))
+            await asyncio.sleep(0)
+        assert front.engines[0].queued_in("interactive") == 88  # known before the engine says so
+        with pytest.raises(Overloaded):  # there would be room, but not for those who came later
+            await embedder.embed(asked("y", wait_seconds=0.0))
+        await until(lambda: server.engines[0].backend.batcher.queued_tokens == 88)
+        server.go_on()
+        await asyncio.gather(*tasks)
+        assert server.computed[0][1:] == texts
+        embedder.close()
+
+
+async def test_who_waits_for_room_is_told_when_the_engine_is_lost() -> None:
+    async with running(max_queued_tokens=10) as server:
+        front, settings = server.fronts[0], Settings(max_queued_tokens=10)
+        limits = Limits(settings, MANIFEST, "cpu")
+        embedder = Embedder(MANIFEST, FakeTokenizer(), front.batcher, settings, limits, server.metrics[0])
+        server.hold()
+        tasks = [
+            asyncio.create_task(embedder.embed(EmbedRequest([EmbedInput(letter * 9)], lane="bulk", wait_seconds=1e6)))
+            for letter in "abcdef"
+        ]
+        await until(lambda: server.engines[0].backend.batcher.queued_tokens)
+        await server.engines[0].end()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * 6
+        embedder.close()
 
 
 async def test_where_one_part_is_refused_the_others_are_dropped() -> None:

@@ -65,7 +65,7 @@ def test_messages_arrive_as_they_were_sent() -> None:
         Cancel(2**32 - 1),
         State(16384, 10**12, True),
         State(0, 0, False),
-        State(1, 2, False, (3, 2**63 - 1), 1.5),
+        State(1, 2, False, (3, 2**63 - 1), 4, 1.5),
         AskSamples(1),
         GiveSamples(1, [("m", "m_bucket", {"class": "bulk", "le": "+Inf"}, 3.5), ("g", "g", {}, -0.0)]),
     ]

@@ -1,0 +1,75 @@
+"""Room in a queue, and the line of those who wait for it. Knows nothing of what is queued."""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import insort_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from service.errors import Overloaded
+
+T = TypeVar("T")
+
+
+def has_room(tokens: int, waiting: int, most: int | None) -> bool:
+    """Whether so many tokens may join those that wait. Where none wait, one request goes in, however large."""
+    return most is None or not waiting or waiting + tokens <= most
+
+
+@dataclass(eq=False)
+class _Place:
+    since: float
+    turn: asyncio.Future[None]
+
+
+class Line:
+    """First come, first served: only the first in the line tries, once whenever there may be room. Nobody overtakes.
+
+    A small request waits behind a large one that does not fit yet: otherwise small ones would keep it out for ever.
+    """
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+
+    def is_before(self, since: float) -> bool:
+        """Whether anyone waits who came earlier."""
+        return bool(self._places) and self._places[0].since < since
+
+    async def wait(self, since: float, attempt: Callable[[], T], seconds: float) -> T:
+        """The result of the first attempt that finds room; none is made before the line is called.
+
+        `since` is the time of arrival, so that who joins a second time stands where it stood before.
+
+        Raises:
+            TimeoutError: if there is no room in time.
+            Exception: what the attempt raises, except Overloaded.
+        """
+        loop = asyncio.get_running_loop()
+        place = _Place(since, loop.create_future())
+        insort_right(self._places, place, key=_arrival)
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    await place.turn
+                    place.turn = loop.create_future()
+                    if self._places[0] is place:
+                        try:
+                            return attempt()
+                        except Overloaded:
+                            pass
+        finally:
+            was_first = self._places[0] is place
+            self._places.remove(place)
+            if was_first:  # whatever ended its wait: the next one may need less room
+                self.call()
+
+    def call(self) -> None:
+        """There may be room: the first in the line tries."""
+        if self._places and not self._places[0].turn.done():
+            self._places[0].turn.set_result(None)
+
+
+def _arrival(place: _Place) -> float:
+    return place.since
