@@ -13,16 +13,11 @@ def take_oldest(queue: Queue[Any], limits: BatchLimits) -> list[Any]:
     """Whole requests in the order they came, in batches of as many tokens as usual."""
     batch: list[Any] = []
     tokens = 0
-    while queue.bulk:
-        items = queue.bulk[0].items
-        while items and (not batch or tokens + items[0].tokens <= limits.batch_tokens):
-            if items[0].wanted:
-                tokens += items[0].tokens
-                batch.append(items[0])
-            items.popleft()
-        if items:
+    while (flow := queue.bulk.first()) is not None:
+        if batch and tokens + flow.items[0].tokens > limits.batch_tokens:
             break
-        queue.bulk.popleft()
+        batch.append(flow.items.popleft())
+        tokens += batch[-1].tokens
     return batch
 
 

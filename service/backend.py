@@ -47,9 +47,13 @@ class Batcher(Protocol):
         """The refusal of a request that a lane has no room for."""
 
     async def submit(
-        self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
+        self,
+        rows: Sequence[EmbedRow],
+        lane: Lane = "interactive",
+        timeout_seconds: float | None = None,
+        caller: int = 0,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. Cancelling it drops what is still queued.
+        """The rows' vectors, in order. Cancelling it drops what is still queued. Interactive callers take turns.
 
         Raises:
             Overloaded: if too much is queued; nothing is computed.

@@ -109,10 +109,16 @@ class _Input(Generic[Row, Vector]):
     waiting: list[tuple[_Request[Vector], int]]
     tokens: int
     since: float
+    callers: tuple[int, ...]  # in whose turns it is
     queued: bool = True
 
     @property
     def wanted(self) -> bool:
+        """Whether it is still to be computed."""
+        return self.queued and self.awaited
+
+    @property
+    def awaited(self) -> bool:
         return any(not request.done.done() for request, _ in self.waiting)
 
     def set(self, vector: Vector, given: float, ended: float) -> None:
@@ -174,13 +180,14 @@ class MicroBatcher(Generic[Row, Vector]):
         rows: Sequence[Row],
         lane: Lane = "interactive",
         timeout_seconds: float | None = None,
+        caller: int = 0,
         admitted: bool = False,
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order, each from whatever batch it fitted into.
 
         A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
-        still queued and that nobody else waits for; so does its time running out while any of them is. What is
-        `admitted` is queued whatever waits.
+        still queued and that nobody else waits for; so does its time running out while any of them is. Interactive
+        callers take turns. What is `admitted` is queued whatever waits.
 
         Raises:
             Overloaded: if the lane would hold more than `max_queued_tokens` with them, and holds some; none is queued.
@@ -203,7 +210,7 @@ class MicroBatcher(Generic[Row, Vector]):
 
         deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
-            await self._enqueue(request, rows, lane, awaited)
+            await self._enqueue(request, rows, lane, caller, awaited)
             if self._ended and not request.done.done():  # meanwhile, and nobody will see what was queued after that
                 raise Unavailable("the server can't compute any more")
             await request.done
@@ -215,18 +222,23 @@ class MicroBatcher(Generic[Row, Vector]):
             if deadline:
                 deadline.cancel()
             request.done.cancel()
-            dropped = [item for item in awaited if item.queued and not item.wanted]
+            dropped = [item for item in awaited if item.queued and not item.awaited]
             for item in dropped:
                 self._unqueue(item)
                 self._end(item)
             if dropped:
-                self._queue.drop(len(dropped))
+                self._queue.drop(sum(len(item.callers) for item in dropped))
                 self.on_room()
             if cancelled:
                 self._metrics.cancelled.labels("queued").inc(len(dropped))
 
     async def _enqueue(
-        self, request: _Request[Vector], rows: Sequence[Row], lane: Lane, awaited: list[_Input[Row, Vector]]
+        self,
+        request: _Request[Vector],
+        rows: Sequence[Row],
+        lane: Lane,
+        caller: int,
+        awaited: list[_Input[Row, Vector]],
     ) -> None:
         """Queue a request's rows as one, and add to `awaited` what it waits for."""
         now = time.perf_counter()
@@ -244,20 +256,23 @@ class MicroBatcher(Generic[Row, Vector]):
                     request.set(index, Computed(vector))
                     continue
                 item = self._known.get((lane, row.key))
-                if item is not None and item.wanted:
+                if item is not None and item.awaited:
                     self._metrics.dedup_hits.inc()
                     item.waiting.append((request, index))
+                    if lane == "interactive" and item.queued and caller not in item.callers:
+                        item.callers += (caller,)
+                        new.append(item)  # it goes at the turn of whichever caller comes first
                 else:
-                    item = self._known[lane, row.key] = _Input(row, lane, [(request, index)], len(row), now)
+                    item = _Input(row, lane, [(request, index)], len(row), now, (caller,))
+                    self._known[lane, row.key] = item
                     self._count(item, 1)
                     new.append(item)
                 awaited.append(item)
         finally:  # whatever ends this, another request may wait for one of these by now
             self._arriving[lane] -= left
-            self._queue.add(new, lane)
+            self._queue.add(new, lane, caller)
             self._arrival.set()
-            if len(new) < len(rows):
-                self.on_room()
+            self.on_room()  # rows that were known take none
 
     async def probe(self, row: Row) -> None:
         """Compute a row, whatever waits, to see that the device still does.
@@ -330,9 +345,11 @@ class MicroBatcher(Generic[Row, Vector]):
                     await self._arrival.wait()
                     _raise_failure(running)
                 await self._wait_for_device(running, at_once, plan.lead_seconds)
-                batch = take_batch(self._queue, self._limits(plan))
+                batch = list(dict.fromkeys(take_batch(self._queue, self._limits(plan))))
                 for item in batch:
                     self._unqueue(item)
+                if elsewhere := sum(len(item.callers) - 1 for item in batch):  # in other callers' turns
+                    self._queue.drop(elsewhere)
                 self.on_room()
                 if batch:
                     running.add(task := asyncio.create_task(self._compute(batch, plan)))
@@ -461,7 +478,7 @@ class MicroBatcher(Generic[Row, Vector]):
         for index, (item, result) in enumerate(zip(batch, results, strict=True)):
             if index % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
                 await asyncio.sleep(0)
-            if again and isinstance(result, NonFiniteEmbedding) and item.wanted:
+            if again and isinstance(result, NonFiniteEmbedding) and item.awaited:
                 alone.append(item)
                 continue
             self._end(item)
@@ -485,12 +502,12 @@ class MicroBatcher(Generic[Row, Vector]):
         self._metrics.oom_splits.inc(isinstance(error, OutOfMemory))
         half = len(batch) // 2
         for part in (batch[:half], batch[half:]):
-            wanted = [item for item in part if item.wanted]
+            awaited = [item for item in part if item.awaited]
             for item in part:
-                if not item.wanted:
+                if not item.awaited:
                     self._end(item)
-            if wanted:
-                await self._compute(wanted, plan, False, again)
+            if awaited:
+                await self._compute(awaited, plan, False, again)
 
     def _observe(self, batch: list[_Input[Row, Vector]], given: float, seconds: float, limits: BatchLimits) -> None:
         tokens = sum(item.tokens for item in batch)

@@ -23,6 +23,7 @@ from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.tokenizer import Part, TokenizationError, TokenizedText
 from service.backend import Batcher
 from service.batcher import Computed
+from service.callers import caller_of_request
 from service.choices import Overflow
 from service.errors import (
     ContextLengthExceeded,
@@ -671,7 +672,7 @@ class Embedder:
             await self._in_turn(lane, admit, began, timeout_seconds, wait_seconds, refused)
             left = None if timeout_seconds is None else began + timeout_seconds - time.perf_counter()
             try:
-                return await self.batcher.submit(rows, lane, left)
+                return await self.batcher.submit(rows, lane, left, caller_of_request.get())
             except Overloaded:
                 if not wait_seconds:
                     raise

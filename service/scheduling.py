@@ -1,9 +1,10 @@
 """Which inputs make up the next batch: a pure policy over two lanes. No event loop, no clock, no torch.
 
-Small requests go first, strictly in order, in a lane of their own. Bulk requests share what is left by deficit round
-robin (Shreedhar & Varghese 1995): each in turn may send `quantum` tokens more, so one of 2048 inputs delays another by
-its share and not by its length. While bulk waits, the small ones take three quarters of a batch at most, and the next
-bulk input has its place, so that neither lane can starve the other.
+Small requests go first, in a lane of their own. Their callers take turns, one input each, and what a caller sends goes
+strictly in order: a caller with a thousand of them delays another's by one. Bulk requests share what is left by deficit
+round robin (Shreedhar & Varghese 1995): each in turn may send `quantum` tokens more, so one of 2048 inputs delays
+another by its share and not by its length. While bulk waits, the small ones take three quarters of a batch at most, and
+the next bulk input has its place, so that neither lane can starve the other.
 """
 
 from __future__ import annotations
@@ -57,27 +58,77 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class Flow(Generic[Item]):
-    """One bulk request's inputs, and the tokens it may still send at its turn."""
+    """Inputs that go in order: a caller's small ones, or a bulk request's and the tokens that it may still send."""
 
     items: deque[Item]
+    caller: int | None = None
     credit: int = 0
+
+
+class Turns(Generic[Item]):
+    """Flows that take turns; a new one is last."""
+
+    def __init__(self) -> None:
+        self._flows: deque[Flow[Item]] = deque()
+        self._by_caller: dict[int, Flow[Item]] = {}
+
+    def add(self, items: list[Item], caller: int | None = None) -> None:
+        """Inputs that go after all others of their caller; without one, in a flow of their own."""
+        if caller is not None and (flow := self._by_caller.get(caller)) is not None:
+            flow.items.extend(items)
+        elif items:
+            self._flows.append(flow := Flow(deque(items), caller))
+            if caller is not None:
+                self._by_caller[caller] = flow
+
+    def first(self) -> Flow[Item] | None:
+        """The flow whose turn it is, its first input wanted; what is before it is forgotten."""
+        while self._flows:
+            flow = self._flows[0]
+            while flow.items and not flow.items[0].wanted:
+                flow.items.popleft()
+            if flow.items:
+                return flow
+            self._flows.popleft()
+            if flow.caller is not None:
+                del self._by_caller[flow.caller]
+        return None
+
+    def pass_on(self) -> None:
+        """It is the next flow's turn."""
+        self._flows.rotate(-1)
+
+    def heads(self) -> list[Item]:
+        """The first input of each flow."""
+        return [flow.items[0] for flow in self._flows if flow.items]
+
+    def forget_unwanted(self) -> None:
+        """Keep only the inputs that are wanted."""
+        for flow in self._flows:
+            flow.items = deque(item for item in flow.items if item.wanted)
+
+    def __len__(self) -> int:
+        return sum(len(flow.items) for flow in self._flows)
+
+    def __bool__(self) -> bool:
+        return any(flow.items for flow in self._flows)
 
 
 @dataclass(eq=False)
 class Queue(Generic[Item]):
     """What waits, by lane. Inputs that nobody wants any more stay for a while: see `drop`."""
 
-    interactive: deque[Item] = field(default_factory=deque)
-    bulk: deque[Flow[Item]] = field(default_factory=deque)
+    interactive: Turns[Item] = field(default_factory=Turns)
+    bulk: Turns[Item] = field(default_factory=Turns)
     interactive_passed_over: bool = False
     _unwanted: int = 0
 
-    def add(self, items: list[Item], lane: Lane) -> None:
-        """Queue one request's inputs."""
+    def add(self, items: list[Item], lane: Lane, caller: int = 0) -> None:
+        """Queue inputs of one request of a caller's."""
         if lane == "interactive":
-            self.interactive.extend(items)
-        elif items:
-            self.bulk.append(Flow(deque(items)))
+            self.interactive.add(items, caller)
+        else:
+            self.bulk.add(items)
 
     def drop(self, unwanted: int) -> None:
         """So many inputs more are not wanted. They are forgotten once they could be half of what is held.
@@ -85,19 +136,14 @@ class Queue(Generic[Item]):
         Until then `take_batch` passes them over when it meets them.
         """
         self._unwanted += unwanted
-        if self._unwanted <= _LEAST_FORGOTTEN:
-            return
-        if 2 * self._unwanted >= len(self.interactive) + sum(len(flow.items) for flow in self.bulk):
+        if self._unwanted > _LEAST_FORGOTTEN and 2 * self._unwanted >= len(self.interactive) + len(self.bulk):
             self._unwanted = 0
-            self.interactive = deque(item for item in self.interactive if item.wanted)
-            for flow in self.bulk:
-                flow.items = deque(item for item in flow.items if item.wanted)
+            self.interactive.forget_unwanted()
+            self.bulk.forget_unwanted()
 
     def heads(self, lane: Lane) -> list[Item]:
         """The inputs that are next in a lane: the oldest ones of it are among them."""
-        if lane == "interactive":
-            return [self.interactive[0]] if self.interactive else []
-        return [flow.items[0] for flow in self.bulk if flow.items]
+        return (self.interactive if lane == "interactive" else self.bulk).heads()
 
     def __bool__(self) -> bool:
         return bool(self.interactive or self.bulk)
@@ -110,13 +156,13 @@ def take_batch(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
 
 
 def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
-    """The oldest small ones, until their share is full or the next bulk input would lose its place.
+    """Small ones in turn, until their share is full or the next bulk input would lose its place.
 
     Where that input leaves no place for even one of them, they wait once, and come first the next time.
     """
     taken: list[Item] = []
     tokens = 0
-    bulk = _next_bulk(queue)
+    bulk = queue.bulk.first()
     long = bulk.items[0].tokens if bulk else 0
     full = limits.batch_tokens
     if bulk:
@@ -124,11 +170,12 @@ def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
         share = long * INTERACTIVE_SHARE / (1 - INTERACTIVE_SHARE) if long > full else full * INTERACTIVE_SHARE
         full = int(share)
     reserved = 0 if queue.interactive_passed_over else long
-    while (item := _next_interactive(queue)) is not None:
-        with_it = tokens + item.tokens
+    while (flow := queue.interactive.first()) is not None:
+        with_it = tokens + flow.items[0].tokens
         if (taken and with_it > full) or ((taken or reserved) and with_it + reserved > limits.token_budget):
             break
-        taken.append(queue.interactive.popleft())
+        taken.append(flow.items.popleft())
+        queue.interactive.pass_on()
         tokens = with_it
     queue.interactive_passed_over = bool(queue.interactive) and not taken
     return taken
@@ -137,11 +184,11 @@ def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
 def _take_bulk(queue: Queue[Item], limits: BatchLimits, tokens: int) -> list[Item]:
     """Bulk requests in turn, after so many tokens of the other lane."""
     taken: list[Item] = []
-    while (flow := _next_bulk(queue)) is not None:
+    while (flow := queue.bulk.first()) is not None:
         length = flow.items[0].tokens
         if flow.credit < length:
             flow.credit += limits.quantum
-            queue.bulk.rotate(-1)
+            queue.bulk.pass_on()
             continue
         # After credit: an input whose turn has not come does not end the batch for those whose turn it is.
         if tokens and tokens + length > (limits.batch_tokens if taken else limits.token_budget):
@@ -150,22 +197,3 @@ def _take_bulk(queue: Queue[Item], limits: BatchLimits, tokens: int) -> list[Ite
         flow.credit -= length
         tokens += length
     return taken
-
-
-def _next_interactive(queue: Queue[Item]) -> Item | None:
-    """The small lane's oldest that is wanted; those before it are forgotten."""
-    while queue.interactive and not queue.interactive[0].wanted:
-        queue.interactive.popleft()
-    return queue.interactive[0] if queue.interactive else None
-
-
-def _next_bulk(queue: Queue[Item]) -> Flow[Item] | None:
-    """The bulk request whose turn it is, its first input wanted; what is before it is forgotten."""
-    while queue.bulk:
-        flow = queue.bulk[0]
-        while flow.items and not flow.items[0].wanted:
-            flow.items.popleft()
-        if flow.items:
-            return flow
-        queue.bulk.popleft()
-    return None

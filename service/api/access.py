@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from service.api_keys import ApiKeys
+from service.callers import caller_number
 from service.errors import Unauthorized
 from service.settings import Settings
 
@@ -38,6 +39,14 @@ class Access:
         if any(known):
             return None
         return Unauthorized("the API key is not valid" if given else _MISSING)
+
+    def caller(self, headers: Mapping[bytes, bytes], client: object) -> int:
+        """A number for whoever sends a request: one for each key, or for each connection where no key is needed."""
+        if self._keys.required:
+            for key in _given_keys(headers):
+                if self._keys.knows(key):
+                    return caller_number(key)
+        return caller_number(repr(client).encode())
 
     def close(self) -> None:
         """Look at files no more."""

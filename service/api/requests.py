@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.access import Access
 from service.api.error_responses import ErrorResponses
 from service.api.json_size import JSONSize, json_size
+from service.callers import caller_of_request
 from service.errors import (
     ClientGone,
     InvalidRequest,
@@ -110,6 +111,7 @@ class RequestContext:
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
         lane_of_request.set("")
+        caller_of_request.set(self._access.caller(headers, scope.get("client")))
         state = scope.setdefault("state", {})
         status, started, whole = 0, 0.0, False
 

@@ -87,7 +87,9 @@ class Desk:
             tokens = sum(map(len, rows))
             self.tokens += tokens
             self._coming.discard(asked.number)
-            computed = await self._batcher.submit(rows, asked.lane, asked.timeout_seconds, admitted=asked.probe)
+            computed = await self._batcher.submit(
+                rows, asked.lane, asked.timeout_seconds, asked.caller, admitted=asked.probe
+            )
             for part in vectors_in_parts(asked.number, computed):
                 self.link.send(part)
                 await self.link.drain()

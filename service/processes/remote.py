@@ -69,7 +69,12 @@ class RemoteEngine:
         return self.state.queued[LANES.index(lane)] + sent
 
     async def submit(
-        self, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None = None, probe: bool = False
+        self,
+        rows: Sequence[EmbedRow],
+        lane: Lane,
+        timeout_seconds: float | None = None,
+        caller: int = 0,
+        probe: bool = False,
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order. Cancelling it tells the engine.
 
@@ -84,7 +89,7 @@ class RemoteEngine:
         pending = self._pending[number] = _Pending([None] * len(rows), len(rows), done)
         self._own_tokens += tokens
         self._unseen.append((lane, tokens))
-        self.link.send(Submit(number, [row.key for row in rows], lane, probe, timeout_seconds))
+        self.link.send(Submit(number, [row.key for row in rows], lane, probe, timeout_seconds, caller))
         try:
             await done
             return [answer for answer in pending.answers if answer is not None]
@@ -168,7 +173,11 @@ class RemoteBatcher:
         return Overloaded(queued, min(engine.state.retry_seconds for engine in self._engines))
 
     async def submit(
-        self, rows: Sequence[EmbedRow], lane: Lane = "interactive", timeout_seconds: float | None = None
+        self,
+        rows: Sequence[EmbedRow],
+        lane: Lane = "interactive",
+        timeout_seconds: float | None = None,
+        caller: int = 0,
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order: a small request from one engine, a large one from as many as it has batches for.
 
@@ -183,8 +192,8 @@ class RemoteBatcher:
         most_parts = 1 if lane == "interactive" else sum(lengths) // max(self.batch_tokens, 1)
         parts = share(lengths, [engine.load for engine in self._engines], most_parts, next(self._turns))
         if len(parts) == 1:
-            return await self._engines[parts[0].engine].submit(rows, lane, timeout_seconds)
-        tasks = [asyncio.create_task(self._submit_part(part, rows, lane, timeout_seconds)) for part in parts]
+            return await self._engines[parts[0].engine].submit(rows, lane, timeout_seconds, caller)
+        tasks = [asyncio.create_task(self._submit_part(part, rows, lane, timeout_seconds, caller)) for part in parts]
         try:
             return [computed for answers in await asyncio.gather(*tasks) for computed in answers]
         finally:
@@ -201,10 +210,10 @@ class RemoteBatcher:
         await asyncio.gather(*(engine.submit([row], "interactive", probe=True) for engine in failing))
 
     async def _submit_part(
-        self, part: Part, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None
+        self, part: Part, rows: Sequence[EmbedRow], lane: Lane, timeout_seconds: float | None, caller: int
     ) -> list[Computed[Vector]]:
         try:
-            return await self._engines[part.engine].submit(rows[part.start : part.stop], lane, timeout_seconds)
+            return await self._engines[part.engine].submit(rows[part.start : part.stop], lane, timeout_seconds, caller)
         except EncodingError as error:
             raise error.at(part.start + (error.index or 0)) from error
 

@@ -38,7 +38,7 @@ _NUMBERS_AT_ONCE = 1 << 16
 # Every part is a multiple of 8 bytes, so that the arrays after it are aligned.
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<IB3x")  # number, kind
-_SUBMIT = struct.Struct("<B?2xId")  # lane, whether it is a probe, rows, seconds that it may wait (or infinity)
+_SUBMIT = struct.Struct("<B?2xIdQ")  # lane, whether it is a probe, rows, seconds that it may wait (or infinity), caller
 _VECTORS = struct.Struct("<IIII")  # place of the first, rows, width, vectors of each where a row has several
 _STATE = struct.Struct("<QQ?7xQQQd")
 
@@ -58,6 +58,7 @@ class Submit:
     lane: Lane = "interactive"
     probe: bool = False
     timeout_seconds: float | None = None
+    caller: int = 0  # 64 bits
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _content(message: Message) -> bytes:
     match message:
         case Submit():
             seconds = math.inf if message.timeout_seconds is None else message.timeout_seconds
-            head = _SUBMIT.pack(LANES.index(message.lane), message.probe, len(message.keys), seconds)
+            head = _SUBMIT.pack(LANES.index(message.lane), message.probe, len(message.keys), seconds, message.caller)
             return b"".join((head, array("I", map(len, message.keys)).tobytes(), *message.keys))
         case Vectors():
             return _write_vectors(message)
@@ -198,7 +199,7 @@ def _content(message: Message) -> bytes:
 
 
 def _read_submit(number: int, content: bytes, start: int) -> Submit:
-    lane, probe, rows, seconds = _SUBMIT.unpack_from(content, start)
+    lane, probe, rows, seconds, caller = _SUBMIT.unpack_from(content, start)
     start += _SUBMIT.size
     lengths = array("I")
     lengths.frombytes(content[start : start + rows * lengths.itemsize])
@@ -207,7 +208,7 @@ def _read_submit(number: int, content: bytes, start: int) -> Submit:
     for length in lengths:
         keys.append(content[start : start + length])
         start += length
-    return Submit(number, keys, LANES[lane], probe, None if math.isinf(seconds) else seconds)
+    return Submit(number, keys, LANES[lane], probe, None if math.isinf(seconds) else seconds, caller)
 
 
 def _write_vectors(message: Vectors) -> bytes:

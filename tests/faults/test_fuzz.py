@@ -129,10 +129,13 @@ def test_headers_of_any_text(server: Server, name: str, header: bytes) -> None:
     number=some.integers(0, 2**32 - 1),
     lane=some.sampled_from(("interactive", "bulk")),
     timeout=some.none() | some.floats(0, 1e9),
+    caller=some.integers(0, 2**64 - 1),
     cuts=some.lists(some.integers(0, 500), max_size=6),
 )
-def test_frames_however_they_are_cut(keys: Any, number: int, lane: Any, timeout: float | None, cuts: Any) -> None:
-    message = Submit(number, keys, lane, timeout_seconds=timeout)
+def test_frames_however_they_are_cut(
+    keys: Any, number: int, lane: Any, timeout: float | None, caller: int, cuts: Any
+) -> None:
+    message = Submit(number, keys, lane, timeout_seconds=timeout, caller=caller)
     stream = encode(message) * 2
     splitter = Splitter()
     ends = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]

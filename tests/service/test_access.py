@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from service.api.access import OPEN_PATHS
+from service.api.access import OPEN_PATHS, Access
 from service.api_keys import ApiKeys, hash_keys, read_keys
 from service.errors import StartupError
 from service.processes.child import Assignment
 from service.settings import Settings, load_settings
-from tests.service.fakes import Server, fake_manifest
+from tests.service.fakes import Server, fake_manifest, until
 
 KEY, OTHER = "sk-one-1234567890", "sk-two-0987654321"
 
@@ -104,6 +106,41 @@ def test_without_keys_everybody_may_ask() -> None:
     server = Server()
     with server.client:
         assert server.embed(bearer("anything"), input="a").status_code == 200
+
+
+def test_a_caller_is_a_key_or_else_a_connection() -> None:
+    here, there = ("127.0.0.1", 1), ("127.0.0.1", 2)
+    access = Access(Settings(api_keys=f"{KEY}, {OTHER}"))
+    one = access.caller({b"authorization": f"Bearer {KEY}".encode()}, here)
+    assert 0 < one < 2**64
+    assert access.caller({b"x-api-key": KEY.encode()}, there) == one
+    # Only the key that opens the door counts: what is sent beside it makes nobody another caller.
+    assert access.caller({b"authorization": b"Bearer sk-any", b"api-key": KEY.encode()}, here) == one
+    assert access.caller({b"authorization": f"Bearer {OTHER}".encode()}, here) != one
+    open_to_all = Access(Settings())
+    assert open_to_all.caller({b"x-api-key": KEY.encode()}, here) == open_to_all.caller({}, here)
+    assert open_to_all.caller({}, here) != open_to_all.caller({}, there)
+    assert open_to_all.caller({}, None) == open_to_all.caller({}, None)  # on a Unix socket
+
+
+async def test_keys_take_turns() -> None:
+    server = Server(api_keys=f"{KEY}, {OTHER}", batch_tokens=20)
+    worker, batcher = server.worker, server.app.state.backend.batcher
+    worker.gate.clear()
+
+    def embed(key: str, text: str) -> asyncio.Task[httpx.Response]:
+        return asyncio.create_task(client.post("/v1/embeddings", json={"input": text}, headers=bearer(key)))
+
+    async with server.running() as client:
+        tasks = [embed(KEY, "first")]
+        await until(lambda: worker.batches)
+        tasks += [embed(KEY, f"{number:04}") for number in range(40)]
+        await until(lambda: batcher.queued_tokens == 200)
+        tasks.append(embed(OTHER, "another"))
+        await until(lambda: batcher.queued_tokens == 208)
+        worker.gate.set()
+        assert [answer.status_code for answer in await asyncio.gather(*tasks)] == [200] * 42
+    assert "another" in worker.batches[1]
 
 
 def test_keys_are_kept_as_hashes_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,6 +214,42 @@ async def test_small_requests_pass_bulk_in_the_queue() -> None:
     assert "text 0" in worker.batches[1]
 
 
+async def test_a_caller_s_single_query_does_not_wait_behind_another_s_thousand() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker, batch_tokens=20) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches)
+        greedy = [asyncio.create_task(batcher.submit(rows_of(f"{number:04}"), caller=1)) for number in range(1000)]
+        await until(lambda: batcher.queued_tokens == 5000)
+        single = asyncio.create_task(batcher.submit(rows_of("single"), caller=2))
+        await until(lambda: batcher.queued_tokens == 5007)
+        worker.gate.set()
+        await asyncio.gather(first, single, *greedy)
+    assert worker.batches[1] == ["0000", "single", "0001"]
+    assert [text for batch in worker.batches[2:] for text in batch] == [f"{number:04}" for number in range(2, 1000)]
+
+
+async def test_a_row_that_two_callers_wait_for_is_computed_at_the_earlier_turn() -> None:
+    worker = FakeWorker()
+    worker.gate.clear()
+    async with running(worker, batch_tokens=20) as batcher:
+        first = asyncio.create_task(batcher.submit(rows_of("first")))
+        await until(lambda: worker.batches)
+        greedy = [asyncio.create_task(batcher.submit(rows_of(f"{number:04}"), caller=1)) for number in range(100)]
+        await until(lambda: batcher.queued_tokens == 500)
+        others = [asyncio.create_task(batcher.submit(rows_of(text), caller=2)) for text in ("0099", "0000")]
+        await asyncio.sleep(0)
+        assert batcher.queued_tokens == 500
+        worker.gate.set()
+        answers = await asyncio.gather(first, *greedy, *others)
+    assert worker.batches[1] == ["0000", "0099", "0001"]
+    assert sorted(text for batch in worker.batches[1:] for text in batch) == [f"{number:04}" for number in range(100)]
+    for text, (computed,) in zip(("0099", "0000"), answers[-2:], strict=True):
+        assert (computed.vector == fake_vector(rows_of(text)[0])).all()
+    assert batcher.queued_tokens == 0
+
+
 async def test_equal_rows_that_wait_are_computed_once() -> None:
     worker = FakeWorker()
     worker.gate.clear()

@@ -109,14 +109,64 @@ def test_neither_lane_starves_the_other() -> None:
     assert bulk_sent >= 50
 
 
+def test_a_caller_with_a_thousand_small_ones_delays_another_s_by_one() -> None:
+    queue = queue_of([4] * 1000)
+    assert taken(queue) == [4] * 4
+    queue.add([Input(3)], "interactive", caller=1)
+    queue.add([Input(2)], "interactive", caller=2)
+    assert taken(queue) == [4, 3, 2, 4]
+
+
+def test_callers_take_turns_and_each_one_s_inputs_keep_their_order() -> None:
+    queue: Queue[Input] = Queue()
+    for caller, tokens in ((1, [1, 2, 3]), (2, [4, 5]), (1, [6])):
+        queue.add([Input(each) for each in tokens], "interactive", caller)
+    assert taken(queue, BatchLimits(100, 100)) == [1, 4, 2, 5, 3, 6]
+    assert not queue
+
+
+def test_a_turn_that_does_not_fit_is_first_in_the_next_batch() -> None:
+    queue: Queue[Input] = Queue()
+    queue.add([Input(8), Input(1)], "interactive", 1)
+    queue.add([Input(9), Input(2)], "interactive", 2)
+    assert [taken(queue), taken(queue)] == [[8], [9, 1, 2]]
+
+
+def test_a_caller_whose_inputs_are_all_unwanted_has_no_turn() -> None:
+    queue: Queue[Input] = Queue()
+    queue.add([Input(9, wanted=False)], "interactive", 1)
+    queue.add([Input(2), Input(3)], "interactive", 2)
+    assert taken(queue) == [2, 3]
+    queue.add([Input(5)], "interactive", 1)
+    assert taken(queue) == [5]
+
+
+def test_a_batch_costs_as_much_as_it_takes_whatever_waits() -> None:
+    class Looked(Input):
+        looks = 0
+
+        def __getattribute__(self, name: str) -> Any:
+            Looked.looks += name == "tokens"
+            return super().__getattribute__(name)
+
+    queue: Queue[Input] = Queue()
+    for caller in range(1000):
+        queue.add([Looked(4) for _ in range(20)], "interactive", caller)
+    for _ in range(50):
+        Looked.looks = 0
+        assert len(take_batch(queue, LIMITS)) == 4
+        assert Looked.looks < 20
+
+
 def test_everything_that_waits_goes_once() -> None:
     queue = queue_of([5, 1, 30, 2], [9] * 7, [1, 40, 2], [3])
+    queue.add([Input(7), Input(7)], "interactive", caller=1)
     sent: list[Any] = []
     while queue:
         batch = take_batch(queue, LIMITS)
         assert batch
         sent += batch
-    assert sorted(item.tokens for item in sent) == sorted([5, 1, 30, 2, *[9] * 7, 1, 40, 2, 3])
+    assert sorted(item.tokens for item in sent) == sorted([5, 1, 30, 2, *[9] * 7, 1, 40, 2, 3, 7, 7])
     assert len({id(item) for item in sent}) == len(sent)
 
 

@@ -245,6 +245,24 @@ async def test_those_who_wait_for_room_in_an_engine_are_served_in_the_order_in_w
         embedder.close()
 
 
+async def test_callers_take_turns_whichever_front_end_they_ask() -> None:
+    async with running(2) as server:
+        left, right = (front.batcher for front in server.fronts)
+        batcher = server.engines[0].backend.batcher
+        server.hold()
+        tasks = [asyncio.create_task(left.submit(rows_of("first")))]
+        await until(lambda: server.workers[0].batches)
+        tasks += [asyncio.create_task(left.submit(rows_of("x" * 50 + c), caller=1)) for c in "abc"]
+        await until(lambda: batcher.queued_tokens == 156)
+        tasks.append(asyncio.create_task(right.submit(rows_of("y" * 51 + "d"), caller=1)))
+        await until(lambda: batcher.queued_tokens == 209)
+        tasks.append(asyncio.create_task(right.submit(rows_of("z" * 40), caller=2)))
+        await until(lambda: batcher.queued_tokens == 250)
+        server.go_on()
+        await asyncio.gather(*tasks)
+        assert [text[-1] for text in server.computed[0][1:]] == ["a", "z", "b", "c", "d"]
+
+
 async def test_who_waits_for_room_is_told_when_the_engine_is_lost() -> None:
     async with running(max_queued_tokens=10) as server:
         front, settings = server.fronts[0], Settings(max_queued_tokens=10)

@@ -62,6 +62,7 @@ def test_messages_arrive_as_they_were_sent() -> None:
         Submit(8, [b"\0" * 12], "interactive", probe=True),
         Submit(9, []),
         Submit(10, [b"key"], "bulk", timeout_seconds=0.25),
+        Submit(11, [b"key"], caller=2**64 - 1),
         Cancel(2**32 - 1),
         State(16384, 10**12, True),
         State(0, 0, False),
