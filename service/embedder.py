@@ -265,38 +265,51 @@ class Embedder:
 
         Raises:
             InvalidRequest: for inputs that can't be tokenized, or that have too many tokens.
+            Overloaded, DeadlineExceeded: as `embed`.
         """
+        began = time.perf_counter()
         self._check(request)
-        rows = await self._tokenize(request)
-        self._check_tokens(tokens := sum(map(len, rows)))
-        hold_tokens(tokens)
-        return await self._pool.run(
-            self._likely(request)[1],
-            lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
-        )
+        tokens, lane = self._likely(request)
+        with await self._admitted(tokens, lane, began, request.timeout_seconds, request.wait_seconds):
+            rows = await self._tokenize(request)
+            self._check_tokens(tokens := sum(map(len, rows)))
+            hold_tokens(tokens)
+            return await self._pool.run(
+                lane,
+                lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
+            )
 
     async def locate(self, request: EmbedRequest) -> list[LocatedTokens]:
         """Where in each input, all of them texts, or in its instruction its tokens are; nothing is computed.
 
         Raises:
             InvalidRequest: for inputs that can't be tokenized, or that have too many tokens.
+            Overloaded, DeadlineExceeded: as `embed`.
         """
+        began = time.perf_counter()
         self._check(request)
-        self._check_tokens(tokens := sum(map(len, await self._tokenize(request))))
-        hold_tokens(tokens)
-        return await self._pool.run(
-            self._likely(request)[1],
-            lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs],
-        )
+        tokens, lane = self._likely(request)
+        with await self._admitted(tokens, lane, began, request.timeout_seconds, request.wait_seconds):
+            self._check_tokens(tokens := sum(map(len, await self._tokenize(request))))
+            hold_tokens(tokens)
+            return await self._pool.run(
+                lane, lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs]
+            )
 
     async def decode(
-        self, token_ids: Sequence[Sequence[int]], skip_special_tokens: bool = True, param: str = "ids"
+        self,
+        token_ids: Sequence[Sequence[int]],
+        skip_special_tokens: bool = True,
+        param: str = "ids",
+        wait_seconds: float = 0.0,
     ) -> list[str]:
         """The texts of this model's own token ids. `param` is what the caller's dialect calls these, for messages.
 
         Raises:
             InvalidRequest: for ids that the model does not have, or too many lists of them.
+            Overloaded: as `embed`.
         """
+        began = time.perf_counter()
         self._check_count(len(token_ids), param)
         self._check_tokens(tokens := sum(map(len, token_ids)))
         hold_tokens(tokens)
@@ -308,7 +321,8 @@ class Embedder:
                 raise InvalidRequest(f"{param} index {index}: {error}", "invalid_token_ids", param) from error
 
         lane = self._lane(len(token_ids), tokens)
-        return await self._pool.run(lane, lambda: list(map(decode_one, range(len(token_ids)))))
+        with await self._admitted(max(tokens, len(token_ids)), lane, began, wait_seconds=wait_seconds):
+            return await self._pool.run(lane, lambda: list(map(decode_one, range(len(token_ids)))))
 
     async def probe(self) -> None:
         """Encode one token, to see that the device still does.
@@ -327,7 +341,8 @@ class Embedder:
         self._check(request)
         if request.overflow == "error":
             self._check_context(request)
-        with await self._admitted(request, began):
+        tokens, guessed_lane = self._likely(request)
+        with await self._admitted(tokens, guessed_lane, began, request.timeout_seconds, request.wait_seconds):
             texts = await self._tokenize(request)
             fitted, cut, rows = await self._aside(request, len(texts), lambda: self._rows(texts, request))
         self._note_lengths(request, rows)
@@ -349,28 +364,33 @@ class Embedder:
         await self._aside(request, len(rows), lambda: self._measure(sources, rows, result))
         return result
 
-    async def _admitted(self, request: EmbedRequest, began: float) -> AbstractContextManager[None]:
-        """A context to tokenize the request in, once there seems to be room: nothing is spent on what is refused.
+    async def _admitted(
+        self,
+        tokens: int,
+        lane: Lane,
+        began: float,
+        timeout_seconds: float | None = None,
+        wait_seconds: float = 0.0,
+    ) -> AbstractContextManager[None]:
+        """A context to tokenize a request in, once there seems to be room: nothing is spent on what is refused.
 
-        Its tokens are guessed from its characters, and it counts as queued while it is tokenized. Where so much waits
-        for room that it would fill the queue several times, a request does not wait.
+        Its tokens are a guess, and it counts as queued while it is tokenized. Where so much waits for room that it
+        would fill the queue several times, a request does not wait.
 
         Raises:
             Overloaded: if there is no room.
             DeadlineExceeded: if its time ran out first.
             Unavailable: if the batcher has ended.
         """
-        tokens, lane = self._likely(request)
 
         def admit() -> AbstractContextManager[None]:
             self.batcher.admit(tokens, lane, self._tokenizing[lane])
             return self._counted(tokens, lane)
 
         crowded = self._waiting and self._waiting + tokens > _WAITING_QUEUES * self.settings.max_queued_tokens
-        wait_seconds = 0.0 if crowded else request.wait_seconds
         self._waiting += tokens
         try:
-            return await self._in_turn(lane, admit, began, request.timeout_seconds, wait_seconds)
+            return await self._in_turn(lane, admit, began, timeout_seconds, 0.0 if crowded else wait_seconds)
         finally:
             self._waiting -= tokens
 
@@ -378,7 +398,7 @@ class Embedder:
         """A guess of a request's tokens, and the lane that it is of by them."""
         guessed = round(request.characters * self._tokens_per_character) + request.ids
         tokens = max(guessed, len(request.inputs))
-        return tokens, request.lane or self._lane(len(request.inputs), tokens)
+        return tokens, self._lane(len(request.inputs), tokens, request.lane)
 
     async def _in_turn(
         self,
@@ -459,16 +479,17 @@ class Embedder:
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
-        whole = EmbedRequest([EmbedInput(request.text, request.instruction)], request.dimensions)
+        whole = EmbedRequest([EmbedInput(request.text, request.instruction)], request.dimensions, lane=request.lane)
         self._check(whole)
         self._check_context(whole)
-        lane = self._likely(whole)[1]
-        try:
-            text, characters = await self._pool.run(
-                lane, lambda: self.tokenizer.locate(request.text, request.instruction.text)
-            )
-        except TokenizationError as error:
-            raise InvalidRequest(str(error), "invalid_input", "input") from error
+        tokens, lane = self._likely(whole)
+        with await self._admitted(tokens, lane, began, request.timeout_seconds):
+            try:
+                text, characters = await self._pool.run(
+                    lane, lambda: self.tokenizer.locate(request.text, request.instruction.text)
+                )
+            except TokenizationError as error:
+                raise InvalidRequest(str(error), "invalid_input", "input") from error
         if len(text) > self.limits.max_input_tokens:
             raise ContextLengthExceeded(self.limits.max_input_tokens, len(text), 0)
         own = range(text.head, len(text) - text.tail)
@@ -664,7 +685,7 @@ class Embedder:
         tokens = sum(map(len, rows))
         self._check_tokens(tokens)
         hold_vectors(sum(row.width * max(len(row.text.spans), 1) for row in rows))
-        lane = lane or self._lane(len(rows), tokens)
+        lane = self._checked_lane(len(rows), tokens, lane)
         lane_of_request.set(lane)
         refused = False
         while True:
@@ -678,9 +699,31 @@ class Embedder:
                     raise
                 refused = True  # by an engine that another front end was faster to fill
 
-    def _lane(self, inputs: int, tokens: int) -> Lane:
-        small = inputs <= self.settings.interactive_inputs and tokens <= self.batcher.batch_tokens // 2
-        return "interactive" if small else "bulk"
+    def _lane(self, inputs: int, tokens: int, asked: Lane | None = None) -> Lane:
+        few = asked == "interactive" or inputs <= self.settings.interactive_inputs
+        small = few and tokens <= self._interactive_tokens
+        return "interactive" if small and asked != "bulk" else "bulk"
+
+    @property
+    def _interactive_tokens(self) -> int:
+        """Tokens of a request that may go before bulk: with more, one caller's requests would keep others waiting."""
+        return self.batcher.batch_tokens // 2
+
+    def _checked_lane(self, inputs: int, tokens: int, asked: Lane | None) -> Lane:
+        """The lane of a request of so many tokens.
+
+        Raises:
+            InvalidRequest: if it asks for the interactive lane and is too large for it.
+        """
+        lane = self._lane(inputs, tokens, asked)
+        if lane == "bulk" and asked == "interactive":
+            raise InvalidRequest(
+                f"{tokens} tokens in a request with priority interactive: at most {self._interactive_tokens}, half a "
+                "batch, are taken so; send fewer inputs at once, or leave priority out",
+                "request_too_large",
+                "priority",
+            )
+        return lane
 
     def _locate(self, text: str, instruction: str) -> LocatedTokens:
         """What `encode_batch` makes of them: it puts an instruction before a text in just this way."""

@@ -89,7 +89,10 @@ class EmbedFields(BaseModel):
     input_type: Name | None = Field(None, description=f"one of {', '.join(ROLES)}, or a prompt's name")
     prompt_name: Name | None = Field(None, description="as input_type; beside one, it says which of its sides counts")
     task: Name | None = Field(None, description="as prompt_name")
-    priority: Lane | None = Field(None, description="by default by the number of inputs")
+    priority: Lane | None = Field(
+        None,
+        description="by default by the number of inputs and tokens; interactive with half a batch of tokens at most",
+    )
     timeout_ms: float | None = Field(
         None, gt=0, strict=True, allow_inf_nan=False, description="a request still queued after this is dropped"
     )

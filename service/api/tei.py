@@ -372,7 +372,8 @@ async def tokenize(request: Request) -> Response:
     more = ignored_fields(embedder, body.model_extra or {})
     chosen = choose_instruction(request, names={"prompt_name": body.prompt_name})
     inputs = with_instruction(as_items(body.inputs), chosen, embedder.settings.instruction_separator)
-    rows = await while_connected(request, embedder.locate(EmbedRequest(inputs, param="inputs")))
+    asked = EmbedRequest(inputs, param="inputs", wait_seconds=embedder.settings.overload_wait_seconds)
+    rows = await while_connected(request, embedder.locate(asked))
     around = body.add_special_tokens is not False
     # In a thread, as there can be hundreds of thousands of tokens.
     content = await asyncio.to_thread(_write_tokens, embedder, rows, around)
@@ -388,7 +389,8 @@ async def decode(request: Request) -> Response:
     ids = [body.ids] if are_ids(body.ids) else body.ids
     if not isinstance(ids, list) or not all(item == [] or are_ids(item) for item in ids):
         raise InvalidRequest("ids must be a list of token ids, or a list of such lists", "invalid_value", "ids")
-    texts = await while_connected(request, embedder.decode(ids, body.skip_special_tokens is not False))
+    skip, wait_seconds = body.skip_special_tokens is not False, embedder.settings.overload_wait_seconds
+    texts = await while_connected(request, embedder.decode(ids, skip, wait_seconds=wait_seconds))
     return json_answer(texts, more)
 
 

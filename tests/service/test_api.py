@@ -462,6 +462,27 @@ async def test_a_deadline_passed_in_the_queue_drops_the_request() -> None:
     assert worker.batches == [["a"]]
 
 
+def test_priority_interactive_is_for_half_a_batch_at_most() -> None:
+    server = Server(batch_tokens=40)
+    with server.client:
+        assert server.embed(input=["a"] * 10, priority="interactive").status_code == 200
+        for path, more in (("/v1/embeddings", {}), ("/v1/chunk_embeddings", {"chunk_size": 8})):
+            body = {"input": "a" * 30, "priority": "interactive", **more}
+            answer = server.client.post(path, json=body)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"]) == (400, "priority")
+            assert "31 tokens" in error["message"]
+            assert "leave priority out" in error["message"]
+        assert server.embed(input="a" * 30).status_code == 200
+
+
+async def test_a_preview_is_refused_like_an_embedding_where_there_is_no_room() -> None:
+    async with overloaded() as (_, client):
+        answer = await client.post("/v1/prompts/preview", json={"input": "one too many" * 4})
+        assert answer.status_code == 429
+        assert int(answer.headers["retry-after"]) >= 1
+
+
 def test_bulk_by_name(server: Server) -> None:
     server.embed(input="a", priority="bulk")
     server.embed(input="b", priority="interactive")
