@@ -45,8 +45,13 @@ from service.tokenizer_pool import TokenizerPool
 
 T = TypeVar("T")
 
-# Texts tokenized by one call: enough to be worth a thread's while, few enough that several threads share a request.
+# Texts tokenized by one call, and their characters: enough to be worth a thread's while, and few enough that threads
+# share a request and that little is done for nothing where it is refused.
 _TOKENIZE_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 1 << 18
+
+# Tokens of rows that are made on the event loop: a millisecond.
+_TOKENS_HERE = 8192
 
 # Characters tokenized on the event loop: a tenth of a millisecond, where another thread's answer takes twice that.
 _TOKENIZE_HERE = 512
@@ -271,9 +276,8 @@ class Embedder:
         self._check(request)
         tokens, lane = self._likely(request)
         with await self._admitted(tokens, lane, began, request.timeout_seconds, request.wait_seconds):
-            rows = await self._tokenize(request)
-            self._check_tokens(tokens := sum(map(len, rows)))
-            hold_tokens(tokens)
+            rows = [row for (row,) in await self._tokenize(request)]
+            hold_tokens(sum(map(len, rows)))
             return await self._pool.run(
                 lane,
                 lambda: [self._explain(item, row, request) for item, row in zip(request.inputs, rows, strict=True)],
@@ -290,8 +294,7 @@ class Embedder:
         self._check(request)
         tokens, lane = self._likely(request)
         with await self._admitted(tokens, lane, began, request.timeout_seconds, request.wait_seconds):
-            self._check_tokens(tokens := sum(map(len, await self._tokenize(request))))
-            hold_tokens(tokens)
+            hold_tokens(sum(len(row) for (row,) in await self._tokenize(request)))
             return await self._pool.run(
                 lane, lambda: [self._locate(str(item.text), item.instruction.text) for item in request.inputs]
             )
@@ -343,14 +346,14 @@ class Embedder:
             self._check_context(request)
         tokens, guessed_lane = self._likely(request)
         with await self._admitted(tokens, guessed_lane, began, request.timeout_seconds, request.wait_seconds):
-            texts = await self._tokenize(request)
-            fitted, cut, rows = await self._aside(request, len(texts), lambda: self._rows(texts, request))
+            fitted = await self._tokenize(request, fit=True)
+            rows = await self._aside(guessed_lane, fitted, lambda: self._rows(fitted, request))
         self._note_lengths(request, rows)
         tokenized = time.perf_counter()
         lane, timeout = request.lane, request.timeout_seconds
         try:
             computed = await self._compute(rows, lane, timeout, began, request.wait_seconds)
-            result = _result(rows, computed, cut, tokenized - began)
+            result = _result(rows, computed, sum(parts[0].cut for parts in fitted), tokenized - began)
         except EncodingError as error:
             raise error.at(_input_of(error.index, fitted)) from error
         if len(rows) > len(fitted):
@@ -361,7 +364,7 @@ class Embedder:
                 self.metrics.nonfinite.inc()
                 raise
         sources = [item.instruction.source for item in request.inputs]
-        await self._aside(request, len(rows), lambda: self._measure(sources, rows, result))
+        await self._aside(guessed_lane, fitted, lambda: self._measure(sources, rows, result))
         return result
 
     async def _admitted(
@@ -455,27 +458,23 @@ class Embedder:
             seen = sum(map(len, rows)) / request.characters
             self._tokens_per_character += _NEWEST * (min(seen, 1.0) - self._tokens_per_character)
 
-    def _rows(
-        self, texts: list[TokenizedText], request: EmbedRequest
-    ) -> tuple[list[list[TokenizedText]], int, list[EmbedRow]]:
-        """What is left of each text, how many were cut, and the rows of all of them."""
-        fitted, cut = self._fit(texts, request)
+    def _rows(self, fitted: list[list[TokenizedText]], request: EmbedRequest) -> list[EmbedRow]:
+        """The rows of all inputs, as they are queued."""
         # The mean of chunks is taken of whole vectors: cutting one afterwards is the same as asking for it shorter.
         whole = self.manifest.width
         width = request.dimensions or whole
         if request.each_token:
-            self._check_numbers(sum(len(part) for parts in fitted for part in parts) * width)
+            self._check_numbers(_tokens(fitted) * width)
             fitted = [[replace(part, spans=_each_token(part)) for part in parts] for parts in fitted]
-        rows = [
+        return [
             EmbedRow(part, whole if len(parts) > 1 else width, request.normalize) for parts in fitted for part in parts
         ]
-        return fitted, cut, rows
 
-    async def _aside(self, request: EmbedRequest, inputs: int, work: Callable[[], T]) -> T:
-        """Done at once for few inputs; for many in a tokenizer's thread, so that the event loop is never long at it."""
-        if inputs <= _TOKENIZE_AT_ONCE:
+    async def _aside(self, lane: Lane, fitted: list[list[TokenizedText]], work: Callable[[], T]) -> T:
+        """Done at once for few tokens; for many in a tokenizer's thread, so that the event loop is never long at it."""
+        if len(fitted) <= _TOKENIZE_AT_ONCE and _tokens(fitted) <= _TOKENS_HERE:
             return work()
-        return await self._pool.run(self._likely(request)[1], work)
+        return await self._pool.run(lane, work)
 
     async def _embed_chunks(self, request: ChunkRequest) -> ChunkResult:
         began = time.perf_counter()
@@ -592,18 +591,21 @@ class Embedder:
                 "spans",
             )
 
-    async def _tokenize(self, request: EmbedRequest) -> list[TokenizedText]:
-        """A row for each input.
+    async def _tokenize(self, request: EmbedRequest, fit: bool = False) -> list[list[TokenizedText]]:
+        """The rows of each input: one, or where it is to `fit` what is left of it once the request's overflow is done.
+
+        Slices of the request are tokenized by several threads. What is too long is found in them, so that no more than
+        a slice is tokenized for nothing and nothing is kept of what is cut.
 
         Raises:
-            InvalidRequest: naming the first that can't be.
+            InvalidRequest: naming the first that can't be, or for too many tokens together.
         """
-        inputs = request.inputs
+        inputs, lane = request.inputs, self._likely(request)[1]
 
-        def encode(start: int) -> list[TokenizedText]:
-            some = inputs[start : start + _TOKENIZE_AT_ONCE]
+        def encode(start: int, stop: int) -> list[list[TokenizedText]]:
+            some = inputs[start:stop]
             try:
-                return self._encode([item.text for item in some], [item.instruction.text for item in some], request)
+                rows = self._encode([item.text for item in some], [item.instruction.text for item in some], request)
             except TokenizationError as error:
                 index = start + error.index
                 raise InvalidRequest(
@@ -611,17 +613,24 @@ class Embedder:
                     "invalid_input" if isinstance(inputs[index].text, str) else "invalid_token_ids",
                     request.param,
                 ) from error
+            return self._fit(rows, request, start) if fit else [[row] for row in rows]
 
-        if request.characters <= _TOKENIZE_HERE and len(inputs) <= _TOKENIZE_AT_ONCE:
-            return encode(0)
-        lane = self._likely(request)[1]
-        work = [self._pool.run(lane, partial(encode, start)) for start in range(0, len(inputs), _TOKENIZE_AT_ONCE)]
-        rows: list[TokenizedText] = []
-        for outcome in await asyncio.gather(*work, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-            rows += outcome
-        return rows
+        if request.characters + request.ids <= _TOKENIZE_HERE and len(inputs) <= _TOKENIZE_AT_ONCE:
+            found = encode(0, len(inputs))
+            self._check_tokens(_tokens(found))
+            return found
+        work = [asyncio.ensure_future(self._pool.run(lane, partial(encode, *slice_))) for slice_ in _slices(inputs)]
+        found, tokens = [], 0
+        try:
+            for slice_rows in work:
+                some = await slice_rows
+                self._check_tokens(tokens := tokens + _tokens(some))
+                found += some
+        finally:
+            for slice_rows in work:
+                slice_rows.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+        return found
 
     def _encode(
         self, given: Sequence[str | Sequence[int]], instructions: Sequence[str], request: EmbedRequest
@@ -648,12 +657,12 @@ class Embedder:
         except UnknownTokenId as error:
             raise TokenizationError(str(error), index) from error
 
-    def _fit(self, texts: list[TokenizedText], request: EmbedRequest) -> tuple[list[list[TokenizedText]], int]:
-        """The rows of each input, none longer than the server reads, and how many inputs were cut."""
+    def _fit(self, texts: list[TokenizedText], request: EmbedRequest, first: int) -> list[list[TokenizedText]]:
+        """The rows of each input, of which the first has this index, none longer than the server reads."""
         most = self.limits.max_input_tokens
         mean = request.overflow == "mean"
         fitted, tokens = [], 0
-        for index, text in enumerate(texts):
+        for index, text in enumerate(texts, first):
             if len(text) <= most:
                 fitted.append([text])
                 tokens += len(text)
@@ -671,7 +680,7 @@ class Embedder:
             tokens += text.chunk_tokens(most) if mean else most
             self._check_tokens(tokens)
             fitted.append(text.chunks(most) if mean else [text.shortened(most, request.keep)])
-        return fitted, sum(parts[0].cut for parts in fitted)
+        return fitted
 
     async def _compute(
         self,
@@ -780,6 +789,22 @@ class Embedder:
         metrics.tokenize_seconds.observe(result.tokenize_seconds)
         for row in rows:
             metrics.input_tokens.observe(len(row))
+
+
+def _tokens(fitted: Iterable[Iterable[TokenizedText]]) -> int:
+    return sum(len(row) for rows in fitted for row in rows)
+
+
+def _slices(inputs: Sequence[EmbedInput]) -> Iterator[tuple[int, int]]:
+    """Ranges of inputs that are tokenized by one call each; a long text is one by itself."""
+    start = characters = 0
+    for place, (text, instruction) in enumerate(inputs):
+        length = len(text) + len(instruction.text)
+        if place - start == _TOKENIZE_AT_ONCE or (place > start and characters + length > _CHARACTERS_AT_ONCE):
+            yield start, place
+            start, characters = place, 0
+        characters += length
+    yield start, len(inputs)
 
 
 def _is_empty(text: str | Sequence[int]) -> bool:

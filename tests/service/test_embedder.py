@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import pytest
 from model_store.templates import Template
 from model_store.tokenizer import ReferenceLimits, TextTokenizer, TokenizedText
 from service.batcher import MicroBatcher
-from service.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedder import Embedder, EmbedInput, EmbedRequest, _slices
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
 from service.rows import EmbedRow, Vector
@@ -108,6 +109,54 @@ async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:
         result = await one.embed(request(*texts))
     rows = FakeTokenizer().encode_batch(texts, [""] * 300)
     assert (np.stack(result.vectors) == np.stack([fake_vector(EmbedRow(row, WIDTH)) for row in rows])).all()
+
+
+class CountsCharacters(FakeTokenizer):
+    """Remembers how much it was given."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
+        self.characters += sum(map(len, texts))
+        return super().encode_batch(texts, instructions)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"requested 8001 tokens \(input index 300\)"),
+        ({"overflow": "mean"}, "tokens in one request"),
+        ({"overflow": "truncate"}, "tokens in one request"),
+    ],
+)
+async def test_tokenizing_ends_where_a_request_is_refused(fields: dict[str, Any], message: str) -> None:
+    async with embedder(FakeWorker(), tokenizer_threads=1) as one:
+        one.tokenizer = tokenizer = CountsCharacters()
+        texts = ["a"] * 300 + ["b" * 8000] * 1748
+        with pytest.raises(InvalidRequest, match=message):
+            await one.embed(request(*texts, **fields))
+    assert tokenizer.characters < sum(map(len, texts)) / 2
+
+
+async def test_the_first_input_that_is_too_long_is_named_whichever_is_tokenized_first() -> None:
+    async with embedder(FakeWorker(), tokenizer_threads=4) as one:
+        texts = ["a" * 500] * 70 + ["b" * 600] * 1000
+        for _ in range(5):
+            with pytest.raises(InvalidRequest, match=r"\(input index 70\)"):
+                await one.embed(request(*texts))
+
+
+def test_slices_are_of_few_texts_and_few_characters() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        lengths = [chance.choice((0, 1, 1000, 100_000, 500_000)) for _ in range(chance.randrange(1, 200))]
+        given = [EmbedInput("a" * length) for length in lengths]
+        slices = list(_slices(given))
+        assert [place for start, stop in slices for place in range(start, stop)] == list(range(len(given)))
+        for start, stop in slices:
+            assert stop - start <= 64
+            assert stop - start == 1 or sum(lengths[start:stop]) <= 1 << 18
 
 
 async def test_requests_of_many_inputs_or_tokens_are_bulk() -> None:
