@@ -272,7 +272,7 @@ class MicroBatcher(Generic[Row, Vector]):
             self._arriving[lane] -= left
             self._queue.add(new, lane, caller)
             self._arrival.set()
-            self.on_room()  # rows that were known take none
+            self.on_room()  # rows that were known already take none
 
     async def probe(self, row: Row) -> None:
         """Compute a row, whatever waits, to see that the device still does.
@@ -537,7 +537,8 @@ class MicroBatcher(Generic[Row, Vector]):
 
     def _expose(self, lane: Lane) -> None:
         def oldest_seconds() -> float:
-            return max((time.perf_counter() - item.since for item in self._queue.heads(lane)), default=0.0)
+            now, heads = time.perf_counter(), self._queue.heads(lane)
+            return max((now - item.since for item in heads if item.queued), default=0.0)
 
         self._metrics.read_queue(lane, lambda: self._queued[lane][0], lambda: self.queued_in(lane), oldest_seconds)
 
