@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench.report import finish
-from model_store.build import build_encoder
-from model_store.checkpoints import decoder_on_meta
+from model_store.build.build import build_encoder
+from model_store.build.checkpoints import decoder_on_meta
 from model_store.recipe import recipe_from
 from tests.tiny import tiny_tokenizer
 

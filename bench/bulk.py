@@ -36,11 +36,11 @@ from pyarrow import parquet
 from bench.cpu import pack
 from bench.report import finish
 from bench.texts import sentences
-from model_store.encoder import Encoder
-from model_store.pooling import shorten_and_normalize
-from model_store.tokenizer import TextTokenizer
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.pooling import shorten_and_normalize
+from model_store.text.tokenizer import TextTokenizer
 from service.bulk.pipeline import SIZES
-from service.server import prepare_store
+from service.server.process import prepare_store
 from service.settings import Settings
 
 # Of each shard's texts, as many are embedded by the encoder alone; and no fewer, if there are, since after a pause the

@@ -35,14 +35,14 @@ from bench.load import ask
 from bench.peers import available_peers, start_peer
 from bench.report import finish
 from bench.texts import mixed_texts
-from model_store.encoder import Encoder
-from model_store.merged_linear import PartOfProduct
-from model_store.packing import PackedBatch
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.merged_linear import PartOfProduct
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.pooling_modes import PoolingMode
-from model_store.roofline import gemm_flops_per_second
 from model_store.shape import Shape
-from model_store.tokenizer import TextTokenizer, TokenizedText
-from service.server import prepare_store
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
+from service.server.process import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from service import batcher, cli
-from service.scheduling import BatchLimits, Queue
+from service import cli
+from service.batching import batcher
+from service.batching.scheduling import BatchLimits, Queue
 
 
 def take_oldest(queue: Queue[Any], limits: BatchLimits) -> list[Any]:

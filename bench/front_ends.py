@@ -31,7 +31,7 @@ from bench.report import finish
 from model_store.manifest import Manifest
 from service.metrics import Metrics
 from service.processes.child import Assignment
-from service.server import prepare_store
+from service.server.process import prepare_store
 from service.settings import Settings
 
 _TEXTS = 8192
@@ -135,10 +135,10 @@ def serve(folder: Path, manifest: Manifest, front_ends: int, cores: Sequence[int
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does
 
-    import service.server
+    import service.server.process
     from service.processes import supervisor
 
-    for module in (service.server, supervisor):
+    for module in (service.server.process, supervisor):
         module.prepare_store = lambda settings, progress: (folder, manifest)  # type: ignore[attr-defined]
     settings = Settings(
         model=str(folder),
@@ -151,9 +151,9 @@ def serve(folder: Path, manifest: Manifest, front_ends: int, cores: Sequence[int
         log_level="info",
     )
     if front_ends == 1:
-        import service.worker
+        import service.device.worker
 
-        service.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width)  # type: ignore[assignment, misc]
+        service.device.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width)  # type: ignore[assignment, misc]
     sys.exit(supervisor.supervise(settings, lambda done, total: None, engine="bench.front_ends"))
 
 

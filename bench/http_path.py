@@ -46,11 +46,12 @@ import uvloop
 from bench.report import finish
 from bench.texts import sentences
 from model_store.manifest import Manifest
-from service.batcher import DevicePlan
-from service.cost_model import CostModel
-from service.rows import EmbedRow, Vector
-from service.server import prepare_store
-from service.settings import Limits, Settings
+from service.batching.batcher import DevicePlan
+from service.batching.cost_model import CostModel
+from service.batching.limits import Limits
+from service.embedding.rows import EmbedRow, Vector
+from service.server.process import prepare_store
+from service.settings import Settings
 
 WIDTHS = (640, 4096)
 ENCODINGS = ("float", "base64")
@@ -352,11 +353,11 @@ def serve(folder: Path, manifest: Manifest, port: int, core: int, log: str, cont
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does
 
-    import service.server
-    import service.worker  # torch with all its objects, which the garbage collector walks as in real use
+    import service.device.worker  # torch with all its objects, which the garbage collector walks as in real use
+    import service.server.process
 
-    service.server.prepare_store = lambda settings, progress: (folder, manifest)
-    service.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width, control)  # type: ignore[assignment, misc]
+    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
+    service.device.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width, control)  # type: ignore[assignment, misc]
     settings = Settings(
         model=str(folder),
         port=port,
@@ -365,7 +366,7 @@ def serve(folder: Path, manifest: Manifest, port: int, core: int, log: str, cont
         batch_tokens=_BATCH_TOKENS,
         cache_bytes=0,  # cases share their texts
     )
-    sys.exit(service.server.serve(settings, lambda done, total: None))
+    sys.exit(service.server.process.serve(settings, lambda done, total: None))
 
 
 class ReadyWorker:

@@ -23,8 +23,8 @@ import numpy as np
 from bench.load import Client
 from bench.report import finish
 from bench.texts import mixed_texts, sentences
-from model_store.tokenizer import TextTokenizer
-from service.server import prepare_store
+from model_store.text.tokenizer import TextTokenizer
+from service.server.process import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 

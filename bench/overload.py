@@ -32,12 +32,13 @@ import uvloop
 from bench.http_path import Case, ReadyWorker, distinct_texts, request_bytes
 from bench.report import finish
 from model_store.manifest import Manifest
-from model_store.tokenizer import TextTokenizer
-from service.batcher import DevicePlan
-from service.cost_model import CostModel
-from service.rows import EmbedRow, Vector
-from service.server import prepare_store
-from service.settings import Limits, Settings
+from model_store.text.tokenizer import TextTokenizer
+from service.batching.batcher import DevicePlan
+from service.batching.cost_model import CostModel
+from service.batching.limits import Limits
+from service.embedding.rows import EmbedRow, Vector
+from service.server.process import prepare_store
+from service.settings import Settings
 
 FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
 INPUTS = 16
@@ -251,12 +252,12 @@ def serve(folder: Path, manifest: Manifest, core: int, control: Connection) -> N
     """The server process: the real one, but for the device. All that this file knows of its inside is here."""
     os.sched_setaffinity(0, {core})
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does
-    import service.server
-    import service.worker
+    import service.device.worker
+    import service.server.process
 
-    service.server.prepare_store = lambda settings, progress: (folder, manifest)
-    service.worker.EncoderWorker = lambda *_: PacedWorker(manifest.width)  # type: ignore[assignment, misc]
-    settle, listen = service.server.settle, service.server.listen
+    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
+    service.device.worker.EncoderWorker = lambda *_: PacedWorker(manifest.width)  # type: ignore[assignment, misc]
+    settle, listen = service.server.process.settle, service.server.process.listen
     ports: list[int] = []
 
     def listening(host: str, port: int, shared: bool = False) -> Any:
@@ -268,7 +269,7 @@ def serve(folder: Path, manifest: Manifest, core: int, control: Connection) -> N
         settle()
         control.send(ports[0])
 
-    service.server.listen, service.server.settle = listening, settled
+    service.server.process.listen, service.server.process.settle = listening, settled
     settings = Settings(
         model=str(folder),
         port=0,
@@ -277,7 +278,7 @@ def serve(folder: Path, manifest: Manifest, core: int, control: Connection) -> N
         max_queued_tokens=_QUEUED_TOKENS,
         log_level="warning",
     )
-    sys.exit(service.server.serve(settings, lambda done, total: None))
+    sys.exit(service.server.process.serve(settings, lambda done, total: None))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Fidelity: cosine of each text's vector to the bfloat16 one; with --sts also Spea
 Everybody encodes the same batches in turn, round by round; what counts are the ratios.
 
     bfloat16          what the others are compared with
-    fp8_emulated      model_store.quantization's slow twin: its vectors count, its speed is not measured
+    fp8_emulated      model_store.encoder.quantization's slow twin: its vectors count, its speed is not measured
     fp8_emulated_mlp  the same in the MLPs only
     fp8               the kernel, on a GPU that has it; there also compiled, beside bfloat16 compiled
     float32           on a CPU, a ruler: how far bfloat16 itself is from it
@@ -37,13 +37,19 @@ from torch import Tensor, nn
 from bench.cpu import pack, ratio
 from bench.report import finish
 from bench.texts import mixed_texts
-from model_store.encoder import Encoder
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.quantization import (
+    EmulatedFp8Linear,
+    QuantizationError,
+    emulate_fp8,
+    quantize,
+    replace_linears,
+)
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest
-from model_store.packing import PackedBatch
-from model_store.quantization import EmulatedFp8Linear, QuantizationError, emulate_fp8, quantize, replace_linears
-from model_store.tokenizer import TextTokenizer
-from service.server import prepare_store
+from model_store.text.tokenizer import TextTokenizer
+from service.server.process import prepare_store
 from service.settings import Settings
 
 # T packed tokens, K inputs and N outputs of a layer

@@ -44,8 +44,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from bench.load import ask
 from bench.report import finish
 from bench.texts import sentences
-from service.ray_serve import deployment
-from service.server import prepare_store
+from service.ray.ray_serve import deployment
+from service.server.process import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 
@@ -286,7 +286,8 @@ def openai_client(port: int, model: str) -> Callable[[], Callable[[Sequence[str]
 
 def scaled(folder: Path, model: str, port: int, requests: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Seconds of load until there were two replicas, and seconds without until there was one."""
-    policy = AutoscalingPolicy(policy_function="service.scaling:QueuedTokens", policy_kwargs={"target": _TARGET_TOKENS})
+    path = "service.ray.scaling:QueuedTokens"
+    policy = AutoscalingPolicy(policy_function=path, policy_kwargs={"target": _TARGET_TOKENS})
     scaling = AutoscalingConfig(
         min_replicas=1, max_replicas=2, upscale_delay_s=2, downscale_delay_s=5, look_back_period_s=15, policy=policy
     )

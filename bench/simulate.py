@@ -3,7 +3,7 @@
     python -m bench.simulate [--seconds N] [--queries N] [--model 8B|1.3B|270M | --model fitted FLOOR BASE PER_TOKEN]
                              [--loads …] [--seed N] [--save]
 
-`lanes` is the server's own `service.scheduling`; the others are what it is compared with. Bulk loads:
+`lanes` is the server's own `service.batching.scheduling`; the others are what it is compared with. Bulk loads:
 
     published  a request of 2048 passages every 10 s, each done before the next: about three quarters of an 8B's H100
     saturated  three clients with such requests, each sending its next as soon as it has its answer
@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from math import inf
 
 from bench.report import finish
-from model_store.shape import shape_of
-from service.cost_model import CostModel
-from service.planning import Asked, Bulk, Plan, Serving, gpu_named, spread
-from service.scheduling import Lane
+from model_store.build.sources import shape_of
+from service.batching.cost_model import CostModel
+from service.batching.scheduling import Lane
+from service.planning.plan import Asked, Bulk, Plan, Serving, gpu_named, spread
+from service.planning.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Policy, percentile, simulate
 from service.settings import TOKEN_BUDGET
-from service.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Policy, percentile, simulate
 
 # Texts of the length that a server times itself with, in its defaults on an H100, as `llm2vec-service plan` has them.
 _BASES = {

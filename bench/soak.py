@@ -41,8 +41,8 @@ import orjson
 import uvloop
 
 from bench.report import finish
-from service.scheduling import LANES
-from service.server import prepare_store
+from service.batching.scheduling import LANES
+from service.server.process import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 from tests.faults.crowd import SIZES, TOLERANCE, Asked, make_requests

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from bench.report import finish
 from bench.texts import mixed_texts, sentences
-from model_store.devices import choose_device, choose_dtype
+from model_store.build.sources import Source
+from model_store.encoder.devices import choose_device, choose_dtype
+from model_store.encoder.packing import PackedBatch, to_device
 from model_store.manifest import read_manifest
-from model_store.packing import PackedBatch, to_device
-from model_store.sources import Source
-from model_store.tokenizer import TextTokenizer, TokenizedText
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.losses import in_batch_loss
 from model_store.training.stages import ContrastiveEncoder

@@ -13,7 +13,7 @@ import argparse
 
 import ray
 
-from service.bulk.ray_data import EmbedBatches
+from service.ray.ray_data import EmbedBatches
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ import torch
 from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
 
-from model_store.attention import choose_kernel, implementation_name
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.pooling import pool
-from model_store.tokenizer import TextTokenizer
+from model_store.encoder.attention import choose_kernel, implementation_name
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pooling import pool
+from model_store.text.tokenizer import TextTokenizer
 
 
 class StoredEncoderModule(InputModule):  # type: ignore[misc]

@@ -12,7 +12,6 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
-from model_store.json_text import read_json_object, unreadable
 from model_store.rope import readable_positions
 
 # What a weight takes, by the arithmetic that it is multiplied in.
@@ -111,26 +110,3 @@ class Shape:
 def known_configs() -> dict[str, dict[str, Any]]:
     """What config.json says of the packaged recipes' bases, by their references."""
     return tomllib.loads((files("model_store") / "shapes.toml").read_text())
-
-
-def shape_of(reference: str) -> Shape:
-    """Of a packaged recipe's base, without a hub; else of a folder with a config.json, or of a hub id[@revision].
-
-    Raises:
-        SourceError: if there is no config.json to be had.
-        CheckpointError: if it describes no decoder.
-        UnsupportedArchitectureError: for a family that can't become an encoder.
-    """
-    if config := known_configs().get(reference):
-        return Shape.read(config)
-    from transformers import AutoConfig
-
-    from model_store.sources import config_folder
-
-    path = config_folder(reference) / "config.json"
-    model_type = str(read_json_object(path).get("model_type", ""))
-    architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
-    try:
-        return Shape.read(AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict())
-    except Exception as error:  # transformers raises a dozen unrelated types for what a file may hold
-        raise unreadable(path, f"describes no {model_type} decoder", error) from error

@@ -14,17 +14,17 @@ from typing import Any, get_args
 
 from tqdm import tqdm
 
+from model_store.build.progress import bar_class
+from model_store.build.sources import shape_of
 from model_store.json_text import read_json_object
 from model_store.manifest import CONFIG_FILE, find_built
 from model_store.pooling_modes import PoolingMode
-from model_store.progress import bar_class
 from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
-from model_store.shape import shape_of
 from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import Kind
-from service.choices import EmbedDtype, Overflow
+from service.embedding.choices import EmbedDtype, Overflow
 from service.logs import unexplained
-from service.planning import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
+from service.planning.plan import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
 from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
 # eos_token is last_token behind another template, which the encoder has or has not.
@@ -234,7 +234,7 @@ def _serve(options: argparse.Namespace) -> int:
 
         return supervise(settings, _ProgressBar("building"))
 
-    from service.server import serve
+    from service.server.process import serve
 
     return serve(settings, _ProgressBar("building"))
 
@@ -278,7 +278,7 @@ def _build(options: argparse.Namespace) -> int:
         print(f"{folder} has it already, whole and unchanged")
         return 0
 
-    from model_store.build import build_encoder
+    from model_store.build.build import build_encoder
 
     manifest = build_encoder(recipe, folder, _ProgressBar("building"))
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
@@ -296,7 +296,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from model_store.verify import verify_encoder
+    from model_store.build.verify import verify_encoder
 
     checks = verify_encoder(options.folder)
     for check in checks:
@@ -349,7 +349,7 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from model_store.evaluation.command import Asked, evaluate
-    from service.client import embed_texts
+    from service.bulk.client import embed_texts
 
     asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
     embed = partial(embed_texts, options.url or "")

@@ -29,8 +29,6 @@ from prometheus_client import (
 )
 from prometheus_client.metrics_core import Metric
 
-from service.scheduling import LANES
-
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # Half a millisecond (a small model on a GPU) to two minutes (a large request on a CPU).
@@ -187,7 +185,7 @@ class Metrics:
             self.instruction_inputs.labels(source)
         for decoder in TOKEN_ID_DECODERS:
             self.token_id_inputs.labels(decoder)
-        for lane in LANES:
+        for lane in ("interactive", "bulk"):
             self.queue_wait_seconds.labels(lane)
 
     def read_queue(

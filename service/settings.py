@@ -6,8 +6,10 @@ python -m service.settings     prints that table
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +18,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.json_text import parse_json, unicode_problem
-from model_store.manifest import Manifest
-from service.api_keys import hash_keys
-from service.cost_model import CostModel
 from service.errors import StartupError
-from service.scheduling import BatchLimits
 
 PREFIX = "LLM2VEC_"
 
@@ -41,7 +39,35 @@ KEY_VARIABLE = "EMBED_API_KEY"
 
 _ALIASES = '{"text-embedding-3-small": "", "queries": "query"}'
 
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_KEY = re.compile(r"[\x21-\x7e]+")
 _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d+)?", re.ASCII)
+
+
+def hash_key(key: str) -> str:
+    """A key as it is kept: `sha256:` and hex digits. What is a hash already stays as it is.
+
+    Raises:
+        ValueError: for what can't be sent as a key; it never says what that was.
+    """
+    if _HASH.fullmatch(key):
+        return key
+    if not _KEY.fullmatch(key):
+        raise ValueError("a key must be of visible ASCII characters, without spaces")
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def hash_keys(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Keys, given in a list or with commas between, as they are kept.
+
+    Raises:
+        ValueError: as `hash_key`, and for a text without a key: whoever writes one does not mean an open server.
+    """
+    keys = given.split(",") if isinstance(given, str) else given
+    hashes = tuple(hash_key(key.strip()) for key in keys if key.strip())
+    if isinstance(given, str) and not hashes:
+        raise ValueError("there is no key in it: write at least one, or leave the variable out")
+    return hashes
 
 
 class Settings(BaseSettings):
@@ -312,41 +338,6 @@ _MEANT = {
     "float_parsing": "it must be a number",
     "bool_parsing": "it must be true or false",
 }
-
-
-class Limits:
-    """The settings' token limits, settled for one model and device type.
-
-    Raises:
-        StartupError: for limits that contradict each other or the model, naming what to change.
-    """
-
-    def __init__(self, settings: Settings, manifest: Manifest, device_type: str) -> None:
-        reads = manifest.max_positions
-        self.max_input_tokens = settings.max_input_tokens or min(DEFAULT_MAX_INPUT_TOKENS, reads)
-        if self.max_input_tokens > reads:
-            raise StartupError(
-                f"max_input_tokens is {self.max_input_tokens}, but {manifest.name} reads {reads} tokens: "
-                f"lower {PREFIX}MAX_INPUT_TOKENS to at most {reads}"
-            )
-        self.token_budget = settings.token_budget or max(TOKEN_BUDGET[device_type], self.max_input_tokens)
-        if self.token_budget < self.max_input_tokens:
-            raise StartupError(
-                f"the model reads {self.max_input_tokens} tokens but token_budget is {self.token_budget}: raise "
-                f"{PREFIX}TOKEN_BUDGET to at least {self.max_input_tokens} or lower {PREFIX}MAX_INPUT_TOKENS"
-            )
-        if settings.batch_tokens is not None and settings.batch_tokens > self.token_budget:
-            raise StartupError(
-                f"batch_tokens is {settings.batch_tokens} but token_budget is {self.token_budget}: lower "
-                f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
-            )
-        self.batch_tokens = settings.batch_tokens  # None is for the calibration to find
-        self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
-
-    def for_batches(self, cost: CostModel) -> BatchLimits:
-        """The limits of a batch on a device that is so fast."""
-        full = self.batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
-        return BatchLimits(full, self.token_budget)
 
 
 def settings_table() -> str:

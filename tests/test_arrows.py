@@ -1,63 +1,139 @@
-"""Who imports whom: the borders between the packages, as a check."""
+"""Who imports whom: the rooms and the arrows between them, as a check. CONTRIBUTING.md draws them."""
 
 from __future__ import annotations
 
-import re
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Each line may import what stands below it, and what stands beside it in the same pair of brackets only where BESIDE
+# says so.
+LEVELS: list[set[str]] = [
+    {"service.__main__"},
+    {"service.cli"},
+    {"service.bulk", "service.processes", "service.planning", "service.ray"},
+    {"service.server"},
+    {"service.api"},
+    {"service.http", "service.device"},
+    {"service.embedding"},
+    {"service.batching"},
+    {"service.metrics", "service.tracing"},
+    {"service.settings"},
+    {"service.logs"},
+    {"service.errors", "service.version"},
+    {"model_store.sentence_transformers_module"},
+    {"model_store.training", "model_store.evaluation"},
+    {"model_store.build"},
+    {"model_store.encoder"},
+    {"model_store.text"},
+    {"model_store.manifest", "model_store.shape"},
+    {"model_store.recipe"},
+    {"model_store.templates", "model_store.rope", "model_store.json_text"},
+    {"model_store.architectures", "model_store.pooling_modes"},
+    {"model_store.errors"},
+]
+BESIDE = {("service.ray", "service.bulk"), ("model_store.training", "model_store.evaluation")}
+
+# Who may know these libraries; whoever else needs what they do asks one of these rooms.
+LIBRARIES = {
+    "fastapi": ("service.server", "service.api", "service.http"),
+    "starlette": ("service.server", "service.api", "service.http"),
+    "uvicorn": ("service.server", "service.http"),
+    "torch": (
+        "service.device",
+        "model_store.encoder",
+        "model_store.build",
+        "model_store.training",
+        "model_store.evaluation",
+        "model_store.sentence_transformers_module",
+    ),
+    "ray": ("service.ray",),
+}
+
+
+def modules(package: str) -> Iterator[tuple[str, Path]]:
+    """Names and files."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+
 
 def imports(path: Path) -> set[str]:
-    """Every module a file imports, at its top or inside a function."""
-    return set(re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE))
+    """Every module a file imports, at its top or inside a function; with what it takes from one, which may be one."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, path
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
-def files(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def room(module: str) -> str:
+    """The folder, or the file, right below the package."""
+    return ".".join(module.split(".")[:2])
 
 
-def test_model_store_knows_nothing_of_the_service() -> None:
-    assert not [path for path in files("model_store") if any(name.startswith("service") for name in imports(path))]
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+ALL = [*modules("service"), *modules("model_store")]
 
 
-def test_fastapi_is_only_in_app_and_api() -> None:
-    allowed = {ROOT / "service" / "app.py", *files("service/api")}
-    used = {
-        path
-        for path in files("service") + files("model_store")
-        if any(name.split(".")[0] in ("fastapi", "starlette") for name in imports(path))
-    }
-    assert used <= allowed
+@pytest.mark.parametrize(("module", "path"), [(name, path) for name, path in ALL if "." in name])
+def test_arrows_lead_down(module: str, path: Path) -> None:
+    own = room(module)
+    for target in {room(name) for name in imports(path) if name.split(".")[0] in ("service", "model_store")} - {own}:
+        assert (own, target) in BESIDE or LEVEL_OF[target] > LEVEL_OF[own], f"{module} imports {target}"
+
+
+def test_every_room_has_its_level() -> None:
+    assert {room(name) for name, _ in ALL if "." in name} == set(LEVEL_OF)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_libraries_stay_in_their_rooms(library: str) -> None:
+    knowing = {room(name) for name, path in ALL if any(one.split(".")[0] == library for one in imports(path))}
+    assert knowing <= set(LIBRARIES[library])
 
 
 def test_only_the_command_knows_that_there_may_be_several_processes() -> None:
-    others = set(files("service")) - set(files("service/processes"))
-    knowing = {path for path in others if any(name.startswith("service.processes") for name in imports(path))}
-    assert knowing == {ROOT / "service" / "cli.py"}
+    knowing = {room(name) for name, path in ALL if any(room(target) == "service.processes" for target in imports(path))}
+    assert knowing - {"service.processes"} == {"service.cli"}
 
 
 def test_policies_know_no_event_loop() -> None:
-    for name in ("scheduling", "cost_model", "simulation", "planning", "processes/dispatch", "processes/wire"):
-        assert "asyncio" not in imports(ROOT / "service" / f"{name}.py"), name
-
-
-def test_errors_know_nothing() -> None:
-    assert imports(ROOT / "service" / "errors.py") == {"__future__", "typing"}
+    for name in (
+        "batching/scheduling",
+        "batching/cost_model",
+        "batching/memory_budget",
+        "planning/simulation",
+        "planning/plan",
+        "processes/dispatch",
+        "processes/wire",
+    ):
+        assert not {one for one in imports(ROOT / "service" / f"{name}.py") if one.startswith("asyncio")}, name
 
 
 @pytest.mark.parametrize(
     "module",
     [
-        "service.app",
-        "service.backend",
-        "service.batcher",
+        "service.settings",
+        "service.cli",
+        "service.batching.batcher",
+        "service.batching.limits",
+        "service.embedding.embedder",
+        "service.device.backend",
+        "service.server.app",
+        "service.server.process",
         "service.bulk.command",
-        "service.bulk.ray_data",
+        "service.bulk.client",
+        "service.ray.ray_data",
+        "service.planning.plan",
         "service.processes.child",
         "service.processes.devices",
         "service.processes.engine",
@@ -65,18 +141,13 @@ def test_errors_know_nothing() -> None:
         "service.processes.remote",
         "service.processes.supervisor",
         "service.processes.wire",
-        "service.embedder",
-        "service.settings",
-        "service.cli",
-        "service.planning",
-        "service.client",
-        "model_store.evaluation.command",
         "model_store.manifest",
         "model_store.recipe",
         "model_store.shape",
-        "model_store.tokenizer",
         "model_store.pooling_modes",
-        "model_store.sources",
+        "model_store.text.tokenizer",
+        "model_store.build.sources",
+        "model_store.evaluation.command",
     ],
 )
 def test_importing_it_does_not_import_torch(module: str) -> None:
@@ -90,6 +161,4 @@ def test_files_of_texts_need_neither_parquet_nor_ray() -> None:
 
 
 def test_package_inits_are_empty() -> None:
-    assert not [
-        path for path in files("service") + files("model_store") if path.name == "__init__.py" and path.read_text()
-    ]
+    assert not [path for _, path in ALL if path.name == "__init__.py" and path.read_text()]

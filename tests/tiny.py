@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
-from model_store.packing import PackedBatch
-from model_store.tokenizer import TokenizedText
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TokenizedText
 
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
@@ -142,7 +142,7 @@ def save_adapter(folder: Path, model: Any, seed: int, **options: Any) -> Any:
 
 def build_tiny(folder: Path, family: str = "llama", bos: bool = True, **recipe: Any) -> Manifest:
     """A stored float32 encoder of a tiny base, in `folder`."""
-    from model_store.build import build_encoder  # pydantic, which models in memory do without
+    from model_store.build.build import build_encoder  # pydantic, which models in memory do without
     from model_store.recipe import recipe_from
 
     base = folder.parent / f"{folder.name}-base"

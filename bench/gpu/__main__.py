@@ -60,7 +60,7 @@ def main() -> int:
     from bench.gpu import checks, forward, serve, start
     from bench.gpu.ceilings import ceilings
     from bench.gpu.report import Report
-    from model_store.devices import choose_device
+    from model_store.encoder.devices import choose_device
 
     device = choose_device(options.device)
     if options.shapes == "real" and device.type != "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu.clocks import device_seconds
 from bench.gpu.report import Report
-from model_store.quantization import quantize_rows
+from model_store.encoder.quantization import quantize_rows
 
 # M × K by K × N a matrix product
 

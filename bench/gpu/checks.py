@@ -13,10 +13,10 @@ from torch import Tensor
 
 from bench.gpu.inputs import SHAPES, Row, random_encoder, rows_of
 from bench.gpu.report import Report
-from model_store.attention import Layout, packed_sdpa, packed_torch_flash
-from model_store.pipeline import Pipeline, graph_sizes
-from model_store.quantization import EmulatedFp8Linear, Fp8Linear
-from model_store.self_test import TOLERANCE, compile_checked, largest_difference
+from model_store.build.self_test import TOLERANCE, compile_checked, largest_difference
+from model_store.encoder.attention import Layout, packed_sdpa, packed_torch_flash
+from model_store.encoder.pipeline import Pipeline, graph_sizes
+from model_store.encoder.quantization import EmulatedFp8Linear, Fp8Linear
 
 # H query heads, G key/value heads, d head width
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu.inputs import Row
 from bench.gpu.report import sync
-from model_store.pipeline import Pipeline
+from model_store.encoder.pipeline import Pipeline
 
 # What an event can tell apart.
 _GRAIN_SECONDS = 5e-7

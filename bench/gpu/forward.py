@@ -20,13 +20,13 @@ from bench.gpu.clocks import device_seconds, launch_seconds, ms, packed_batches,
 from bench.gpu.inputs import SHAPES, Row, random_encoder, rows_of, trained_tokenizer
 from bench.gpu.report import Report
 from bench.texts import mixed_texts
-from model_store.attention import implementation_name
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch, to_device
-from model_store.pipeline import Pipeline, forward, graph_sizes
-from model_store.pooling import pool
-from model_store.quantization import Quantization
-from model_store.self_test import compile_checked, largest_difference
+from model_store.build.self_test import compile_checked, largest_difference
+from model_store.encoder.attention import implementation_name
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch, to_device
+from model_store.encoder.pipeline import Pipeline, forward, graph_sizes
+from model_store.encoder.pooling import pool
+from model_store.encoder.quantization import Quantization
 from model_store.shape import Shape
 
 # B texts, D width

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, AutoModel
 
 from bench.texts import sentences
-from model_store.attention import choose_kernel, implementation_name
-from model_store.encoder import Encoder
-from model_store.quantization import Quantization
+from model_store.encoder.attention import choose_kernel, implementation_name
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.quantization import Quantization
 from model_store.rope import readable_positions
 from model_store.shape import known_configs
-from model_store.tokenizer import TokenizedText
+from model_store.text.tokenizer import TokenizedText
 
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
@@ -92,7 +92,7 @@ def config_of(shape: Shape, layers: int | None = None) -> Any:
 
 def store(shape: Shape, folder: Path) -> Manifest:
     """A stored float32 encoder of random weights in a small shape."""
-    from model_store.build import build_encoder  # pydantic
+    from model_store.build.build import build_encoder  # pydantic
     from model_store.recipe import recipe_from
 
     base = folder.parent / f"{folder.name}-base"

@@ -22,8 +22,8 @@ from bench.gpu.inputs import SHAPES, Shape, random_encoder, store
 from bench.gpu.report import Report, lacks_packages
 from bench.gpu.start import NEEDS
 from bench.texts import mixed_texts
-from model_store.encoder import Encoder
-from model_store.pipeline import Pipeline
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.pipeline import Pipeline
 
 _SERVER_NEEDS = f"{NEEDS} fastapi opentelemetry uvicorn httptools pybase64 uvloop"
 
@@ -39,7 +39,7 @@ def measure(report: Report, encoder: Encoder | None) -> None:
 def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     """Bulk, queries and both over HTTP, then the engine."""
     from bench.http_path import Case, distinct_texts, load_in_process, request_bytes
-    from model_store.tokenizer import TextTokenizer
+    from model_store.text.tokenizer import TextTokenizer
 
     seconds, inputs, queries = (1.0, 16, 8) if report.tiny else (5.0, 64, 64)
     shape = SHAPES[report.shapes]["1.3B"]
@@ -105,14 +105,14 @@ def server_process(
 ) -> None:
     """The real server and its real worker, but for where the encoder comes from."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
-    import service.server
-    import service.worker
+    import service.device.worker
+    import service.server.process
     from service.settings import Settings
 
     if device.type == "cpu":
         torch.set_num_threads(1)
-    vars(service.worker)["Encoder"] = SimpleNamespace(load=lambda *_: random_encoder(shape, device))
-    service.server.prepare_store = lambda settings, progress: (folder, manifest)
+    vars(service.device.worker)["Encoder"] = SimpleNamespace(load=lambda *_: random_encoder(shape, device))
+    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
     settings = Settings(
         model=str(folder),
         port=0,
@@ -122,7 +122,7 @@ def server_process(
         max_tokens_per_request=1 << 20,
         max_queued_tokens=1 << 23,
     )
-    sys.exit(service.server.serve(settings, lambda done, total: None))
+    sys.exit(service.server.process.serve(settings, lambda done, total: None))
 
 
 def wait_for(log: Path, message: str, process: Any, seconds: float) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 
 from bench.gpu.inputs import SHAPES, rows_of, store
 from bench.gpu.report import Report, lacks_packages
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.self_test import largest_difference
+from model_store.build.self_test import largest_difference
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 
 NEEDS = "pydantic pydantic_settings prometheus_client orjson"
 
@@ -34,10 +34,11 @@ def workers(report: Report) -> None:
 
 def start_worker(report: Report, name: str) -> dict[str, Any]:
     """Start, embed a batch, compare it with the CPU."""
+    from service.batching.limits import Limits
+    from service.device.worker import EncoderWorker
+    from service.embedding.rows import EmbedRow
     from service.metrics import Metrics
-    from service.rows import EmbedRow
-    from service.settings import Limits, Settings
-    from service.worker import EncoderWorker
+    from service.settings import Settings
 
     on_cuda = report.device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:

@@ -140,7 +140,7 @@ def _models(
         yield asked.url, partial(ServerVectors, embed_texts)
         return
 
-    from model_store.build import ensure_built
+    from model_store.build.build import ensure_built
     from model_store.evaluation.local import LocalEncoder
     from model_store.evaluation.stages import each_stage
 

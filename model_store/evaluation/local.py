@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model_store.devices import Dtype
-from model_store.encoder import Encoder
+from model_store.encoder.devices import Dtype
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pooling import pool
 from model_store.evaluation.files import DatasetError
-from model_store.packing import PackedBatch
-from model_store.pooling import pool
 from model_store.pooling_modes import PoolingMode
-from model_store.tokenizer import TextTokenizer, TokenizedText
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
 # D width
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from model_store.build import Progress, build_encoder
+from model_store.build.build import Progress, build_encoder
 from model_store.evaluation.local import LocalEncoder
 from model_store.recipe import Recipe
 

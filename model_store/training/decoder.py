@@ -15,13 +15,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from model_store.adapters import load_adapter
 from model_store.architectures import architecture_of
-from model_store.attention import choose_kernel, implementation_name
-from model_store.build import check_names, merged_tensor
-from model_store.checkpoints import open_checkpoint
+from model_store.build.adapters import load_adapter
+from model_store.build.build import check_names, merged_tensor
+from model_store.build.checkpoints import open_checkpoint
+from model_store.build.sources import Source
+from model_store.encoder.attention import choose_kernel, implementation_name
 from model_store.errors import CheckpointError
-from model_store.sources import Source
 
 # transformers' names for dropout of attention weights; other dropouts are of pre-training and stay off.
 _ATTENTION_DROPOUT = "attention_dropout"

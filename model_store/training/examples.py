@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
-from model_store.packing import PackedBatch
+from model_store.encoder.packing import PackedBatch
 from model_store.pooling_modes import PoolingMode
-from model_store.tokenizer import TextTokenizer, TokenizationError, TokenizedText
+from model_store.text.tokenizer import TextTokenizer, TokenizationError, TokenizedText
 from model_store.training.texts import TrainingDataError, Triplet
 
 # T packed tokens, B texts

@@ -15,11 +15,11 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_store.adapters import AdapterError
-from model_store.build import base_name
-from model_store.checkpoints import read_raw_config
+from model_store.build.adapters import AdapterError
+from model_store.build.build import base_name
+from model_store.build.checkpoints import read_raw_config
+from model_store.build.sources import Source
 from model_store.pooling_modes import PoolingMode
-from model_store.sources import Source
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"

@@ -18,14 +18,14 @@ from transformers import TrainerCallback, TrainingArguments, get_scheduler, set_
 from transformers.integrations import get_available_reporting_integrations
 
 from model_store.architectures import architecture_of
-from model_store.build import base_name
-from model_store.devices import choose_dtype
+from model_store.build.build import base_name
+from model_store.build.sources import Source, resolve
+from model_store.build.tokenizer_files import write_tokenizer
+from model_store.encoder.devices import choose_dtype
 from model_store.evaluation.sts import ScoredPair, evaluate_sts
 from model_store.manifest import TOKENIZER_FILE
-from model_store.sources import Source, resolve
 from model_store.templates import template_for
-from model_store.tokenizer import TextTokenizer
-from model_store.tokenizer_files import write_tokenizer
+from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
 from model_store.training.corpus import Examples, read_examples
 from model_store.training.curves import draw_curves

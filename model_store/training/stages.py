@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model_store.packing import PackedBatch
-from model_store.pooling import pool
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pooling import pool
 from model_store.training.decoder import TrainableDecoder
 from model_store.training.examples import NO_LABEL, as_inputs
 from model_store.training.losses import token_losses

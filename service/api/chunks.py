@@ -10,13 +10,13 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors
-from service.api.common import Text, alias_of, answer_headers, asked_model, choose_instruction, ignored_fields
 from service.api.openai import ERRORS, EmbedFields, documented, usage
-from service.api.requests import read, while_connected
-from service.choices import EmbedDtype
-from service.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
+from service.embedding.choices import EmbedDtype
+from service.embedding.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
 from service.errors import InvalidRequest
+from service.http.answers import AnswerWriter, EncodingFormat, encode_vectors
+from service.http.common import Text, alias_of, answer_headers, asked_model, choose_instruction, ignored_fields
+from service.http.requests import read, while_connected
 
 router = APIRouter(tags=["late chunking"], responses={401: ERRORS[401]})
 

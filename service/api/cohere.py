@@ -12,8 +12,11 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors, json_array
-from service.api.common import (
+from service.embedding.embedder import Embedder, EmbedRequest, EmbedResult
+from service.embedding.rows import Vector
+from service.errors import InvalidRequest
+from service.http.answers import AnswerWriter, encode_vectors, json_array
+from service.http.common import (
     Name,
     Text,
     alias_of,
@@ -24,12 +27,9 @@ from service.api.common import (
     truncation,
     with_instruction,
 )
-from service.api.error_responses import Dialect, described
-from service.api.requests import missing, read, while_connected
-from service.embedder import Embedder, EmbedRequest, EmbedResult
-from service.errors import InvalidRequest
+from service.http.error_responses import Dialect, described
+from service.http.requests import missing, read, while_connected
 from service.logs import request_id
-from service.rows import Vector
 
 Version = Literal["1", "2"]
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from model_store.manifest import Manifest
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors, json_answer, json_array
-from service.api.common import (
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
+from service.errors import InvalidRequest
+from service.http.answers import AnswerWriter, encode_vectors, json_answer, json_array
+from service.http.common import (
     Text,
     answer_headers,
     check_model,
@@ -25,10 +27,8 @@ from service.api.common import (
     model_names,
     with_instruction,
 )
-from service.api.error_responses import Dialect, described
-from service.api.requests import TEXT_FIELDS, missing, parse, read, read_document, while_connected
-from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
-from service.errors import InvalidRequest
+from service.http.error_responses import Dialect, described
+from service.http.requests import TEXT_FIELDS, missing, parse, read, read_document, while_connected
 from service.settings import Settings
 
 # The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.

@@ -11,9 +11,14 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from model_store.openai_tokens import missing_id
-from service.api.answers import AnswerWriter, EncodingFormat, encode_vectors, json_answer
-from service.api.common import (
+from model_store.text.openai_tokens import missing_id
+from service.batching.scheduling import Lane
+from service.embedding.choices import EmbedDtype, Overflow
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
+from service.embedding.instructions import ROLES, Chosen
+from service.errors import InvalidRequest
+from service.http.answers import AnswerWriter, EncodingFormat, encode_vectors, json_answer
+from service.http.common import (
     Name,
     Text,
     alias_of,
@@ -28,14 +33,9 @@ from service.api.common import (
     split_text,
     truncation,
 )
-from service.api.error_responses import described
-from service.api.requests import missing, read, while_connected
-from service.choices import EmbedDtype, Overflow
-from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
-from service.errors import InvalidRequest
-from service.instructions import ROLES, Chosen
+from service.http.error_responses import described
+from service.http.requests import missing, read, while_connected
 from service.logs import log
-from service.scheduling import Lane
 
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; or token ids, one text's or a list of such; or pairs "

@@ -7,9 +7,9 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.api.answers import json_answer
 from service.api.openai import ERRORS
 from service.errors import ServiceError, Unavailable
+from service.http.answers import json_answer
 from service.metrics import with_tei_names
 
 router = APIRouter(tags=["operations"])

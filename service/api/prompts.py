@@ -10,13 +10,13 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from model_store.tokenizer import Part
-from service.api.answers import json_answer
-from service.api.common import alias_of, ignored_fields, instructions_of
+from model_store.text.tokenizer import Part
 from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
-from service.api.requests import read, while_connected
-from service.embedder import Embedder, EmbedInput, Preview
-from service.instructions import ROLES
+from service.embedding.embedder import Embedder, EmbedInput, Preview
+from service.embedding.instructions import ROLES
+from service.http.answers import json_answer
+from service.http.common import alias_of, ignored_fields, instructions_of
+from service.http.requests import read, while_connected
 
 router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 

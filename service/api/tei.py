@@ -18,8 +18,12 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from service.api import openai
-from service.api.answers import AnswerWriter, encode_vectors, json_answer, json_array
-from service.api.common import (
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, LocatedTokens
+from service.embedding.instructions import NONE, Chosen
+from service.embedding.rows import Vector
+from service.errors import EncodingError, InvalidRequest, OutOfMemory
+from service.http.answers import AnswerWriter, encode_vectors, json_answer, json_array
+from service.http.common import (
     Name,
     Text,
     answer_headers,
@@ -30,12 +34,8 @@ from service.api.common import (
     instructions_of,
     with_instruction,
 )
-from service.api.error_responses import MEANINGS, Dialect, described
-from service.api.requests import parse, read, read_document, require_ready, while_connected
-from service.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, LocatedTokens
-from service.errors import EncodingError, InvalidRequest, OutOfMemory
-from service.instructions import NONE, Chosen
-from service.rows import Vector
+from service.http.error_responses import MEANINGS, Dialect, described
+from service.http.requests import parse, read, read_document, require_ready, while_connected
 
 _UNSUPPORTED = "unsupported_by_model"
 

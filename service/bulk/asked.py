@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from service.bulk.reading import Kind
-from service.choices import EmbedDtype, Overflow
+from service.embedding.choices import EmbedDtype, Overflow
 
 FileFormat = Literal["parquet", "safetensors"]
 OnError = Literal["stop", "skip"]

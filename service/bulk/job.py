@@ -16,7 +16,7 @@ from model_store.errors import UserError
 from model_store.manifest import file_sha256
 from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import PATH_COLUMN, BadRow, Columns, Input, InputError, Kind
-from service.choices import EmbedDtype, Overflow
+from service.embedding.choices import EmbedDtype, Overflow
 
 FORMAT = 1
 

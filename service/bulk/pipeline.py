@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from service.bulk.asked import OnError
 from service.bulk.folder import JobFolder
+from service.bulk.gather import gather_all
 from service.bulk.job import Job, JobError, VectorSource, bad_row, state_of
 from service.bulk.reading import BadRow, Columns, Input, Row
 from service.bulk.shards import ShardRows, ShardWriter
+from service.embedding.vector_dtypes import quantize_vectors
 from service.errors import EncodingError, InvalidRequest
-from service.gather import gather_all
-from service.vector_dtypes import quantize_vectors
 
 # B texts, D dimensions
 

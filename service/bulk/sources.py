@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service import watchdog
+from service.bulk.client import PATIENCE, Patience, ServedModel, ServerClient
 from service.bulk.job import JobError, VectorSource
 from service.bulk.pipeline import Embedded
-from service.choices import Overflow
-from service.client import PATIENCE, Patience, ServedModel, ServerClient
-from service.embedder import Embedder, EmbedInput, EmbedRequest
+from service.device import watchdog
+from service.embedding.choices import Overflow
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedding.instructions import Chosen
 from service.errors import DeviceLost, ServiceError
-from service.instructions import Chosen
-from service.server import Prepared, prepare, settle
+from service.server.process import Prepared, prepare, settle
 from service.settings import Settings
 
 # Batches' worth of tokens that wait for the device or are tokenized, where a request has at least so many tokens; and

@@ -16,8 +16,9 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from model_store.manifest import Manifest
+from service.batching.limits import Limits
 from service.logs import configure_logs
-from service.settings import Limits, Settings
+from service.settings import Settings
 
 READY = b"ready\n"
 

@@ -44,15 +44,13 @@ def device_type(name: str) -> str:
 
 def main(names: list[str]) -> int:
     """Print the devices, or on stderr why not; returns the exit status."""
-    import torch
+    # torch, from here on
+    from model_store.encoder.devices import DeviceError, all_gpus, choose_device, cuda_fault, installed_driver
 
-    from model_store.devices import DeviceError, choose_device, cuda_fault, installed_driver
-
-    everything = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     try:
         for name in names:
             # Where there is no GPU, cuda:0 is the one that is missed.
-            for one in (everything or ["cuda:0"]) if name == "cuda:all" else [name]:
+            for one in (all_gpus() or ["cuda:0"]) if name == "cuda:all" else [name]:
                 device = choose_device(one)
                 print(device)
                 if one == "auto" and device.type == "cpu" and installed_driver():

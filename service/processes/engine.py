@@ -15,18 +15,18 @@ from collections.abc import Callable, Sequence
 
 import uvloop
 
-from service import watchdog
-from service.backend import LocalBackend, Worker
-from service.batcher import MicroBatcher
+from service.batching.batcher import MicroBatcher
+from service.batching.scheduling import LANES
+from service.device import watchdog
+from service.device.backend import LocalBackend, Worker
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import ServiceError
 from service.logs import log, unexplained
 from service.metrics import Metrics
 from service.processes.child import Assignment, Child, inherited
 from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
-from service.rows import EmbedRow, Vector
-from service.scheduling import LANES
-from service.server import settle
+from service.server.process import settle
 
 # For the answers to those who waited for a device that hangs to leave the process.
 _LAST_WORDS_SECONDS = 0.2
@@ -170,7 +170,7 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
 
 def encoder_worker(assignment: Assignment, metrics: Metrics) -> Worker:
     """The worker of a stored encoder."""
-    from service.worker import EncoderWorker  # torch, from here on
+    from service.device.worker import EncoderWorker  # torch, from here on
 
     return EncoderWorker(assignment.folder, assignment.settings, metrics)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import socket
 import sys
 
-from service.app import create_app
+from service.batching.stuck import LEAST_SECONDS
 from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Child, inherited
 from service.processes.remote import RemoteBackend
-from service.server import answer, load_tokenizer, settle
+from service.server.app import create_app
+from service.server.process import answer, load_tokenizer, settle
 from service.tracing import start_traces
-from service.watchdog import LEAST_SECONDS
 
 # An engine says every second that it is alive, and is not called silent for being a few seconds late.
 _LEAST_SILENCE_SECONDS = 10.0

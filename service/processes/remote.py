@@ -14,17 +14,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from service.batcher import Computed
+from service.batching.batcher import Computed
+from service.batching.room import has_room
+from service.batching.scheduling import LANES, Lane
+from service.batching.stuck import LEAST_SECONDS
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, Overloaded, ServiceError
 from service.logs import log
 from service.metrics import Metrics, merged_page
 from service.processes.dispatch import Part, share
 from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, Vectors
-from service.room import has_room
-from service.rows import EmbedRow, Vector
-from service.scheduling import LANES, Lane
-from service.watchdog import LEAST_SECONDS
 
 # A scrape that takes longer fails: without one process's part the sums would be wrong.
 _SAMPLES_SECONDS = 1.0

@@ -20,13 +20,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
 
-from service.instructions import load_instructions
+from service.batching.limits import Limits
+from service.device.torch_environment import set_torch_defaults
+from service.embedding.instructions import load_instructions
 from service.logs import configure_logs, log
 from service.processes.child import READY, Assignment
 from service.processes.devices import device_type, find_devices
-from service.server import Progress, as_served, listen, prepare_store, serve
-from service.settings import Limits, Settings
-from service.torch_environment import set_torch_defaults
+from service.server.process import Progress, as_served, listen, prepare_store, serve
+from service.settings import Settings
 
 _TICK_SECONDS = 0.05
 

@@ -17,7 +17,9 @@ from itertools import groupby
 import numpy as np
 import orjson
 
-from service.batcher import Computed
+from service.batching.batcher import Computed
+from service.batching.scheduling import LANES, Lane
+from service.embedding.rows import Vector
 from service.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -29,8 +31,6 @@ from service.errors import (
     Unavailable,
 )
 from service.metrics import Samples
-from service.rows import Vector
-from service.scheduling import LANES, Lane
 
 # Numbers in one frame of vectors, 256 KB: either end does other things between two of them.
 _NUMBERS_AT_ONCE = 1 << 16

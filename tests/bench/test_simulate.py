@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from bench.simulate import LOADS, MODELS, Fifo, cost_model, policies
-from service.cost_model import CostModel
-from service.scheduling import Lane
-from service.simulation import Client, Input, Lanes, Outcome, Policy, simulate
+from service.batching.cost_model import CostModel
+from service.batching.scheduling import Lane
+from service.planning.simulation import Client, Input, Lanes, Outcome, Policy, simulate
 
 COST = MODELS["8B"]
 WINDOW, CONTINUOUS, LANES_16384, LANES_2048, AHEAD, LATE, _ = policies(COST)

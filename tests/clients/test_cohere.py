@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.vector_dtypes import quantize_vectors
+from service.embedding.vector_dtypes import quantize_vectors
 from tests.clients.vectors import PASSAGES, QUERY, QUESTION, assert_same, reference
 from tests.e2e.process import ServerProcess
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model_store.devices import choose_device, choose_dtype
+from model_store.encoder.devices import choose_device, choose_dtype
 from tests.cpus import SAME_BITS, assert_same_vectors
 from tests.e2e.process import ServerProcess
 

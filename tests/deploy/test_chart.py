@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from service import server
 from service.api import operations
 from service.processes import supervisor
+from service.server import process as server
 from service.settings import PREFIX, load_settings
 from tests.deploy.monitoring import DASHBOARD, ROOT, rules
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from service import server
 from service.processes import supervisor
+from service.server import process as server
 from service.settings import PREFIX, Settings
 from tests.deploy.monitoring import PROMETHEUS, ROOT, dashboard
 

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.tokenizer import TextTokenizer
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TextTokenizer
 from tests.cuda_stand_in import environment
 from tests.e2e.process import ServerProcess
 from tests.tiny import normalized

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.tokenizer import TextTokenizer, TokenizedText
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
 from service.cli import main
 from tests.cpus import assert_same_vectors
 from tests.e2e.process import ServerProcess

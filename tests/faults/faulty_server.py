@@ -22,16 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model_store.encoder import Encoder
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.pipeline import Pending, Pipeline
 from model_store.manifest import read_manifest
-from model_store.pipeline import Pending, Pipeline
-from model_store.tokenizer import TextTokenizer, TokenizedText
-from service.batcher import DevicePlan
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
+from service.batching.batcher import DevicePlan
+from service.batching.limits import Limits
+from service.device.worker import EncoderWorker
 from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Assignment
-from service.settings import Limits, Settings
-from service.worker import EncoderWorker
+from service.settings import Settings
 
 RAISES = "[raises]"
 RAISES_IN_COMPANY = "[raises in company]"
@@ -165,11 +166,11 @@ def main() -> int:
 
         return engine_main(faulty_worker)
 
-    import service.worker
+    import service.device.worker
     from service import cli
     from service.processes import supervisor
 
-    service.worker.EncoderWorker = FaultyWorker  # type: ignore[misc]
+    service.device.worker.EncoderWorker = FaultyWorker  # type: ignore[misc]
     supervisor.supervise = partial(supervisor.supervise, engine="tests.faults.faulty_server")
     return cli.main()
 

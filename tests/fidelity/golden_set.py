@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model_store.build import build_encoder
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
+from model_store.build.build import build_encoder
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 from model_store.recipe import recipe_from
-from model_store.tokenizer import TextTokenizer, TokenizedText
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
 from tests.tiny import normalized
 
 GOLDEN = Path(__file__).parent / "golden"

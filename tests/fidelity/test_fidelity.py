@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.build import build_encoder
+from model_store.build.build import build_encoder
 from model_store.recipe import recipe_from
 from tests.e2e.process import ServerProcess
 from tests.fidelity.golden_set import FAMILIES, build_like, comparable, encode, golden, tokenize

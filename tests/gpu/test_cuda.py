@@ -20,14 +20,20 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from model_store.attention import Layout, choose_kernel, packed_sdpa, packed_torch_flash
-from model_store.devices import choose_device
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.pipeline import Pipeline, graph_sizes
-from model_store.quantization import EmulatedFp8Linear, Fp8Linear, Quantization
+from model_store.build.self_test import (
+    TOLERANCE,
+    check_attention,
+    check_same_vectors,
+    compile_checked,
+    largest_difference,
+)
+from model_store.encoder.attention import Layout, choose_kernel, packed_sdpa, packed_torch_flash
+from model_store.encoder.devices import choose_device
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pipeline import Pipeline, graph_sizes
+from model_store.encoder.quantization import EmulatedFp8Linear, Fp8Linear, Quantization
 from model_store.rope import readable_positions
-from model_store.self_test import TOLERANCE, check_attention, check_same_vectors, compile_checked, largest_difference
 from tests.tiny import FAMILIES, normalized, random_rows, tiny_config, tiny_model
 
 pytestmark = [
@@ -168,10 +174,11 @@ def test_fp8_equals_its_slow_twin() -> None:
     not all(map(importlib.util.find_spec, WORKER_PACKAGES)), reason=f"needs {', '.join(WORKER_PACKAGES)}"
 )
 def test_a_worker_starts_on_cuda_with_everything_on(family: str, tmp_path: Path) -> None:
+    from service.batching.limits import Limits
+    from service.device.worker import EncoderWorker
+    from service.embedding.rows import EmbedRow
     from service.metrics import Metrics
-    from service.rows import EmbedRow
-    from service.settings import Limits, Settings
-    from service.worker import EncoderWorker
+    from service.settings import Settings
     from tests.tiny import build_tiny
 
     folder = tmp_path / "encoder"

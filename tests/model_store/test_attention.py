@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_store.architectures import ARCHITECTURES
-from model_store.attention import (
+from model_store.encoder.attention import (
     AttentionError,
     Demand,
     Kernel,
@@ -22,9 +22,9 @@ from model_store.attention import (
     packed_sdpa,
     packed_torch_flash,
 )
-from model_store.packing import PackedBatch
-from model_store.pooling import pool
-from model_store.tokenizer import TokenizedText
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pooling import pool
+from model_store.text.tokenizer import TokenizedText
 from tests.cuda_stand_in import Gpus, install
 from tests.tiny import FAMILIES, WINDOW, normalized, padded_vectors, random_rows, tiny_config, tiny_model
 

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from model_store.adapters import AdapterError
 from model_store.architectures import UnsupportedArchitectureError
-from model_store.build import BuildError, build_encoder, ensure_built
-from model_store.encoder import Encoder
+from model_store.build.adapters import AdapterError
+from model_store.build.build import BuildError, build_encoder, ensure_built
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 from model_store.errors import CheckpointError
 from model_store.manifest import read_manifest
-from model_store.packing import PackedBatch
 from model_store.recipe import Recipe, recipe_from
 from model_store.templates import TEMPLATES
 from tests.tiny import build_tiny, normalized, padded_vectors, random_rows, save_adapter, save_base, tiny_model
@@ -372,7 +372,7 @@ def test_the_manifest_says_where_everything_came_from(tmp_path: Path) -> None:
 
 def test_remote_code_of_a_base_or_a_stored_encoder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is anybody asked whether it may."""
-    from model_store.encoder import Encoder
+    from model_store.encoder.encoder import Encoder
 
     def asked(*_: object) -> str:
         raise AssertionError("asked whether to run remote code")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from model_store import cpu_linear
-from model_store.cpu_linear import PackedGatedMlp, PackedLinear, can_pack, pack_linears
+from model_store.encoder import cpu_linear
+from model_store.encoder.cpu_linear import PackedGatedMlp, PackedLinear, can_pack, pack_linears
 from tests.tiny import FAMILIES, product_weights, tiny_model
 
 CPU = torch.device("cpu")

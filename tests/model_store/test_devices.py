@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_store.devices import DeviceError, choose_device, choose_dtype, explain_no_gpu, has_kernels
+from model_store.encoder.devices import DeviceError, choose_device, choose_dtype, explain_no_gpu, has_kernels
 from tests.cuda_stand_in import Gpus, install
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from model_store.build import build_encoder
-from model_store.encoder import Encoder
+from model_store.build.build import build_encoder
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 from model_store.errors import CheckpointError
-from model_store.packing import PackedBatch
 from model_store.recipe import recipe_from
 from tests.tiny import normalized, padded_vectors, random_rows, tiny_config, tiny_tokenizer
 

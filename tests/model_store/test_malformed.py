@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from model_store.adapters import AdapterError
-from model_store.build import BuildError, build_encoder
+from model_store.build.adapters import AdapterError
+from model_store.build.build import BuildError, build_encoder
 from model_store.errors import CheckpointError
 from model_store.recipe import recipe_from
 from tests.tiny import save_adapter, save_base, tiny_model

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_store.attention import implementation_name
-from model_store.merged_linear import PartOfProduct, SharedProduct, merge_projections
-from model_store.packing import PackedBatch
-from model_store.quantization import EmulatedFp8Linear, emulate_fp8
+from model_store.encoder.attention import implementation_name
+from model_store.encoder.merged_linear import PartOfProduct, SharedProduct, merge_projections
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.quantization import EmulatedFp8Linear, emulate_fp8
 from tests.cpus import SAME_BITS
 from tests.tiny import FAMILIES, product_weights, random_rows, tiny_model
 

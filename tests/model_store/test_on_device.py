@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from model_store.attention import Kernel, attend_each_text, implementation_name
-from model_store.encoder import Encoder
-from model_store.merged_linear import merge_projections
-from model_store.packing import PackedBatch, to_device
-from model_store.pipeline import forward
+from model_store.encoder.attention import Kernel, attend_each_text, implementation_name
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.merged_linear import merge_projections
+from model_store.encoder.packing import PackedBatch, to_device
+from model_store.encoder.pipeline import forward
 from model_store.rope import fix_frequencies
 from tests.cuda_stand_in import Gpus, install
 from tests.tiny import FAMILIES, random_rows, tiny_config

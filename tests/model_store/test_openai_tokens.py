@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from model_store import openai_tokens
-from model_store.openai_tokens import OpenAIEncoding, UnknownTokenId, decode, decode_bytes, missing_id
+from model_store.text import openai_tokens
+from model_store.text.openai_tokens import OpenAIEncoding, UnknownTokenId, decode, decode_bytes, missing_id
 
 # What tiktoken 0.14.0 encodes these to.
 ENCODED: list[tuple[str, list[int], list[int]]] = [

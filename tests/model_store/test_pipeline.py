@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from model_store.encoder import Encoder
-from model_store.pipeline import Pipeline, graph_sizes
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.pipeline import Pipeline, graph_sizes
 from tests.cuda_stand_in import Gpus, install
 from tests.tiny import tiny_model
 

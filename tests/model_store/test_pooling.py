@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.packing import PackedBatch, in_one_piece, pieces_of, widest_first
-from model_store.pooling import pool, shorten_and_normalize
+from model_store.encoder.packing import PackedBatch, in_one_piece, pieces_of, widest_first
+from model_store.encoder.pooling import pool, shorten_and_normalize
 from model_store.pooling_modes import PoolingMode, token_weights
-from model_store.tokenizer import TokenizedText
+from model_store.text.tokenizer import TokenizedText
 
 
 @pytest.mark.parametrize(

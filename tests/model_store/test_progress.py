@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from model_store import progress
-from model_store.progress import Lines
+from model_store.build import progress
+from model_store.build.progress import Lines
 
 
 def test_a_line_at_the_beginning_and_one_at_the_end(capfd: pytest.CaptureFixture[str]) -> None:

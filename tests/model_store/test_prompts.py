@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from model_store.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts
 from model_store.recipe import packaged_recipes
+from model_store.text.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts
 
 
 def test_retrieval_instructs_queries_and_sts_both_sides() -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_store.manifest import quantized_space
-from model_store.quantization import (
+from model_store.encoder.quantization import (
     EmulatedFp8Linear,
     Fp8Linear,
     QuantizationError,
@@ -20,6 +19,7 @@ from model_store.quantization import (
     quantize_rows,
     replace_linears,
 )
+from model_store.manifest import quantized_space
 from tests.tiny import FAMILIES, padded_vectors, random_rows, tiny_model
 
 CPU = torch.device("cpu")

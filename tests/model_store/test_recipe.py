@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from model_store.architectures import ARCHITECTURES
-from model_store.build import BuildError, build_encoder
+from model_store.build.build import BuildError, build_encoder
 from model_store.manifest import read_manifest
 from model_store.recipe import RecipeError, load_recipe, packaged_recipes, read_recipe, recipe_from
 from model_store.templates import Template, template_for

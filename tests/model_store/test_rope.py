@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from model_store.build import build_encoder
-from model_store.encoder import Encoder
+from model_store.build.build import build_encoder
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 from model_store.manifest import Manifest
-from model_store.packing import PackedBatch
 from model_store.recipe import recipe_from
 from model_store.rope import RopeError, limited_by, readable_positions
 from service.cli import main

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.tokenizer import TextTokenizer
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TextTokenizer
 from tests.tiny import build_tiny, normalized
 
 TEXTS = ["A plane is taking off.", "the river", "Größe 東京 🙂 " * 9]

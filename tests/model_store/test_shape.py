@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModel
 
 from model_store.architectures import UnsupportedArchitectureError
-from model_store.attention import implementation_name
+from model_store.build.sources import SourceError, shape_of
+from model_store.encoder.attention import implementation_name
 from model_store.errors import CheckpointError
 from model_store.recipe import packaged_recipes
-from model_store.shape import Shape, known_configs, shape_of
-from model_store.sources import SourceError
+from model_store.shape import Shape, known_configs
 from tests.tiny import FAMILIES, WINDOW, product_weights, save_base, tiny_config, tiny_model
 
 

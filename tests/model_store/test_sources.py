@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from model_store import progress
-from model_store.build import build_encoder
+from model_store.build import progress
+from model_store.build.build import build_encoder
+from model_store.build.sources import SourceError, resolve, wanted_files
 from model_store.recipe import load_recipe, recipe_from
-from model_store.sources import SourceError, resolve, wanted_files
 from model_store.training.config import Stage, parse_config
 from tests.tiny import save_adapter, save_base, tiny_model
 

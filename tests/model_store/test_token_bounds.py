@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
-from model_store.token_bounds import characters_per_token
+from model_store.text.token_bounds import characters_per_token
 from tests.tiny import tiny_tokenizer
 
 _TINY = tiny_tokenizer()

@@ -5,7 +5,7 @@ from tokenizers import AddedToken
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
-from model_store.tokenizer import (
+from model_store.text.tokenizer import (
     ReferenceLimits,
     TextTokenizer,
     TokenizationError,

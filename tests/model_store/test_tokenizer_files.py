@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from model_store.build import build_encoder
+from model_store.build.build import build_encoder
+from model_store.build.sources import Source
+from model_store.build.tokenizer_files import write_tokenizer
 from model_store.errors import CheckpointError
 from model_store.recipe import recipe_from
-from model_store.sources import Source
-from model_store.tokenizer import special_tokens_around
-from model_store.tokenizer_files import write_tokenizer
+from model_store.text.tokenizer import special_tokens_around
 from tests.tiny import save_base, tiny_tokenizer
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "tokenizer_class": "LlamaTokenizerFast"}

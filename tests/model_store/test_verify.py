@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_store.build.verify import verify_encoder
 from model_store.manifest import StoreError, changed_files, describe_files, read_manifest
-from model_store.verify import verify_encoder
 from service.cli import main
 from tests.tiny import build_tiny
 

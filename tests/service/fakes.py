@@ -15,15 +15,16 @@ from fastapi.testclient import TestClient
 from model_store.manifest import Manifest, SourceRecord
 from model_store.recipe import Recipe
 from model_store.templates import Template
-from model_store.tokenizer import Part, TokenizationError, TokenizedText
-from service.app import create_app
-from service.backend import LocalBackend
-from service.batcher import DevicePlan
-from service.cost_model import CostModel
+from model_store.text.tokenizer import Part, TokenizationError, TokenizedText
+from service.batching.batcher import DevicePlan
+from service.batching.cost_model import CostModel
+from service.batching.limits import Limits
+from service.device.backend import LocalBackend
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
 from service.metrics import Metrics
-from service.rows import EmbedRow, Vector
-from service.settings import Limits, Settings
+from service.server.app import create_app
+from service.settings import Settings
 from service.tracing import Traces
 
 WIDTH = 8

@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.access import OPEN_PATHS, Access
-from service.api_keys import ApiKeys, hash_keys, read_keys
 from service.errors import StartupError
+from service.http.access import OPEN_PATHS, Access
+from service.http.api_keys import ApiKeys, read_keys
 from service.processes.child import Assignment
-from service.settings import Settings, load_settings
+from service.settings import Settings, hash_keys, load_settings
 from tests.service.fakes import Server, fake_manifest, until
 
 KEY, OTHER = "sk-one-1234567890", "sk-two-0987654321"

@@ -15,11 +15,11 @@ import httpx
 import numpy as np
 import pytest
 
-from model_store.tokenizer import TokenizedText
+from model_store.text.tokenizer import TokenizedText
 from service.api.openai import _tell_once
-from service.app import drain
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, StartupError
-from service.rows import EmbedRow, Vector
+from service.server.app import drain
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     CHARACTERS,

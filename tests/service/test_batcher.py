@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from model_store.tokenizer import TokenizedText
-from service.batcher import DevicePlan, MicroBatcher
-from service.cost_model import CostModel
+from model_store.text.tokenizer import TokenizedText
+from service.batching.batcher import DevicePlan, MicroBatcher
+from service.batching.cost_model import CostModel
+from service.batching.memory_budget import CLEAN_BATCHES, STEPS
+from service.batching.scheduling import BatchLimits, Lane
+from service.batching.vector_cache import VectorCache
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import DeadlineExceeded, DeviceLost, EncodingError, OutOfMemory, Overloaded, Unavailable
-from service.memory_budget import CLEAN_BATCHES, STEPS
 from service.metrics import Metrics
-from service.rows import EmbedRow, Vector
-from service.scheduling import BatchLimits, Lane
-from service.vector_cache import VectorCache
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     COST,

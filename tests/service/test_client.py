@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.bulk.client import Patience, ServerClient, embed_texts
 from service.bulk.reading import Input
 from service.bulk.sources import ServerVectors, Wanted
-from service.client import Patience, ServerClient, embed_texts
 from service.errors import EncodingError, InvalidRequest, ServiceError
 from service.settings import KEY_VARIABLE
 from tests.service.bulk.fakes import WIDTH, do_job, expected

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.app import drain
+from service.server.app import drain
 from tests.service.fakes import BREAKS_THE_BATCH, NO_TOKENS, NOT_FINITE, OUT_OF_MEMORY, WIDTH, Server, overloaded
 
 TYPES = ["float", "int8", "uint8", "binary", "ubinary", "base64"]

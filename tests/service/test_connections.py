@@ -13,8 +13,8 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from service.connections import Connection, Guard, Unsent
-from service.in_flight import InFlight
+from service.embedding.in_flight import InFlight
+from service.http.connections import Connection, Guard, Unsent
 from service.metrics import Metrics
 from service.settings import Settings
 

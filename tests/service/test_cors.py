@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from service.api.common import ANSWER_HEADERS
 from service.errors import StartupError
+from service.http.common import ANSWER_HEADERS
 from service.settings import load_settings
 from tests.service.fakes import Server
 

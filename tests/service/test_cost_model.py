@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from service.cost_model import CostModel, fit
+from service.batching.cost_model import CostModel, fit
 
 # A 7B model on an H100, as its roofline has it: 5 ms to read the weights, 23.5 µs a token, 1 ms a batch besides.
 LARGE = CostModel(floor=5.4e-3, base=1e-3, per_token=23.5e-6)

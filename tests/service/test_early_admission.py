@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from model_store.tokenizer import TokenizedText
-from service.batcher import MicroBatcher
-from service.embedder import ChunkRequest, Embedder, EmbedInput, EmbedRequest
+from model_store.text.tokenizer import TokenizedText
+from service.batching.batcher import MicroBatcher
+from service.batching.limits import Limits
+from service.embedding.embedder import ChunkRequest, Embedder, EmbedInput, EmbedRequest
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import InvalidRequest, Overloaded
 from service.metrics import Metrics
-from service.rows import EmbedRow, Vector
-from service.settings import Limits, Settings
+from service.settings import Settings
 from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest, until
 from tests.service.test_batcher import plan
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from model_store.templates import Template
-from model_store.tokenizer import ReferenceLimits, TextTokenizer, TokenizedText
-from service.batcher import MicroBatcher
-from service.embedder import Embedder, EmbedInput, EmbedRequest, _slices
+from model_store.text.tokenizer import ReferenceLimits, TextTokenizer, TokenizedText
+from service.batching.batcher import MicroBatcher
+from service.batching.limits import Limits
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, _slices
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
-from service.rows import EmbedRow, Vector
-from service.settings import Limits, Settings
+from service.settings import Settings
 from tests.service.fakes import WIDTH, FakeTokenizer, FakeWorker, fake_manifest, fake_vector
 from tests.tiny import VOCABULARY, tiny_tokenizer
 

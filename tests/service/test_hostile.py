@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.embedder import _tokens_of
+from service.embedding.embedder import _tokens_of
 from service.errors import DeadlineExceeded, InvalidRequest
 from tests.service.fakes import FakeTokenizer, Server
 

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
+from service.embedding.in_flight import InFlight, hold, hold_vectors
 from service.errors import TooMuchInFlight
-from service.in_flight import InFlight, hold, hold_vectors
 from tests.service.fakes import WIDTH, Server, until
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.api.json_size import JSONSize, json_size
+from service.http.json_size import JSONSize, json_size
 
 
 def counted(value: Any) -> JSONSize:

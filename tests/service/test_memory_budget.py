@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from service.memory_budget import CLEAN_BATCHES, LEAST_TOKENS, MemoryBudget
-from service.watchdog import LEAST_SECONDS, TIMES_EXPECTED, stuck_after
+from service.batching.memory_budget import CLEAN_BATCHES, LEAST_TOKENS, MemoryBudget
+from service.batching.stuck import LEAST_SECONDS, TIMES_EXPECTED, stuck_after
 
 GOOD = "good"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.app import drain
+from service.server.app import drain
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NO_TOKENS,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from pyarrow import dataset
 
-from service.scaling import QueuedTokens
+from service.ray.scaling import QueuedTokens
 from service.settings import load_settings
 from tests.service.bulk.output import read_output
 from tests.tiny import build_tiny
@@ -99,7 +99,7 @@ def test_a_replica_tells_what_waits_and_how_busy_its_device_is() -> None:
     lines = """
 import types
 from service.metrics import Metrics
-from service.ray_serve import Replica
+from service.ray.ray_serve import Replica
 metrics, replica = Metrics(), Replica()
 batcher = types.SimpleNamespace(queued_tokens=700)
 backend = types.SimpleNamespace(batcher=batcher)

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.batcher import MicroBatcher
-from service.embedder import Embedder, EmbedInput, EmbedRequest
+from service.batching.batcher import MicroBatcher
+from service.batching.limits import Limits
+from service.batching.room import Line, has_room
+from service.batching.scheduling import Lane
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import DeadlineExceeded, Overloaded, Unavailable
 from service.metrics import Metrics
-from service.room import Line, has_room
-from service.rows import EmbedRow, Vector
-from service.scheduling import Lane
-from service.settings import Limits, Settings
+from service.settings import Settings
 from tests.service.fakes import FakeTokenizer, FakeWorker, fake_manifest, until
 from tests.service.test_batcher import plan
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.scaling import BUSY, QUEUED_TOKENS, QueuedTokens, wanted_replicas
+from service.ray.scaling import BUSY, QUEUED_TOKENS, QueuedTokens, wanted_replicas
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.scheduling import BatchLimits, Queue, take_batch
+from service.batching.scheduling import BatchLimits, Queue, take_batch
 
 LIMITS = BatchLimits(batch_tokens=16, token_budget=40)  # a quantum of 2
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from service.cost_model import CostModel
+from service.batching.cost_model import CostModel
+from service.batching.limits import Limits
+from service.batching.scheduling import BatchLimits
 from service.errors import StartupError
-from service.scheduling import BatchLimits
-from service.server import listen
-from service.settings import Limits, Settings, load_settings, settings_table
+from service.server.process import listen
+from service.settings import Settings, load_settings, settings_table
 from tests.service.fakes import fake_manifest
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from model_store.templates import Template
-from model_store.tokenizer import TextTokenizer, TokenizationError, TokenizedText
+from model_store.text.tokenizer import TextTokenizer, TokenizationError, TokenizedText
 from service.api.tei import TEI
-from service.app import drain
+from service.embedding.rows import EmbedRow
 from service.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -23,7 +23,7 @@ from service.errors import (
     RequestTooLarge,
     Unavailable,
 )
-from service.rows import EmbedRow
+from service.server.app import drain
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     CHARACTERS,

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from service.scheduling import Lane
-from service.tokenizer_pool import TokenizerPool
+from service.batching.scheduling import Lane
+from service.embedding.tokenizer_pool import TokenizerPool
 from tests.service.fakes import until
 
 

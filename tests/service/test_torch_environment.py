@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.torch_environment import set_torch_defaults
+from service.device.torch_environment import set_torch_defaults
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.vector_cache import VectorCache
+from service.batching.vector_cache import VectorCache
 
 
 def vector(value: float) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -7,8 +7,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from service.choices import EmbedDtype
-from service.vector_dtypes import quantize_vectors
+from service.embedding.choices import EmbedDtype
+from service.embedding.vector_dtypes import quantize_vectors
 
 
 @pytest.mark.parametrize("dtype", get_args(EmbedDtype))

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from model_store.manifest import read_manifest
-from model_store.tokenizer import TokenizedText
-from service.backend import LocalBackend
+from model_store.text.tokenizer import TokenizedText
+from service.batching.limits import Limits
+from service.device.backend import LocalBackend
+from service.device.worker import EncoderWorker, is_out_of_memory
+from service.embedding.rows import EmbedRow
 from service.errors import DeviceLost, OutOfMemory, StartupError
 from service.metrics import Metrics
-from service.rows import EmbedRow
-from service.settings import Limits, Settings
-from service.worker import EncoderWorker, is_out_of_memory
+from service.settings import Settings
 from tests.cuda_stand_in import Gpus, flash_attention_forward, install
 from tests.tiny import FAMILIES, build_tiny, normalized, padded_vectors, random_rows
 

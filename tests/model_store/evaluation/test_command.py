@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from model_store.build import build_encoder
+from model_store.build.build import build_encoder
 from model_store.evaluation.command import STAGE_POOLINGS
 from model_store.evaluation.local import LocalEncoder
 from model_store.evaluation.sts import Sts

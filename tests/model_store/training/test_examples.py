@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model_store.templates import Template
-from model_store.tokenizer import TextTokenizer
+from model_store.text.tokenizer import TextTokenizer
 from model_store.training.examples import (
     NO_LABEL,
     ContrastiveBatches,

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model_store.build import build_encoder
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
+from model_store.build.build import build_encoder
+from model_store.build.sources import resolve
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
 from model_store.recipe import recipe_from
-from model_store.sources import resolve
-from model_store.tokenizer import TextTokenizer
+from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import Stage, TrainingConfigError, parse_config
 from model_store.training.corpus import read_examples
 from model_store.training.resume import whole_checkpoints

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_store.packing import PackedBatch
-from model_store.sources import Source
-from model_store.tokenizer import TokenizedText
+from model_store.build.sources import Source
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.examples import NO_LABEL, MaskedBatches, Masking, TokenRows
 from model_store.training.losses import contrastive_loss

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from model_store.encoder import Encoder
-from model_store.packing import PackedBatch
-from model_store.tokenizer import TextTokenizer
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.text.tokenizer import TextTokenizer
 from service.bulk.sources import LocalVectors, Wanted
 from service.cli import main
+from service.embedding.vector_dtypes import quantize_vectors
 from service.settings import KEY_VARIABLE, Settings
-from service.vector_dtypes import quantize_vectors
 from tests.e2e.process import ServerProcess
 from tests.service.bulk.output import read_output
 from tests.tiny import build_tiny

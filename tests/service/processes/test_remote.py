@@ -11,15 +11,16 @@ import httpx
 import numpy as np
 import pytest
 
-from service.app import create_app
-from service.backend import LocalBackend
-from service.embedder import Embedder, EmbedInput, EmbedRequest
+from service.batching.limits import Limits
+from service.device.backend import LocalBackend
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
 from service.processes.engine import Desk, tell_all
 from service.processes.frontend import silence_seconds
 from service.processes.remote import RemoteBackend
-from service.settings import Limits, Settings
+from service.server.app import create_app
+from service.settings import Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
     NOT_FINITE,

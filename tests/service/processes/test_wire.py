@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import Computed
+from service.batching.batcher import Computed
+from service.embedding.rows import EmbedRow, Vector
 from service.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -31,7 +32,6 @@ from service.processes.wire import (
     encode,
     vectors_in_parts,
 )
-from service.rows import EmbedRow, Vector
 from tests.service.fakes import FakeTokenizer, fake_vector
 
 RANDOM = np.random.default_rng(0)

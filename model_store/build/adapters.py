@@ -1,0 +1,159 @@
+"""LoRA adapters (Hu et al. 2021) merged into weights: W + (alpha/r)·B·A in float32, each adapter in order.
+
+A tensor of an adapter that finds no place is an error: peft itself only warns and leaves it out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model_store.architectures import decoder_name, unwrapped
+from model_store.build.checkpoints import load_torch_file
+from model_store.errors import UserError
+from model_store.json_text import read_json_object, unreadable
+
+_LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
+
+# Initialisations that change the base's own weights while training starts, so that B·A is not the whole change.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+
+
+class AdapterError(UserError):
+    """An adapter that can't be read, or does not fit the base."""
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """One module's part: `a` of shape (r, in), `b` of shape (out, r), and the factor alpha/r (or alpha/√r)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def shape(self) -> tuple[int, int]:
+        """(out, in): the shape of the weight it is added to."""
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: updates by weight name, such as `layers.0.self_attn.q_proj.weight`."""
+
+    reference: str
+    updates: dict[str, LowRankUpdate]
+
+
+def load_adapter(folder: Path, reference: str) -> Adapter:
+    """Read adapter_config.json and adapter_model.safetensors (or .bin, as tensors only).
+
+    Raises:
+        AdapterError, CheckpointError: if files are missing, unreadable, or hold anything but plain LoRA updates.
+    """
+    config = _read_config(folder, reference)
+    tensors = _read_tensors(folder, reference)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _LORA_TENSOR.fullmatch(unwrapped(name))
+        if match is None:
+            raise AdapterError(f"adapter {reference}: {name} is not a plain LoRA tensor and can't be merged")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if not sides:
+        raise AdapterError(f"adapter {reference} holds no tensors")
+    updates = {}
+    for module, pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise AdapterError(
+                f"adapter {reference}: {module} has lora_{next(iter(pair))} only, A and B belong together"
+            )
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise AdapterError(
+                f"adapter {reference}: {module} has A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}, "
+                "which have no common rank"
+            )
+        updates[f"{decoder_name(module)}.weight"] = LowRankUpdate(a, b, _scale(config, module, a.shape[0]))
+    return Adapter(reference, updates)
+
+
+def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse an adapter that does not belong to weights of these names and shapes.
+
+    Raises:
+        AdapterError: naming the first tensor without a place, or the two shapes that differ.
+    """
+    for name, update in adapter.updates.items():
+        if name not in shapes:
+            raise AdapterError(f"adapter {adapter.reference}: the base has no {name} to merge into")
+        if update.shape() != shapes[name]:
+            raise AdapterError(
+                f"adapter {adapter.reference}: its update of {name} has shape {update.shape()}, "
+                f"the base's weight {shapes[name]}: it was trained for another base"
+            )
+
+
+def merge_adapter(weight: Tensor, update: LowRankUpdate) -> Tensor:
+    """W + (alpha/r)·B·A in float32, added into `weight`, which must be float32; rounding is the caller's, once."""
+    return weight.addmm_(update.b.float(), update.a.float(), alpha=update.scale)
+
+
+def _scale(config: LoraConfig, module: str, rank: int) -> float:
+    declared = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+    if declared != rank:
+        raise AdapterError(f"{module} has rank {rank}, adapter_config.json says {declared}")
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+    return float(alpha / sqrt(rank)) if config.use_rslora else float(alpha / rank)
+
+
+def _read_config(folder: Path, reference: str) -> LoraConfig:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise AdapterError(f"adapter {reference}: {folder} has no adapter_config.json")
+    raw = read_json_object(path)
+    if raw.get("peft_type") != "LORA":
+        raise AdapterError(f"adapter {reference} is of type {raw.get('peft_type')}: only LORA can be merged")
+    unknown = sorted(key for key, value in raw.items() if value and key not in LoraConfig.__dataclass_fields__)
+    if unknown:
+        raise AdapterError(f"adapter {reference}: {path} has options this version of peft does not know: {unknown}")
+    asked = raw.get
+    initialisation = str(asked("init_lora_weights", True))
+    for wrong, what in (
+        (asked("use_dora"), "DoRA"),
+        (asked("fan_in_fan_out"), "transposed (fan_in_fan_out) weights"),
+        (asked("bias", "none") != "none", "trained biases"),
+        (asked("alora_invocation_tokens"), "activation by tokens (aLoRA)"),
+        (asked("use_qalora") or asked("layer_replication"), "more than plain LoRA (QA-LoRA or layer replication)"),
+        (asked("modules_to_save"), "whole modules (modules_to_save)"),
+        (initialisation.lower().startswith(_BASE_CHANGING), f"{initialisation} initialisation"),
+    ):
+        if wrong:
+            raise AdapterError(f"adapter {reference} uses {what}: merge it with peft first and build from the result")
+    for key in ("lora_alpha", "rank_pattern", "alpha_pattern"):
+        value = raw.pop(key, None)
+        numbers = value.values() if isinstance(value, dict) and key != "lora_alpha" else [value]
+        if value is not None:  # null asks for the default
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise AdapterError(f"adapter {reference}: {path} has the {key} {value!r}, which is no number")
+            raw[key] = value
+    known = {key: value for key, value in raw.items() if key in LoraConfig.__dataclass_fields__}
+    return LoraConfig(**{**known, "task_type": None, "auto_mapping": None})
+
+
+def _read_tensors(folder: Path, reference: str) -> dict[str, Tensor]:
+    safe, torch_file = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if safe.is_file():
+        try:
+            return load_file(safe)
+        except SafetensorError as error:
+            raise unreadable(safe, "is not a readable safetensors file", error) from error
+    if torch_file.is_file():
+        return load_torch_file(torch_file)
+    raise AdapterError(f"adapter {reference}: {folder} has no adapter_model.safetensors or adapter_model.bin")

@@ -1,0 +1,379 @@
+"""From a recipe to a stored encoder: base and adapters merged tensor by tensor into a folder of their own.
+
+The folder appears whole or not at all: it is written beside its place and renamed. Memory peaks at one shard
+of weights while merging, and at one copy of the model for the self-test.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from model_store.architectures import architecture_of
+from model_store.build.adapters import Adapter, check_fit, load_adapter, merge_adapter
+from model_store.build.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
+from model_store.build.self_test import write_self_test
+from model_store.build.sources import Source, resolve
+from model_store.build.tokenizer_files import write_tokenizer
+from model_store.errors import UserError
+from model_store.json_text import read_json_object
+from model_store.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    SourceRecord,
+    describe_files,
+    find_built,
+)
+from model_store.pooling_modes import PoolingMode
+from model_store.recipe import ENCODER_DEFAULTS, Recipe, RecipeError, packaged_recipes, recipe_from
+from model_store.rope import readable_positions
+from model_store.templates import template_for
+from model_store.text.tokenizer import special_tokens_around
+
+SHARD_BYTES = 2 << 30
+
+SENTENCE_TRANSFORMERS_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
+
+# (bytes done, bytes in all)
+Progress = Callable[[int, int], None]
+
+
+class BuildError(UserError):
+    """A recipe whose parts don't make an encoder; the message names the part and the way out."""
+
+
+def build_encoder(
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Manifest:
+    """Build the encoder of a recipe in `folder`, which must not exist yet, be empty, or hold just that, whole.
+
+    Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
+
+    Raises:
+        BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
+            behind, and the message says what to change.
+    """
+    with _alone_with(folder):  # and whoever was alone with it before may have built it
+        return find_built(folder, recipe) or _build(recipe, folder, progress, shard_bytes)
+
+
+def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
+    """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
+
+    A folder that holds the encoder of another recipe, or a damaged one, is replaced once the new one is whole. Of
+    several processes that ask at once one builds, and the others wait and find it there.
+    """
+    if manifest := find_built(folder, recipe):
+        return manifest
+    with _alone_with(folder):
+        return find_built(folder, recipe) or _build(
+            recipe, folder, progress, replaces=(folder / MANIFEST_FILE).is_file()
+        )
+
+
+def _build(
+    recipe: Recipe, folder: Path, progress: Progress, shard_bytes: int = SHARD_BYTES, replaces: bool = False
+) -> Manifest:
+    if not replaces and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
+    _refuse_missing_stage(recipe)
+    with ExitStack() as sources:
+        base = sources.enter_context(resolve(recipe.base))
+        stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
+        checkpoint = open_checkpoint(base.folder)
+        adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
+        shapes = check_names(recipe.base, checkpoint, adapters)
+        with _appearing_whole(folder) as staging:
+            _write_config(checkpoint.config, recipe.dtype, staging)
+            tokenizer_source = write_tokenizer(base, stages, staging)
+            _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
+            _write_sentence_transformers_files(recipe, staging)
+            manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
+            manifest.write(staging)
+            write_self_test(staging)
+            manifest = manifest.model_copy(update={"files": describe_files(staging)})
+            manifest.write(staging)
+    return manifest
+
+
+def _refuse_missing_stage(recipe: Recipe) -> None:
+    """Refuse a published second-stage adapter with no stage before it: nothing in its files says that one is needed."""
+    first = _repository_name(recipe.adapters[0]) if recipe.adapters else ""
+    for published in packaged_recipes().values():
+        *before, last = [_repository_name(reference) for reference in published.adapters] or [""]
+        if before and first == last:
+            raise BuildError(
+                f"the adapter {last} was trained on top of {', '.join(before)}, which must be merged before it: "
+                f"use --recipe {published.name}, or give the adapters in this order: {', '.join(published.adapters)}"
+            )
+
+
+def _repository_name(reference: str) -> str:
+    """The last part of a hub id or path, by which a local copy is known too."""
+    return reference.partition("@")[0].rstrip("/").rpartition("/")[2]
+
+
+def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
+    """The encoder's tensor names and shapes, once the base (called `reference`) and adapters are known to fit them.
+
+    Raises:
+        BuildError, AdapterError, UnsupportedArchitectureError: if they don't.
+    """
+    architecture_of(checkpoint.config.model_type)
+    decoder = decoder_on_meta(checkpoint.config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    missing, extra = shapes.keys() - checkpoint.names, checkpoint.names - shapes.keys()
+    if missing:
+        raise BuildError(f"the base {reference} lacks {_some(missing)}: its files are incomplete")
+    if extra:
+        raise BuildError(
+            f"the base {reference} holds {_some(extra)}, for which a {checkpoint.config.model_type} encoder "
+            "has no place"
+        )
+    for adapter in adapters:
+        check_fit(adapter, shapes)
+    return shapes
+
+
+def _write_config(config: Any, dtype: str, folder: Path) -> None:
+    """config.json of the bare decoder, which transformers reads as bidirectional."""
+    config = config.from_dict(config.to_dict())
+    for stale in ("auto_map", "_name_or_path", "quantization_config"):
+        config.__dict__.pop(stale, None)
+    if not architecture_of(config.model_type).windowed:
+        config.sliding_window = None
+    config.is_causal = False
+    config.use_cache = False
+    config.dtype = getattr(torch, dtype)
+    config.architectures = [type(decoder_on_meta(config)).__name__]
+    config.save_pretrained(folder)
+    path = folder / CONFIG_FILE
+    written = json.loads(path.read_text())
+    written.pop("transformers_version", None)  # the embedding-space id covers this file, and no vector depends on it
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
+    """What sentence-transformers looks for: the one module that reads this folder, and the query instruction."""
+    modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_TRANSFORMERS_MODULE}]
+    settings = {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": recipe.query_instruction, "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    }
+    for name, content in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_weights(
+    checkpoint: Checkpoint,
+    adapters: list[Adapter],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    folder: Path,
+    progress: Progress,
+    shard_bytes: int,
+) -> None:
+    """The merged tensors as safetensors shards, with an index where there are several."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    sizes = {name: torch.Size(shape).numel() * torch_dtype.itemsize for name, shape in shapes.items()}
+    total, done = sum(sizes.values()), 0
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise BuildError(f"{folder.parent} has {free / 1e9:.1f} GB free, the encoder needs {total / 1e9:.1f} GB")
+    shards = _plan_shards(sizes, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors[name] = merged_tensor(checkpoint, adapters, name, shapes[name], torch_dtype)
+            done += sizes[name]
+            progress(done, total)
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the writer makes it private, and a server may run as somebody else
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def merged_tensor(
+    checkpoint: Checkpoint, adapters: list[Adapter], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The base's tensor of that name with every adapter's update, rounded to `dtype` once.
+
+    Raises:
+        BuildError: if it has another shape, or is not finite.
+    """
+    weight = checkpoint.tensor(name)
+    if tuple(weight.shape) != shape:
+        raise BuildError(f"the base's {name} has shape {tuple(weight.shape)}, its config.json asks for {shape}")
+    updates = [adapter.updates[name] for adapter in adapters if name in adapter.updates]
+    if updates:
+        weight = weight.to(torch.float32, copy=True)
+        for update in updates:
+            weight = merge_adapter(weight, update)
+    weight = weight.to(dtype).contiguous()
+    if not weight.isfinite().all():
+        raise BuildError(f"{name} holds NaN or infinite values after merging")
+    return weight
+
+
+def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _describe(
+    recipe: Recipe,
+    base: Source,
+    stages: list[Source],
+    checkpoint: Checkpoint,
+    shapes: dict[str, tuple[int, ...]],
+    tokenizer_source: str,
+    folder: Path,
+) -> Manifest:
+    config = checkpoint.config
+    choices = {**ENCODER_DEFAULTS, **_llm2vec_config(stages[-1] if stages else base)}
+    choices |= {key: value for key in ENCODER_DEFAULTS if (value := getattr(recipe, key)) is not None}
+    pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(choices["pooling"])
+    before, _ = special_tokens_around(Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
+    if pooling == "bos_token" and not before:
+        raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
+    template = recipe.template or template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
+    return Manifest.model_validate(
+        {
+            "name": recipe.name,
+            "model_type": config.model_type,
+            "width": config.hidden_size,
+            "max_positions": readable_positions(config.to_dict()),
+            "vocabulary": shapes["embed_tokens.weight"][0],
+            "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
+            "dtype": recipe.dtype,
+            "base": SourceRecord(reference=base.reference, commit=base.commit),
+            "adapters": [SourceRecord(reference=stage.reference, commit=stage.commit) for stage in stages],
+            "tokenizer": tokenizer_source,
+            "template": template,
+            **choices,
+            "pooling": pooling,
+            "query_instruction": recipe.query_instruction,
+            "recipe": recipe,
+            "recipe_fingerprint": recipe.fingerprint,
+            "tools": _tool_versions(),
+            "files": describe_files(folder),
+        }
+    ).sealed()
+
+
+def base_name(base: Source, stages: Sequence[Source]) -> str:
+    """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's.
+
+    As in the official library a base on the hub is called by its id, one in a folder by its own raw config.json.
+    """
+    for source in (*stages, *([base] if base.commit is None else [])):
+        name = read_raw_config(source.folder).get("_name_or_path")
+        if name:
+            return str(name)
+    return base.reference.partition("@")[0]
+
+
+def _llm2vec_config(source: Source) -> dict[str, Any]:
+    """The official library's own settings file, where there is one beside the weights."""
+    path = source.folder / "llm2vec_config.json"
+    if not path.is_file():
+        return {}
+    raw = read_json_object(path)
+    found = {
+        "pooling": raw.get("pooling_mode"),
+        **{key: raw.get(key) for key in ("skip_instruction", "max_length", "doc_max_length")},
+    }
+    asked = {key: value for key, value in found.items() if value is not None}
+    try:
+        recipe_from("llm2vec_config", base=source.reference, **asked)
+    except RecipeError as error:
+        raise BuildError(f"{path}: {error}") from error
+    return asked
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for package in ("llm2vec-service", "torch", "transformers", "peft", "safetensors", "tokenizers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _some(names: Collection[str]) -> str:
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@contextmanager
+def _appearing_whole(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when the block ends well, and goes when it does not.
+
+    What a build that was killed has left there goes first: there is no other at work now.
+    """
+    prefix = f".{folder.name}-building-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
+        staging = Path(scratch) / folder.name
+        staging.mkdir()
+        yield staging
+        if folder.is_dir():
+            folder.replace(Path(scratch) / "replaced")
+        staging.replace(folder)
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """While no other process builds this folder: until one that does has ended, be it killed.
+
+    The lock's file goes with it, so another may have it by the time that it is locked: then there is a newer one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f".{folder.name}.lock"
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                    continue
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return

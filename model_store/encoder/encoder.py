@@ -1,0 +1,150 @@
+"""A stored encoder on a device: packed batches in, one vector a text out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.utils.logging import disable_progress_bar
+
+from model_store.architectures import architecture_of
+from model_store.encoder.attention import Kernel, choose_kernel, implementation_name
+from model_store.encoder.cpu_linear import can_pack, pack_linears
+from model_store.encoder.devices import Dtype, choose_device, choose_dtype
+from model_store.encoder.merged_linear import merge_projections
+from model_store.encoder.packing import PackedBatch, to_device
+from model_store.encoder.pooling import pool
+from model_store.encoder.quantization import Quantization, quantize
+from model_store.rope import fix_frequencies
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
+
+# T packed tokens, B texts, D width
+
+
+# A smaller batch gets a text of filler. Below about 12 rows an AMD CPU's float32 matrix products take another path, and
+# a short text would get other last bits alone (docs/fidelity.md); a compiled layer must never see one row only.
+LEAST_TOKENS = 16
+
+# The attention kernels take a longest text of 1 for decoding; more than the true length costs nothing.
+_LEAST_LONGEST = 8
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The decoder with bidirectional attention, ready to encode."""
+
+    model: Any
+    manifest: Manifest
+    device: torch.device
+    dtype: torch.dtype
+    kernel: Kernel
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        device: str = "auto",
+        dtype: Dtype = "auto",
+        attention: Kernel | Literal["auto"] = "auto",
+        quantization: Quantization = "none",
+    ) -> Encoder:
+        """Load a stored encoder; its weights take their size in memory once.
+
+        Raises:
+            StoreError: if the folder is no stored encoder.
+            DeviceError: for a device that is not there, or a dtype that it can't compute in.
+            AttentionError: if the attention kernel asked for can't serve this model on this device.
+            RopeError: if the folder was built to read texts for which its RoPE would depend on batch mates.
+            QuantizationError: if the device or the model can't do with the quantisation asked for.
+        """
+        from model_store.manifest import read_manifest  # pydantic, which an encoder in memory does without
+
+        manifest = read_manifest(folder)
+        on = choose_device(device)
+        as_dtype = choose_dtype(dtype, on, architecture_of(manifest.model_type).float16)
+        disable_progress_bar()
+        model = AutoModel.from_pretrained(
+            folder,
+            dtype=as_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",
+        )
+        return cls.of(model, manifest, on, attention, quantization)
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        manifest: Manifest,
+        device: torch.device,
+        attention: Kernel | Literal["auto"] = "auto",
+        quantization: Quantization = "none",
+    ) -> Encoder:
+        """An encoder of a bare decoder in memory, which is changed in place and goes to the device.
+
+        Raises:
+            AttentionError, RopeError, QuantizationError: as `load` does.
+        """
+        dtype = model.dtype
+        kernel = choose_kernel(attention, device, dtype, model.config)
+        model.set_attn_implementation(implementation_name(kernel))
+        fix_frequencies(model, manifest.max_positions)
+        # On a CPU gate and up stay apart: with packed weights (cpu_linear) the activation is done within the products.
+        # One product for both took 6 to 21 % longer (AMD EPYC with AVX-512-bf16, 16 to 1024 tokens).
+        merge_projections(model, device, gated=device.type == "cuda")
+        quantize(model, quantization, device)
+        return cls(model.eval().requires_grad_(False).to(device), manifest, device, dtype, kernel)
+
+    @torch.inference_mode()
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Token vectors, shape (T, D) in the encoder's dtype, on its device; `batch` must be there too."""
+        output = self.model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            cu_seqlens=batch.cu_seqlens,
+            longest=max(batch.longest, _LEAST_LONGEST),
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.inference_mode()
+    def encode(self, batch: PackedBatch) -> Tensor:
+        """Text vectors, shape (B, D) float32 on the host, not normalised."""
+        placed = self.place(batch)
+        return pool(self.hidden(placed), placed)[: len(batch.cu_seqlens) - 1].cpu()
+
+    def place(self, batch: PackedBatch) -> PackedBatch:
+        """A batch from the host, filled up, where `hidden` and `pool` want it; waits for nothing."""
+        filled = batch.filled_up_to(LEAST_TOKENS)
+        tensors = filled.tensors
+        # The loop over texts runs on the host, which would have to ask the device where they begin.
+        if self.kernel == "sdpa":
+            del tensors["cu_seqlens"]
+        return replace(filled, **to_device(tensors, self.device))  # type: ignore[arg-type]
+
+    def pack_weights(self) -> None:
+        """On a CPU with 16-bit products, have the linear layers' weights as its products want them; else do nothing."""
+        if can_pack(self.device, self.dtype):
+            pack_linears(self.model)
+
+    def compile_layers(self) -> None:
+        """Have each layer compiled at the next use: one graph for all of a kind, for any number of tokens and texts.
+
+        The first batch then takes up to half a minute, or seconds where torch's compile cache has the layers.
+        """
+        for layer in self.model.layers:
+            layer.compile(dynamic=True, fullgraph=True)
+
+    def uncompile_layers(self) -> None:
+        """Back to what `load` gave."""
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None

@@ -1,0 +1,100 @@
+"""OpenAI's token ids → text: clients such as LangChain send a text as the ids that tiktoken gave it.
+
+Needs neither tiktoken nor a network: the tokens lie in `openai_encodings`. It knows no merges, so it can't encode,
+and it can't tell which of the encodings a client used: most ids mean something in each.
+"""
+
+from __future__ import annotations
+
+import lzma
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import accumulate
+from typing import Literal
+
+from model_store.errors import UserError
+
+OpenAIEncoding = Literal["cl100k_base", "o200k_base"]
+
+# Ids of their own, above the tokens' and not one after another (tiktoken 0.14.0, tiktoken_ext/openai_public.py).
+_SPECIAL_TOKENS: Mapping[OpenAIEncoding, Mapping[int, bytes]] = {
+    "cl100k_base": {
+        100257: b"<|endoftext|>",
+        100258: b"<|fim_prefix|>",
+        100259: b"<|fim_middle|>",
+        100260: b"<|fim_suffix|>",
+        100276: b"<|endofprompt|>",
+    },
+    "o200k_base": {199999: b"<|endoftext|>", 200018: b"<|endofprompt|>"},
+}
+_TOKENS: Mapping[OpenAIEncoding, int] = {"cl100k_base": 100_256, "o200k_base": 199_998}
+
+
+class UnknownTokenId(UserError):
+    """An id that the encoding has no token for; `token_id` is that id."""
+
+    def __init__(self, encoding: OpenAIEncoding, token_id: int) -> None:
+        super().__init__(f"{encoding} has no token with the id {token_id}")
+        self.token_id = token_id
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Token `i` is `data[starts[i]:starts[i + 1]]`: 300,000 bytes objects would take ten times the room."""
+
+    data: bytes
+    starts: array[int]
+
+
+def missing_id(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> int | None:
+    """The first id that the encoding has no token for, if there is one. Loads nothing."""
+    count, special_tokens = _TOKENS[encoding], _SPECIAL_TOKENS[encoding]
+    if min(token_ids, default=0) >= 0 and max(token_ids, default=0) < count:
+        return None
+    return next((one for one in token_ids if not 0 <= one < count and one not in special_tokens), None)
+
+
+def decode(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> str:
+    """The text of `token_ids`, as tiktoken's `decode` gives it. Safe to call from several threads at once.
+
+    A piece that was cut out of a longer text can begin or end inside a character: what is there of it becomes
+    U+FFFD. The first call for an encoding loads it: some 20 ms and 1 MB for cl100k_base, the double for o200k_base.
+
+    Raises:
+        UnknownTokenId: at the first id that the encoding has no token for.
+    """
+    return decode_bytes(encoding, token_ids).decode(errors="replace")
+
+
+def decode_bytes(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> bytes:
+    """The bytes of `token_ids`, at most 128 for each, which need not be whole characters.
+
+    Raises:
+        UnknownTokenId: at the first id that the encoding has no token for.
+    """
+    return b"".join(_pieces(encoding, token_ids))
+
+
+def _pieces(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> Iterator[bytes]:
+    tokens = _load(encoding)
+    data, starts, count = tokens.data, tokens.starts, _TOKENS[encoding]
+    special_tokens = _SPECIAL_TOKENS[encoding]
+    for token_id in token_ids:
+        if 0 <= token_id < count:
+            yield data[starts[token_id] : starts[token_id + 1]]
+        elif token_id in special_tokens:
+            yield special_tokens[token_id]
+        else:
+            raise UnknownTokenId(encoding, token_id)
+
+
+@cache  # threads that are first together each load it, and get the same
+def _load(encoding: OpenAIEncoding) -> _Tokens:
+    """The tokens as `openai_encodings/make.py` packed them."""
+    packed = files("model_store.text").joinpath("openai_encodings", f"{encoding}.xz").read_bytes()
+    unpacked = lzma.decompress(packed)
+    count = _TOKENS[encoding]
+    return _Tokens(unpacked, array("I", accumulate(unpacked[:count], initial=count)))

@@ -1,0 +1,87 @@
+"""Prompts by name: the instructions LLM2Vec's published vectors were made with, from prompts.toml.
+
+Another instruction gives other vectors. A name says nothing of which models were trained with its instruction.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+
+from model_store.errors import UserError
+
+# What is longer is no prompt's name, mistyped or not.
+_MOST_CHARACTERS = 200
+
+
+class UnknownPrompt(UserError):
+    """A name that no prompt has; `close` are names like it, the likest first."""
+
+    def __init__(self, name: str, close: Sequence[str]) -> None:
+        hint = f": did you mean {' or '.join(close)}?" if close else ""
+        super().__init__(f"there is no prompt named {name!r}{hint}")
+        self.close = tuple(close)
+
+
+class PromptsFileError(UserError):
+    """A file that holds no prompts."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The instructions for the two sides, "" for none. Without the space before the text: the tokenizer puts it."""
+
+    query: str
+    document: str
+
+
+def load_prompts() -> dict[str, Prompt]:
+    """The packaged prompts: by MTEB's task names, and by kind (`query`, `sts`, …)."""
+    return _prompts(files("model_store.text").joinpath("prompts.toml").read_text(encoding="utf-8"))
+
+
+def read_prompts(file: Path) -> dict[str, Prompt]:
+    """Prompts of one's own, written like the packaged ones.
+
+    Raises:
+        PromptsFileError: if it is no such file, saying where.
+        OSError: if it can't be read.
+    """
+    try:
+        return _prompts(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise PromptsFileError(f"{file}: {error}") from error
+
+
+def _prompts(text: str) -> dict[str, Prompt]:
+    prompts = {}
+    for name, entry in tomllib.loads(text).items():
+        sides = {"query": entry, "document": entry} if isinstance(entry, str) else entry
+        if not (isinstance(sides, dict) and sides.keys() <= {"query", "document"} and "query" in sides) or not all(
+            isinstance(side, str) for side in sides.values()
+        ):
+            raise ValueError(f"{name} must be an instruction, or {{ query = …, document = … }}")
+        prompts[name] = Prompt(sides["query"], sides.get("document", ""))
+    return prompts
+
+
+def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:
+    """The prompt named `name`, in capitals or not.
+
+    Raises:
+        UnknownPrompt: if there is none.
+    """
+    if name in prompts:
+        return prompts[name]
+    if len(name) > _MOST_CHARACTERS:
+        raise UnknownPrompt(name, [])
+    folded = name.casefold()
+    for known in prompts:
+        if known.casefold() == folded:
+            return prompts[known]
+    names = {known.casefold(): known for known in prompts}
+    raise UnknownPrompt(name, [names[close] for close in get_close_matches(folded, names)])

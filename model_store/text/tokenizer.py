@@ -1,0 +1,340 @@
+"""Text and instruction → token ids and the span that is pooled, exactly as LLM2Vec does it. No torch here.
+
+The checkpoint's tokenizer.json is used as it is: transformers rebuilds some tokenizers and changes their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tokenizers import Tokenizer
+
+from model_store.errors import UserError
+from model_store.templates import Template
+from model_store.text.token_bounds import characters_per_token
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
+
+# What a token of a row is of: what stands around every text, its instruction, or itself.
+Part = Literal["special", "template", "instruction", "text"]
+
+
+class TokenizationError(UserError):
+    """A text that the model cannot read; `index` is its place in the batch."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class TokenizerError(UserError):
+    """A tokenizer that can't be used."""
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """One row for the encoder. The tokens from `span_start` to the end are pooled: never none of them.
+
+    `head` tokens stand before the text's own (special ones, template, instruction) and `tail` tokens after them.
+    `cut` says that the text had more tokens than the row has room for, and lost some; `emptied` that it lost all of
+    them. `spans`, where there are any, are pooled instead: ranges of tokens, each to a vector of its own.
+    """
+
+    token_ids: list[int]
+    span_start: int
+    cut: bool = False
+    head: int = 0
+    tail: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+    emptied: bool = False
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def vectors(self) -> int:
+        """How many vectors it gets."""
+        return len(self.spans) or 1
+
+    def room(self, most: int) -> int:
+        """Tokens of the text itself that fit into a row of `most`: not positive where the rest fills it."""
+        return most - self.head - self.tail
+
+    def shortened(self, most: int, keep: Literal["start", "end"] = "start") -> TokenizedText:
+        """The same row with no more than `most` tokens, for which the text alone gives up some; `keep` says which stay.
+
+        Raises:
+            ValueError: if no token of the text would be left.
+        """
+        if len(self) <= most:
+            return self
+        room, end = self.room(most), len(self) - self.tail
+        if room < 1:
+            raise ValueError(f"{self.head + self.tail} tokens around the text leave no room for it in {most}")
+        kept = slice(self.head, self.head + room) if keep == "start" else slice(end - room, end)
+        return self._of(self.token_ids[kept], cut=True)
+
+    def chunks(self, most: int) -> list[TokenizedText]:
+        """The text in rows of at most `most` tokens, all but the last full, each with all that stands around it.
+
+        Raises:
+            ValueError: if there is no room for the text.
+        """
+        if len(self) <= most:
+            return [self]
+        starts, end = self._chunk_starts(most), len(self) - self.tail
+        return [self._of(self.token_ids[start : min(start + starts.step, end)], self.cut) for start in starts]
+
+    def chunk_tokens(self, most: int) -> int:
+        """Tokens of all `chunks` together, counted without making them.
+
+        Raises:
+            ValueError: if there is no room for the text.
+        """
+        if len(self) <= most:
+            return len(self)
+        around = self.head + self.tail
+        own = len(self) - around
+        return own + len(self._chunk_starts(most)) * around
+
+    def _chunk_starts(self, most: int) -> range:
+        room = self.room(most)
+        if room < 1:
+            raise ValueError(f"{self.head + self.tail} tokens around the text leave no room for it in {most}")
+        return range(self.head, len(self) - self.tail, room)
+
+    def _of(self, own: list[int], cut: bool) -> TokenizedText:
+        ids = self.token_ids
+        return replace(self, token_ids=[*ids[: self.head], *own, *ids[len(ids) - self.tail :]], cut=cut)
+
+
+@dataclass(frozen=True)
+class ReferenceLimits:
+    """The official library's way of cutting: a text to `doc_max_length` tokens word by word, a row to `max_length`."""
+
+    max_length: int
+    doc_max_length: int
+
+
+class TextTokenizer:
+    """Turns (instruction, text) pairs into rows. Safe to call from several threads at once."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: Template,
+        skip_instruction: bool,
+        vocabulary: int,
+        reference: ReferenceLimits | None = None,
+    ) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = template
+        self._skip_instruction = skip_instruction
+        self._vocabulary = vocabulary
+        self._reference = reference
+        self._before, self._after = special_tokens_around(tokenizer)
+        self._suffix_tokens = len(self._ids([template.suffix])[0])
+        # None, too, where it cuts texts itself.
+        self.characters_per_token = None if reference else characters_per_token(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest, reference: bool = False) -> TextTokenizer:
+        """The tokenizer of a stored encoder; with `reference` it cuts as the official library does, else never."""
+        from model_store.manifest import TOKENIZER_FILE  # pydantic, which rows alone do without
+
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        limits = ReferenceLimits(manifest.max_length, manifest.doc_max_length) if reference else None
+        return cls(tokenizer, manifest.template, manifest.skip_instruction, manifest.vocabulary, limits)
+
+    def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
+        """Rows for texts and their instructions ("" for none), in order.
+
+        The pooled span is counted, not located: it is as many tokens from the end as text + suffix has when
+        tokenized alone without special tokens. Where a merge runs across the border of instruction and text
+        that is a token or two off, and so are the official vectors.
+
+        A text can be given as this tokenizer's ids, with the special ones around it or without.
+
+        Raises:
+            TokenizationError: if a text has no tokens, or one that the model has no embedding for.
+        """
+        strings = [text for text in texts if isinstance(text, str)]
+        if len(strings) < len(texts):
+            pairs = zip(texts, instructions, strict=True)
+            return [self._encode_either(index, text, instruction) for index, (text, instruction) in enumerate(pairs)]
+        kept = [self._shorten(text) for text in strings]
+        bodies = [(text.rstrip() if self._template.strip else text) + self._template.suffix for text in kept]
+        joined = [
+            self._template.prefix + self._lead(instruction) + body
+            for instruction, body in zip(instructions, bodies, strict=True)
+        ]
+        alone = self._ids(bodies)
+        whole = alone if joined == bodies else self._ids(joined)
+        return [
+            self._row(index, ids, len(span), text != original, emptied=bool(original) and not text)
+            for index, (ids, span, text, original) in enumerate(zip(whole, alone, kept, strings, strict=True))
+        ]
+
+    def encode_nothing(self) -> TokenizedText:
+        """The row of an empty text: the special tokens and the template alone, or a space where there are neither."""
+        around = self._ids([self._template.prefix + self._template.suffix])[0]
+        row = [*self._before, *around, *self._after] or self._ids([" "])[0]
+        tail = min(self._suffix_tokens + len(self._after), len(row))
+        return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
+
+    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
+        """The row of a text, and for each of its tokens the characters of the text that it stands for: [start, end).
+
+        That range is empty for tokens that stand for none of them. Nothing is cut.
+
+        Raises:
+            TokenizationError: as `encode_batch`.
+        """
+        lead = self._template.prefix + self._lead(instruction)
+        body = (text.rstrip() if self._template.strip else text) + self._template.suffix
+        encoding = self._tokenizer.encode(lead + body, add_special_tokens=False)
+        row = self._row(0, encoding.ids, len(self._ids([body])[0]), False, reference=False)
+        ends = [(max(start - len(lead), 0), min(end - len(lead), len(text))) for start, end in encoding.offsets]
+        characters = [(start, end) if start < end else (0, 0) for start, end in ends]
+        return row, [*[(0, 0)] * len(self._before), *characters, *[(0, 0)] * len(self._after)]
+
+    def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself; with U+FFFD where it is some of a character's bytes."""
+        return self._tokenizer.decode_batch([[token_id] for token_id in token_ids], skip_special_tokens=False)
+
+    def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
+        """What each token of a row with this instruction is of; one across a border is of what comes after it.
+
+        That is not always what is pooled: see `encode_batch`.
+        """
+        prefix, before = self._template.prefix, len(self._before)
+        lead = self._tokenizer.encode(prefix + self._lead(instruction), add_special_tokens=False)
+        text = before
+        for ours, theirs in zip(lead.ids, row.token_ids[before:], strict=False):
+            if ours != theirs:
+                break
+            text += 1
+        own = before + sum(end <= len(prefix) for _, end in lead.offsets)
+        suffix, after = len(row) - row.tail, len(row) - len(self._after)
+
+        def part(place: int) -> Part:
+            if not before <= place < after:
+                return "special"
+            if text <= place < suffix:
+                return "text"
+            return "instruction" if own <= place < text else "template"
+
+        return list(map(part, range(len(row))))
+
+    def special_tokens(self) -> frozenset[int]:
+        """The ids of the tokens that stand for no text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids.
+
+        Raises:
+            TokenizationError: for an id that the model does not have.
+        """
+        self._check_ids(0, token_ids)
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _encode_either(self, index: int, text: str | Sequence[int], instruction: str) -> TokenizedText:
+        if isinstance(text, str):
+            try:
+                return self.encode_batch([text], [instruction])[0]
+            except TokenizationError as error:
+                raise TokenizationError(str(error), index) from error
+        self._check_ids(index, text)
+        own = list(text)
+        if self._before and own[: len(self._before)] == self._before:
+            own = own[len(self._before) :]
+        if self._after and own[-len(self._after) :] == self._after:
+            own = own[: -len(self._after)]
+        suffix = self._ids([self._template.suffix])[0]
+        cut = self._reference is not None and len(own) > self._reference.doc_max_length
+        if self._reference:
+            own = own[: self._reference.doc_max_length]
+        lead = self._ids([self._template.prefix + self._lead(instruction)])[0]
+        return self._row(index, [*lead, *own, *suffix], len(own) + len(suffix), cut)
+
+    def _check_ids(self, index: int, token_ids: Sequence[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocabulary)
+            raise TokenizationError(f"there is no token {wrong}: this model's are 0 to {self._vocabulary - 1}", index)
+
+    def _lead(self, instruction: str) -> str:
+        """An instruction and the space after it. One of white space alone is that space, unless the template strips."""
+        if not instruction:
+            return ""
+        lead = f"{instruction.strip()} "
+        return lead.lstrip() if self._template.strip else lead
+
+    def _row(
+        self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True, emptied: bool = False
+    ) -> TokenizedText:
+        """A row of the joined text's `ids`, of which the last `pooled` are the text's own."""
+        suffix = self._suffix_tokens
+        if self._reference and reference:
+            room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
+            emptied = emptied or len(ids) - pooled >= room
+            lost = max(len(ids) - room, 0)
+            cut, suffix = cut or lost > 0, max(suffix - lost, 0)
+            ids = ids[:room]
+            pooled = min(pooled, self._reference.max_length)
+        row = [*self._before, *ids, *self._after]
+        if not row or not (pooled or cut):
+            raise TokenizationError("the text has no tokens", index)
+        if max(row) >= self._vocabulary:
+            token = self._tokenizer.id_to_token(max(row))
+            raise TokenizationError(
+                f"the text contains {token!r}, which this model has no embedding for: remove it", index
+            )
+        # A text that was cut to nothing: the official library then pools the whole row.
+        span_start = max(len(row) - pooled, 0) if self._skip_instruction and pooled else 0
+        head = min(max(len(row) - pooled, 0), len(row) - 1)
+        tail = min(suffix + len(self._after), len(row) - 1 - head)
+        return TokenizedText(row, span_start, cut, head, tail, emptied=emptied)
+
+    def _shorten(self, text: str) -> str:
+        """The official loop (llm2vec 0.2.3, `LLM2Vec._convert_to_str`): drop words until the text is short enough.
+
+        A text without spaces is one word, and goes as a whole: its row is then marked as emptied.
+        """
+        if self._reference is None:
+            return text
+        while True:
+            tokens = min(len(self._ids([text])[0]), self._reference.max_length)
+            if tokens <= self._reference.doc_max_length:
+                return text
+            words = text.split()
+            text = " ".join(words[: int(len(words) * (self._reference.doc_max_length / tokens))])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def special_tokens_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after every text, such as BOS.
+
+    Raises:
+        TokenizerError: if it does anything else with special tokens.
+    """
+    alone = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(alone) + 1):
+        if whole[start : start + len(alone)] == alone:
+            return whole[:start], whole[start + len(alone) :]
+    raise TokenizerError("the tokenizer's special tokens are not simply before and after a text: it can't be used")

@@ -1,0 +1,137 @@
+"""What stands behind the HTTP side: something that computes rows, with a life of its own.
+
+Two do: `LocalBackend`, a worker and a batcher in this process, and `RemoteBackend`, engine processes.
+The HTTP side can't tell them apart. No HTTP, no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from model_store.manifest import Manifest
+from service.batching.batcher import Batcher, DevicePlan, MicroBatcher
+from service.batching.limits import Limits
+from service.batching.vector_cache import VectorCache
+from service.embedding.rows import EmbedRow, Vector
+from service.errors import DeviceLost, EncodingError
+from service.metrics import Metrics
+from service.settings import Settings
+from service.version import VERSION
+
+
+class Backend(Protocol):
+    """A batcher's life. `start` once, then `run` until it fails or is cancelled, then `stop`."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether, after `stop`, a thread is left that may never end."""
+
+    @property
+    def batcher(self) -> Batcher[EmbedRow, Vector]:
+        """There from the beginning; computes once started."""
+
+    async def start(self) -> dict[str, object]:
+        """Get ready; facts for the log."""
+
+    async def run(self) -> None:
+        """Compute, for ever. When this ends, whatever the reason, everything that waits is told."""
+
+    def stop(self) -> None:
+        """Give everything back."""
+
+    async def metrics_page(self) -> bytes:
+        """The whole server's metrics in Prometheus' text format."""
+
+
+class Worker(Protocol):
+    """What `service.device.worker.EncoderWorker` does; another one can stand in where no model is needed."""
+
+    @property
+    def device(self) -> str:
+        """The device in use, once started."""
+
+    @property
+    def dtype(self) -> str:
+        """The arithmetic in use, once started."""
+
+    @property
+    def kernel(self) -> str:
+        """The attention kernel in use, once started."""
+
+    async def start(self, limits: Limits) -> DevicePlan:
+        """Load and warm up; what batches are to be like."""
+
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
+        """A vector or an error for each row."""
+
+    def stop(self) -> None:
+        """End the device thread."""
+
+
+class LocalBackend:
+    """A worker and its batcher in this process."""
+
+    def __init__(
+        self, worker: Worker, settings: Settings, manifest: Manifest, limits: Limits, metrics: Metrics
+    ) -> None:
+        self._worker = worker
+        self._limits = limits
+        self._metrics = metrics
+        self._model = (settings.served_name or manifest.name, manifest.pooling)
+        self._plan: DevicePlan
+        recent = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+        self.batcher: MicroBatcher[EmbedRow, Vector] = MicroBatcher(
+            worker.run_batch, metrics, recent, settings.max_queued_tokens, settings.stuck_batch_seconds
+        )
+        metrics.max_queued_tokens.set(settings.max_queued_tokens)
+        self._start_seconds = settings.start_seconds
+        self.busy = False  # whether a thread of the worker is at something that may never end
+
+    async def start(self) -> dict[str, object]:
+        """Load and warm up.
+
+        Raises:
+            DeviceLost: if that takes too long.
+            Exception: whatever the worker's start does.
+        """
+        worker = self._worker
+        self.busy = True
+        try:
+            async with asyncio.timeout(self._start_seconds) as watch:
+                self._plan = await worker.start(self._limits)
+        except Exception as error:
+            if isinstance(error, TimeoutError) and watch.expired():
+                raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
+            self.busy = False
+            raise
+        self.busy = False  # not so where it was cancelled: the thread goes on
+        model, pooling = self._model
+        info = self._metrics.build_info
+        info.labels(VERSION, model, worker.device, worker.dtype, pooling).set(1)
+        return {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
+
+    async def run(self) -> None:
+        """Batch and run, for ever.
+
+        Raises:
+            DeviceLost: if the device hangs, or can't compute any more.
+        """
+        try:
+            await self.batcher.run(self._plan)
+        except DeviceLost:
+            self.busy = True
+            raise
+
+    def stop(self) -> None:
+        """End the worker's threads, unless one still loads or waits for a device that hangs.
+
+        Such a thread ends with the process, which must not wait for it: see `busy`.
+        """
+        if not self.busy:
+            self._worker.stop()
+
+    async def metrics_page(self) -> bytes:
+        """This process is the whole server."""
+        return self._metrics.page()

@@ -1,0 +1,95 @@
+"""Memory that requests and their answers may hold together, counted as it is taken.
+
+Each request is bounded by itself; this is the bound on all of them in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from service.errors import TooMuchInFlight
+
+# An answer's vectors are float32, and of its text a slice at a time is there: service.http.answers writes these.
+_BYTES_A_NUMBER = 4
+_NUMBERS_WRITTEN = 1 << 16
+_BYTES_A_NUMBER_WRITTEN = 20
+
+# Of an answer that shows tokens: the objects for one of them, and its JSON.
+_BYTES_A_TOKEN_SHOWN = 512
+
+
+class InFlight:
+    """The bound, and what is held of it. `unsent_bytes` are ready for clients that have not taken them yet."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.unsent_bytes = 0
+        self._held_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Held now."""
+        return self._held_bytes + self.unsent_bytes
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """What `hold` counts in here is one request's, and is given back at the end."""
+        share = _Share(self)
+        token = _share.set(share)
+        try:
+            yield
+        finally:
+            _share.reset(token)
+            self._held_bytes -= share.bytes
+
+    def add(self, share: _Share, more: int) -> None:
+        """Count more bytes of one request. One that is alone may hold any number.
+
+        Raises:
+            TooMuchInFlight: if that would be too many.
+        """
+        if self.bytes > share.bytes and self.bytes + more > self.most_bytes:
+            raise TooMuchInFlight(self.bytes, self.most_bytes)
+        self._held_bytes += more
+        share.bytes += more
+
+
+class _Share:
+    """One request's part."""
+
+    def __init__(self, in_flight: InFlight) -> None:
+        self.in_flight = in_flight
+        self.bytes = 0
+
+
+_share: ContextVar[_Share | None] = ContextVar("share", default=None)
+
+
+def hold(more: int) -> None:
+    """Count bytes for the request at hand, if there is one: a job without HTTP bounds itself.
+
+    Raises:
+        TooMuchInFlight: if all requests together would hold too many.
+    """
+    if (share := _share.get()) is not None:
+        share.in_flight.add(share, more)
+
+
+def hold_vectors(numbers: int) -> None:
+    """Count an answer of so many numbers.
+
+    Raises:
+        TooMuchInFlight: as `hold`.
+    """
+    hold(_BYTES_A_NUMBER * numbers + _BYTES_A_NUMBER_WRITTEN * min(numbers, _NUMBERS_WRITTEN))
+
+
+def hold_tokens(tokens: int) -> None:
+    """Count an answer that shows so many tokens.
+
+    Raises:
+        TooMuchInFlight: as `hold`.
+    """
+    hold(_BYTES_A_TOKEN_SHOWN * tokens)

@@ -1,0 +1,184 @@
+"""Which instruction goes before an input, out of all the places in a request that may name one. No HTTP here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from model_store.manifest import Manifest
+from model_store.text.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts, read_prompts
+from service.errors import InvalidRequest, ModelNotFound, StartupError
+from service.settings import Settings
+
+Role = Literal["query", "document"]
+Source = Literal["item", "text", "request", "input_type", "alias", "header", "default", "none"]
+
+# What clients call the two roles. Queries get the server's query instruction, documents none.
+ROLES: dict[str, Role] = {
+    "query": "query",
+    "search_query": "query",
+    "retrieval.query": "query",
+    "document": "document",
+    "passage": "document",
+    "search_document": "document",
+    "retrieval.passage": "document",
+}
+
+
+# What OpenAI's clients ask for unless they are told otherwise: names of the one model here, too.
+OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
+
+
+class Chosen(NamedTuple):
+    """An instruction ("" for none) and where it came from."""
+
+    text: str = ""
+    source: Source = "none"
+
+
+NONE = Chosen()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says for all its inputs, level by level; the first that says anything wins."""
+
+    instruction: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)  # input_type, prompt_name, task: field → name
+    alias: str | None = None  # what follows the model's name
+    header_instruction: str | None = None
+    header_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What the server knows of instructions.
+
+    `query` is what queries get; `default_name` is the role or prompt of requests that say nothing, "" for none.
+    """
+
+    query: str
+    prompts: Mapping[str, Prompt]
+    default_name: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)  # further model names → role or prompt, or ""
+    any_model: bool = False
+
+    def choose(self, asked: Asked) -> Chosen:
+        """The instruction for the inputs of a request that say nothing themselves.
+
+        Raises:
+            InvalidRequest: for a name that there is not, or two that contradict each other at one level.
+        """
+        if asked.instruction is not None:
+            return Chosen(asked.instruction, "request")
+        if asked.names:
+            return Chosen(self.named(asked.names), "input_type")
+        if asked.alias:
+            return Chosen(self.named({"model": asked.alias}), "alias")
+        if asked.header_instruction is not None or asked.header_name is not None:
+            return Chosen(self._from_headers(asked.header_instruction, asked.header_name), "header")
+        if self.default_name:
+            return Chosen(self.named({"default_input_type": self.default_name}), "default")
+        return NONE
+
+    def named(self, names: Mapping[str, str]) -> str:
+        """The instruction that names of roles and prompts come to: a role beside a prompt says which of its sides.
+
+        A prompt alone is taken for queries.
+
+        Raises:
+            InvalidRequest: for a name that there is not, or two roles or two prompts.
+        """
+        role: Role | None = None
+        prompt: tuple[str, Prompt] | None = None
+        for param, name in names.items():
+            if (as_role := ROLES.get(name.lower())) is not None:
+                if role not in (None, as_role):
+                    raise _contradiction(names, param)
+                role = as_role
+                continue
+            try:
+                found = (name.casefold(), find_prompt(self.prompts, name))
+            except UnknownPrompt as error:
+                near = f"did you mean {' or '.join(error.close)}? " if error.close else ""
+                raise InvalidRequest(
+                    f"there is no {param} {name[:100]!r}: {near}use one of {', '.join(ROLES)}, or a prompt's name "
+                    "(GET /v1/prompts lists them)",
+                    "invalid_input_type",
+                    param,
+                ) from error
+            if prompt is not None and prompt[0] != found[0]:
+                raise _contradiction(names, param)
+            prompt = found
+        if prompt is not None:
+            return prompt[1].document if role == "document" else prompt[1].query
+        return self.query if role == "query" else ""
+
+    def alias_of(self, model: str | None, served: str) -> str:
+        """The role or prompt that a model's name asks for: `served:query`, or an alias; "" for none.
+
+        OpenAI's names of its models stand for the served one.
+
+        Raises:
+            ModelNotFound: if no model here has that name.
+        """
+        if model is None or model == served:
+            return ""
+        if model in self.aliases:
+            return self.aliases[model]
+        if model in OPENAI_MODELS:
+            return ""
+        name, _, alias = model.partition(":")
+        if alias and (name == served or name in OPENAI_MODELS):
+            return alias
+        if self.any_model:
+            return ""
+        raise ModelNotFound(model, served)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a role or prompt of this name."""
+        if name.lower() in ROLES:
+            return True
+        try:
+            find_prompt(self.prompts, name)
+        except UnknownPrompt:
+            return False
+        return True
+
+    def _from_headers(self, instruction: str | None, name: str | None) -> str:
+        by_name = None if name is None else self.named({"x-input-type": name})
+        if instruction is None or by_name is None or instruction == by_name:
+            return instruction if instruction is not None else by_name or ""
+        raise InvalidRequest(
+            "the headers x-instruction and x-input-type ask for different instructions: send one of them",
+            "conflicting_instructions",
+            "x-instruction",
+        )
+
+
+def load_instructions(settings: Settings, manifest: Manifest) -> Instructions:
+    """What this server knows of instructions.
+
+    Raises:
+        StartupError: for a setting that names a prompt which there is not.
+    """
+    own = settings.query_instruction
+    known = Instructions(
+        query=manifest.query_instruction if own is None else own,
+        prompts={**load_prompts(), **(read_prompts(settings.prompts_file) if settings.prompts_file else {})},
+        default_name=settings.default_input_type,
+        aliases=settings.model_aliases,
+        any_model=settings.any_model,
+    )
+    for name in (settings.default_input_type, *settings.model_aliases.values()):
+        try:
+            known.named({"name": name} if name else {})
+        except InvalidRequest as error:
+            raise StartupError(f"settings name a prompt: {error}") from error
+    return known
+
+
+def _contradiction(names: Mapping[str, str], param: str) -> InvalidRequest:
+    said = ", ".join(f"{field} {name[:100]!r}" for field, name in names.items())
+    return InvalidRequest(f"{said} contradict each other: send one of them", "conflicting_instructions", param)

@@ -1,0 +1,76 @@
+"""Which web pages' scripts may read answers (CORS). Knows origins only: who may ask is a matter of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.http.common import ANSWER_HEADERS
+
+_ERROR_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
+
+_ASKS_FOR_PRIVATE = b"access-control-request-private-network"
+
+
+def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """An application whose answers and errors pages of these origins may read; all pages if one is `*`.
+
+    Cookies and the like are never asked for: a page sends its key itself, in a header.
+    """
+    if not origins:
+        return app
+    allowing = CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),  # OpenAI's SDK sends a dozen of its own
+        allow_credentials=False,
+        expose_headers=(*ANSWER_HEADERS, *_ERROR_HEADERS),
+    )
+    return PrivateNetwork(allowing if "*" in origins else VaryByOrigin(allowing))
+
+
+class PrivateNetwork:
+    """Lets the pages of allowed origins ask a server in a private network, for which browsers ask leave beforehand."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or (_ASKS_FOR_PRIVATE, b"true") not in scope["headers"]:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_leave(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                headers = MutableHeaders(scope=message)
+                if "access-control-allow-origin" in headers:
+                    headers["access-control-allow-private-network"] = "true"
+            await send(message)
+
+        # Starlette's middleware refuses what it does not know, by version.
+        kept = [header for header in scope["headers"] if header[0] != _ASKS_FOR_PRIVATE]
+        await self._app({**scope, "headers": kept}, receive, send_with_leave)
+
+
+class VaryByOrigin:
+    """Tells caches so of every answer: also of those to nobody's page, which lack what a page's browser looks for."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+
+        async def send_with_vary(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if "origin" not in headers.get("vary", "").lower():
+                    headers.add_vary_header("Origin")
+            await send(message)
+
+        await self._app(scope, receive, send_with_vary)

@@ -1,0 +1,383 @@
+"""What every request goes through, whatever its dialect: a key, an id, its measurements, a bounded body, a client that
+may hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+import traceback
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request, Response
+from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.embedding.callers import caller_of_request
+from service.embedding.in_flight import InFlight, hold
+from service.errors import (
+    ClientGone,
+    InvalidRequest,
+    RequestTimeout,
+    RequestTooLarge,
+    ServiceError,
+    TooManyInputs,
+    TooManyValues,
+    Unavailable,
+    UnsupportedEncoding,
+)
+from service.http.access import Access
+from service.http.error_responses import ErrorResponses
+from service.http.json_size import JSONSize, json_size
+from service.logs import log, log_request, request_id
+from service.metrics import Metrics, lane_of_request
+from service.settings import Settings
+from service.tracing import Moments, Traces
+
+T = TypeVar("T")
+Body = TypeVar("Body", bound=BaseModel)
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+# Most requests are answered before it is worth while to listen for their client to hang up.
+_LISTEN_AFTER_SECONDS = 0.05
+
+# What text-embeddings-inference says where others say 500.
+_DEVICE_FAILED = 424
+
+_SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+# What the dialects call what is to be embedded.
+TEXT_FIELDS = frozenset({"input", "inputs", "texts", "text", "prompt"})
+
+# Bodies of more bytes are looked at before they are parsed; fewer can't hold much.
+_COUNTED_BYTES = 1 << 18
+
+# Of an input in its longest form there are fewer: an object with a key for each of its fields.
+_CONTAINERS_AN_INPUT = 16
+
+# Where they may be given as token ids, and where token ids alone are.
+_ID_FIELDS = frozenset({"input", "inputs", "ids"})
+
+# What a connection's protocol leaves in the state of a request that has not arrived in time.
+LATE = "late"
+
+
+class RequestContext:
+    """ASGI middleware around all of FastAPI: gives each request an id, asks for its key, and measures, counts, logs and
+    traces it when it has been answered.
+
+    `direct` are functions by method and path that it calls itself: finding a route and entering it costs FastAPI as
+    much as all the rest of a short request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        errors: ErrorResponses,
+        direct: Mapping[tuple[str, str], Endpoint],
+        access: Access,
+        in_flight: InFlight,
+        traces: Traces | None = None,
+    ) -> None:
+        self._app = app
+        self._in_flight = in_flight
+        self._access = access
+        self._traces = traces
+        self._metrics = metrics
+        self._errors = errors
+        self._direct = direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        with self._in_flight.request():
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        method = scope["method"]
+        # HEAD is GET without the body, and a slash at the end or twice in a row means nothing: never a redirect, as one
+        # sends the texts again, and behind a proxy that ends TLS in the clear.
+        scope = {**scope, "method": "GET" if method == "HEAD" else method, "path": _single_slashes(scope["path"])}
+        headers = dict(scope["headers"])
+        asked = headers.get(b"x-request-id", b"").decode("latin-1")
+        own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
+        token = request_id.set(own_id)
+        lane_of_request.set("")
+        caller_of_request.set(self._access.caller(headers, scope.get("client")))
+        state = scope.setdefault("state", {})
+        status, started, whole = 0, 0.0, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, started, whole
+            if message["type"] == "http.response.body":
+                whole = not message.get("more_body", False)
+                if method == "HEAD":
+                    message = {**message, "body": b""}
+            elif message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"].append((b"x-request-id", own_id.encode()))
+                if self._traces:
+                    started, state["answer_headers"] = time.perf_counter(), message["headers"]
+            await send(message)
+
+        self._metrics.inflight.inc()
+        try:
+            endpoint = self._direct.get((scope["method"], scope["path"]))
+            if (refusal := self._access.refusal(scope["method"], scope["path"], headers)) is not None:
+                state["route"] = scope["path"] if endpoint else ""
+                await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
+            elif endpoint is None:
+                await self._app(scope, receive, send_with_id)
+            else:
+                await self._call(endpoint, Request(scope, receive), send_with_id)
+        except asyncio.CancelledError:
+            if status or scope["app"].state.phase != "draining":
+                raise
+            # The grace period is over, for which the server has waited.
+            stopped = Unavailable("the server stopped before it could answer: try again later")
+            await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
+        except Exception as error:
+            # Where it was and what kind it is: its message may hold a piece of the input.
+            state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"
+            log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
+            if status and not whole:
+                raise RuntimeError("an answer broke off: see the line before") from None
+            if not status:
+                await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
+        finally:
+            self._metrics.inflight.dec()
+            ended = time.perf_counter()
+            route = self._finish(scope, method, status, state.get("code", ""), ended - began)
+            if self._traces:
+                moments = Moments(began, started or ended, ended)
+                own = dict(state.get("answer_headers", ()))
+                self._traces.record(headers, method, route, status, state.get("code", ""), own, moments)
+            request_id.reset(token)
+
+    async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
+        request.scope["state"]["route"] = request.scope["path"]
+        try:
+            response = await endpoint(request)
+        except ServiceError as error:
+            response = self._errors.of(request, error)
+        await response(request.scope, request.receive, send)
+
+    def _finish(self, scope: Scope, method: str, status: int, code: str, seconds: float) -> str:
+        """Count and log it; the route it took."""
+        route: str = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
+        count, duration = self._metrics.of_request(route, str(status), code, lane_of_request.get())
+        count.inc()
+        duration.observe(seconds)
+        fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
+        if status >= 500 or status == _DEVICE_FAILED:
+            level = logging.WARNING if status in (503, 504) else logging.ERROR
+            log_request(level, {**fields, "code": code, "reason": scope["state"].get("reason", "")})
+        else:
+            quiet = route in QUIET_ROUTES and status < 400
+            log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
+        return route
+
+
+def _single_slashes(path: str) -> str:
+    if path[-1:] != "/" and "//" not in path:
+        return path
+    return "/" + "/".join(filter(None, path.split("/")))
+
+
+def _places(error: BaseException) -> str:
+    """An exception's kind and the lines of code it went through, and its causes', without their messages."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(parts) < 8:
+        parts.append(f"{''.join(traceback.format_tb(cause.__traceback__))}{type(cause).__name__}")
+        cause = cause.__cause__ or cause.__context__
+    return "\nafter:\n".join(parts)
+
+
+# Asked for every few seconds by machines: logged at debug level while all is well.
+QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The request's body, refused while it streams in if it is too large, and never unpacked.
+
+    Raises:
+        RequestTooLarge: past `limit_bytes`.
+        UnsupportedEncoding: if it is compressed.
+        RequestTimeout: if it has not arrived in time.
+        TooMuchInFlight: if all requests together would hold too much with it.
+        ClientGone: if the client hangs up before it is whole.
+    """
+    encoding = request.headers.get("content-encoding", "")
+    if encoding and encoding.strip().lower() != "identity":
+        raise UnsupportedEncoding(encoding)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise RequestTooLarge(limit_bytes)
+    chunks: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone("the client closed the connection")
+        chunks.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        size += len(chunks[-1])
+        if size > limit_bytes:
+            raise RequestTooLarge(limit_bytes)
+        hold(len(chunks[-1]))
+        if more and LATE in request.scope["state"]:
+            raise RequestTimeout
+    return b"".join(chunks)
+
+
+async def read(request: Request, model: type[Body]) -> Body:
+    """The request's body in a dialect's terms, once the server is ready.
+
+    Raises:
+        Unavailable: while it loads or drains.
+        ServiceError: whatever `read_document` and `parse` find wrong.
+    """
+    require_ready(request)
+    return parse(model, await read_document(request))
+
+
+async def read_document(request: Request) -> dict[str, Any]:
+    """The request's body, a JSON object.
+
+    Raises:
+        RequestTooLarge: past the settings' limit.
+        InvalidRequest: if it is not JSON, or no object, or has too many values: an object would be made for each.
+    """
+    settings: Settings = request.app.state.settings
+    body = await read_body(request, settings.max_body_bytes)
+    if len(body) > _COUNTED_BYTES:
+        _check_size(await asyncio.to_thread(json_size, body), settings)
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = _not_utf8(body) if "UTF-8" in str(error) else f"valid JSON: {error}"
+        raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
+    if not isinstance(document, dict):
+        raise InvalidRequest("the body must be a JSON object", "invalid_json")
+    _check_lists(document, settings.max_inputs_per_request)
+    return document
+
+
+def _check_size(size: JSONSize, settings: Settings) -> None:
+    """Refuse a body that takes long to parse, or much memory, for what it says: everybody waits for the parser.
+
+    Raises:
+        TooManyValues: for more than token ids and inputs in any of their forms come to.
+    """
+    containers = _CONTAINERS_AN_INPUT * settings.max_inputs_per_request
+    values = settings.max_tokens_per_request + containers
+    if size.containers > containers:
+        raise TooManyValues(size.containers, containers, "arrays, objects and their keys")
+    if size.commas > values:
+        raise TooManyValues(size.commas, values, "values")
+
+
+def _check_lists(document: dict[str, Any], most: int) -> None:
+    """Refuse a list longer than those of inputs may be, in any field or in an object in one.
+
+    One text's token ids may be more, where a field may hold such.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    for name, given in document.items():
+        for value in (given, *given.values()) if isinstance(given, dict) else (given,):
+            if not isinstance(value, list) or len(value) <= most:
+                continue
+            if name not in _ID_FIELDS or not isinstance(value[0], int):
+                if name in TEXT_FIELDS:
+                    raise TooManyInputs(len(value), most, name)
+                raise InvalidRequest(f"{len(value)} {name}: at most {most} are taken", "too_many_inputs", name)
+
+
+def _not_utf8(body: bytes) -> str:
+    """Where a body is not UTF-8, for which the JSON parser has no clear word."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        return f"UTF-8, as JSON has to be: the byte at {error.start} is {body[error.start]:#04x}"
+    return "UTF-8, as JSON has to be"
+
+
+def parse(model: type[Body], document: dict[str, Any]) -> Body:
+    """The document as a dialect's body.
+
+    Raises:
+        InvalidRequest: saying which field is wrong and what it takes.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        issue = error.errors()[0]
+        field = str(issue["loc"][0]) if issue["loc"] else None
+        if issue["type"] == "missing" and len(issue["loc"]) == 1:
+            raise missing(str(field), document) from error
+        where = ".".join(map(str, issue["loc"]))
+        raise InvalidRequest(f"{where}: {issue['msg']}", "invalid_value", field) from error
+
+
+def missing(field: str, given: Collection[str]) -> InvalidRequest:
+    """The refusal of a request without its texts; it says so where another API's field was sent instead."""
+    other = sorted(TEXT_FIELDS.intersection(given))
+    hint = f": this path reads {field}, not {other[0]}" if other else ""
+    return InvalidRequest(f"{field} is missing{hint}", "invalid_value", field)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client hangs up first.
+
+    Raises:
+        ClientGone: if it did.
+    """
+    working = asyncio.current_task()
+    assert working is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        working.cancel()
+
+    watching: list[asyncio.Task[None]] = []
+    timer = asyncio.get_running_loop().call_later(
+        _LISTEN_AFTER_SECONDS, lambda: watching.append(asyncio.create_task(watch()))
+    )
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if not gone:
+            raise
+        working.uncancel()
+        raise ClientGone("the client closed the connection") from None
+    finally:
+        timer.cancel()
+        for task in watching:
+            task.cancel()
+
+
+def require_ready(request: Request) -> None:
+    """Let work in only while the server is ready.
+
+    Raises:
+        Unavailable: while it loads or drains.
+    """
+    state = request.app.state
+    if state.phase != "ready":
+        state.metrics.rejected.labels(state.phase).inc()
+        raise Unavailable(f"the server is {state.phase}: try again later")

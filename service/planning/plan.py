@@ -1,0 +1,501 @@
+"""What a GPU should make of an encoder: tokens a second, latencies, memory; and how many GPUs a load needs.
+
+Weights and products are counted, peaks and bandwidths are the vendors'. How near to them a forward pass comes is
+assumed until a server has been timed on such a GPU, which none has been yet; each figure says what it rests on. How
+long queries wait is what the server's own policy gives in simulation. Knows nothing of the network, and no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from math import ceil
+from textwrap import fill
+from typing import Any, Literal
+
+import numpy as np
+
+from model_store.errors import UserError
+from model_store.shape import WEIGHT_BYTES, Arithmetic, Shape
+from service.batching.cost_model import CostModel
+from service.planning.simulation import LEAD_SECONDS, Client, Lanes, percentile, simulate
+from service.settings import BATCH_SECONDS, TOKEN_BUDGET
+
+Basis = Literal["counted", "data sheet", "assumed", "given", "measured", "simulated"]
+
+# Shares of the dense peak that large batches of compiled layers come to on an H100, by the model's width: estimates of
+# 270M, 1.3B and 8B parameters. Narrow products fill the matrix units less, and more of the time is not products.
+_SHARE_OF_PEAK = {640: 0.26, 2048: 0.54, 4096: 0.60}
+
+# In fp8 twice the peak is estimated to give 1.4 times the tokens.
+_FP8_SHARE = 0.7
+
+# Of the bandwidth, in reading weights; and what each layer costs any batch besides.
+_BANDWIDTH_SHARE = 0.9
+_LAYER_SECONDS = 25e-6
+
+# The CUDA context, and what torch's allocator keeps and can't use.
+_CONTEXT_BYTES = 1_000_000_000
+
+# What a server times itself with at the start, and plans are for where nothing else is said.
+TEXT_TOKENS = 128
+QUERY_TOKENS = 28
+
+# Single queries a second through HTTP on one core of the README's machine (bench/results/http_path.json), and the
+# share of a core that they should take.
+_QUERIES_PER_CORE = 3517
+_CORE_SHARE = 0.7
+
+# Queries in a simulation; the share of the p99 asked for that they may come to; caps that are tried. Beyond 80 % a load
+# or a rate a little off the plan would have queues grow without end.
+_QUERIES = 20_000
+_P99_SHARE = 0.9
+_CAPS = [percent / 100 for percent in range(5, 85, 5)]
+
+
+class PlanError(UserError):
+    """What is asked for can't be had; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU by its data sheet: `memory` in bytes, `bandwidth` in bytes a second, dense `peaks` in FLOP/s."""
+
+    key: str
+    name: str
+    memory: float
+    bandwidth: float
+    peaks: Mapping[str, float]
+    source: str
+
+    def arithmetic(self, quantization: Literal["none", "fp8"]) -> Arithmetic:
+        """What the server would multiply in.
+
+        Raises:
+            PlanError: if the GPU has no fp8.
+        """
+        if quantization == "fp8":
+            if "fp8" not in self.peaks:
+                raise PlanError(f"{self.name} has no fp8, which {_names('fp8')} have: leave out --quantization")
+            return "fp8"
+        return "bfloat16" if "bfloat16" in self.peaks else "float32"
+
+
+def gpus() -> dict[str, Gpu]:
+    """Those that are known, by key."""
+    table = tomllib.loads((files("service.planning") / "gpus.toml").read_text())
+    return {
+        key: Gpu(
+            key,
+            row["name"],
+            row["memory_gb"] * 1e9,
+            row["bandwidth_gb"] * 1e9,
+            {kind: peak * 1e12 for kind, peak in row["tflops"].items()},
+            row["source"],
+        )
+        for key, row in table.items()
+    }
+
+
+def gpu_named(key: str) -> Gpu:
+    """One of them.
+
+    Raises:
+        PlanError: if it is not known, naming those that are.
+    """
+    known = gpus()
+    if key.lower() not in known:
+        raise PlanError(f"no GPU {key!r} is known: use one of {', '.join(known)}")
+    return known[key.lower()]
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """So many texts of so many tokens each, within so many seconds."""
+
+    texts: int
+    tokens: int
+    within: float
+
+
+@dataclass(frozen=True)
+class Serving:
+    """So many queries a second at random, of so many tokens, 99 % of them in `p99` seconds of queue and device."""
+
+    per_second: float
+    tokens: int = QUERY_TOKENS
+    p99: float = 0.1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is for; `efficiency` and `timed` replace what is assumed.
+
+    `timed` is what a server logged as `calibrated` at its start: tokens a second, and seconds of the smallest batch.
+    `price` is of a GPU-hour, in any currency.
+    """
+
+    bulk: Bulk | None = None
+    serving: Serving | None = None
+    quantization: Literal["none", "fp8"] = "none"
+    efficiency: float | None = None
+    timed: tuple[float, float] | None = None
+    token_budget: int = TOKEN_BUDGET["cuda"]
+    batch_seconds: float = BATCH_SECONDS["cuda"]
+    dimensions: int | None = None
+    price: float | None = None
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the longest text: a token's attention costs as much in each as in these."""
+        return max((load.tokens for load in (self.bulk, self.serving) if load), default=TEXT_TOKENS)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a plan; `unit` is that of `value`."""
+
+    name: str
+    value: float
+    unit: str
+    basis: Basis
+
+    @property
+    def text(self) -> str:
+        """For people: three digits or whole numbers, with a unit where the name does not say it."""
+        return _readable(self.value, self.unit)
+
+
+def memory_needed(shape: Shape, arithmetic: Arithmetic, token_budget: int) -> dict[str, int]:
+    """Bytes of the weights, of a batch of the whole token budget, and of what CUDA and torch keep."""
+    return {
+        "weights": shape.weight_bytes(arithmetic),
+        "activations": shape.activation_bytes(token_budget, arithmetic),
+        "besides": _CONTEXT_BYTES,
+    }
+
+
+class Plan:
+    """One kind of GPU for one model and load.
+
+    Raises:
+        PlanError: if the model, a batch or the latency can't be had on this GPU.
+    """
+
+    def __init__(self, shape: Shape, gpu: Gpu, asked: Asked) -> None:
+        self.shape, self.gpu, self.asked = shape, gpu, asked
+        self.arithmetic = gpu.arithmetic(asked.quantization)
+        if asked.text_tokens > min(shape.max_positions, asked.token_budget):
+            limit = f"the model reads {shape.max_positions} tokens and a batch has {asked.token_budget}"
+            raise PlanError(f"{limit}: texts of {asked.text_tokens} have to be cut or sent in chunks")
+        self.memory = memory_needed(shape, self.arithmetic, asked.token_budget)
+        self._require_memory()
+        self.cost = self._cost()
+        self.batch_tokens = max(self.cost.batch_tokens(asked.batch_seconds, asked.token_budget), asked.text_tokens)
+        self.tokens_per_second = self.batch_tokens / self.cost.seconds(self.batch_tokens)
+
+    @property
+    def basis(self) -> Basis:
+        """What its speeds rest on."""
+        return "measured" if self.asked.timed else "given" if self.asked.efficiency else "assumed"
+
+    @property
+    def share_of_peak(self) -> float:
+        """Of the data sheet's dense peak, in all products."""
+        peak, timed = self.gpu.peaks[self.arithmetic], self.asked.timed
+        if timed:
+            return self.shape.flops_per_token(TEXT_TOKENS) * timed[0] / peak
+        assumed = float(np.interp(self.shape.width, list(_SHARE_OF_PEAK), list(_SHARE_OF_PEAK.values())))
+        return self.asked.efficiency or assumed * (_FP8_SHARE if self.arithmetic == "fp8" else 1)
+
+    @property
+    def lone_seconds(self) -> float:
+        """A single query, with nothing beside it."""
+        return self.cost.seconds(self.asked.serving.tokens if self.asked.serving else QUERY_TOKENS)
+
+    def _cost(self) -> CostModel:
+        peak = self.gpu.peaks[self.arithmetic]
+        base = _LAYER_SECONDS * self.shape.layers
+        weights = self.shape.linear_parameters * WEIGHT_BYTES[self.arithmetic]
+        floor = base + weights / (_BANDWIDTH_SHARE * self.gpu.bandwidth)
+        if self.asked.timed:
+            floor = self.asked.timed[1]
+        per_token = self.shape.flops_per_token(self.asked.text_tokens) / (self.share_of_peak * peak)
+        return CostModel(floor, min(base, floor), per_token)
+
+    def _require_memory(self) -> None:
+        memory, gpu, shape, budget = self.memory, self.gpu, self.shape, self.asked.token_budget
+        if sum(memory.values()) <= gpu.memory:
+            return
+        ways = []
+        left = gpu.memory - memory["weights"] - memory["besides"]
+        fits = int(left / shape.activation_bytes(1, self.arithmetic)) // 1024 * 1024
+        if fits >= max(self.asked.text_tokens, 1024):
+            ways.append(f"--token-budget {fits} (LLM2VEC_TOKEN_BUDGET)")
+        if "fp8" in gpu.peaks and sum(memory_needed(shape, "fp8", budget).values()) <= gpu.memory:
+            ways.append("--quantization fp8")
+        if larger := [other.key for other in gpus().values() if self._fits(other)]:
+            ways.append(f"--gpu {', '.join(larger)}")
+        parts = ", ".join(f"{name} {_readable(size, 'bytes')}" for name, size in memory.items())
+        raise PlanError(
+            f"{gpu.name} has {_readable(gpu.memory, 'bytes')}, and {_readable(sum(memory.values()), 'bytes')} are "
+            f"needed ({parts}): use {' or '.join(ways) or 'a smaller model, as one is not spread over several GPUs'}"
+        )
+
+    def _fits(self, other: Gpu) -> bool:
+        try:
+            arithmetic = other.arithmetic(self.asked.quantization)
+        except PlanError:
+            return False
+        return sum(memory_needed(self.shape, arithmetic, self.asked.token_budget).values()) <= other.memory
+
+    @property
+    def utilization_cap(self) -> float:
+        """The highest share of the device's rate that queries may take with their p99 kept, in steps of 5 to 80 %."""
+        return self._cap[0]
+
+    @property
+    def p99_at_cap(self) -> float:
+        """Seconds that 99 % of queries take with so many of them."""
+        return self._cap[1]
+
+    @cached_property
+    def _cap(self) -> tuple[float, float]:
+        """This, and the p99 there, by simulation of the server's policy; any bulk never lets the device rest."""
+        serving = self.asked.serving
+        assert serving is not None
+        p99s: dict[float, float] = {}
+        low, high = 0, len(_CAPS)  # _CAPS[:low] keep it, _CAPS[high:] don't
+        while low < high:
+            middle = (low + high) // 2
+            p99s[_CAPS[middle]] = self.simulated_p99(_CAPS[middle])
+            kept = p99s[_CAPS[middle]] <= _P99_SHARE * serving.p99
+            low, high = (middle + 1, high) if kept else (low, middle)
+        if low:
+            return _CAPS[low - 1], p99s[_CAPS[low - 1]]
+        least, alone, full = p99s[_CAPS[0]], self.lone_seconds, self.cost.seconds(self.batch_tokens)
+        raise PlanError(
+            f"99 % of queries in {_readable(serving.p99, 's')} can't be had on {self.gpu.name}: at {_CAPS[0]:.0%} of "
+            f"its rate it is {_readable(least, 's')} already, a query takes {_readable(alone, 's')} alone and a full "
+            f"batch {_readable(full, 's')}: allow more with --p99, or take a faster GPU"
+            + (", smaller batches (--batch-seconds) or other GPUs for bulk" if self.asked.bulk else "")
+        )
+
+    def simulated_p99(self, utilization: float, queries: int = _QUERIES, seed: int = 0) -> float:
+        """Seconds that 99 % of queries take, from their coming to their vector, at such a load of them."""
+        asked = self.asked
+        assert asked.serving is not None
+        per_second = utilization / self.cost.per_token / asked.serving.tokens
+        bulk = (Client(256, spread(asked.bulk.tokens)),) * 2 if asked.bulk else ()
+        policy = Lanes(self.batch_tokens, LEAD_SECONDS)
+        span = queries / per_second
+        outcome = simulate(policy, self.cost, per_second, bulk, span, seed, spread(asked.serving.tokens))
+        return percentile(outcome.queries, 99) or 0.0
+
+    @property
+    def bulk_gpu_seconds(self) -> float:
+        """GPU-seconds of the bulk job in all."""
+        bulk = self.asked.bulk
+        return bulk.texts * bulk.tokens / self.tokens_per_second if bulk else 0.0
+
+    @property
+    def gpus(self) -> int:
+        """How many are needed, with none to spare."""
+        asked, busy, at_least = self.asked, 0.0, 1
+        if asked.bulk:
+            busy += self.bulk_gpu_seconds / asked.bulk.within
+        if asked.serving:
+            tokens = asked.serving.per_second * asked.serving.tokens
+            busy += tokens / self.tokens_per_second
+            at_least = ceil(tokens * self.cost.per_token / self.utilization_cap)
+        return max(ceil(busy), at_least)
+
+    @property
+    def utilization(self) -> float:
+        """Share of each GPU's rate that queries take, with so many GPUs."""
+        serving = self.asked.serving
+        return serving.per_second * serving.tokens * self.cost.per_token / self.gpus if serving else 0.0
+
+    def figures(self) -> list[Figure]:
+        """All of it, line by line."""
+        shape, cost, basis = self.shape, self.cost, self.basis
+        found = [
+            Figure("parameters", shape.parameters, "", "counted"),
+            Figure("flops_per_token", shape.flops_per_token(self.asked.text_tokens), "FLOP", "counted"),
+            *(Figure(f"memory_{name}", size, "bytes", _OF_MEMORY[name]) for name, size in self.memory.items()),
+            Figure("memory_of_gpu", self.gpu.memory, "bytes", "data sheet"),
+            Figure("peak", self.gpu.peaks[self.arithmetic], "FLOP/s", "data sheet"),
+            Figure("share_of_peak", self.share_of_peak, "share", basis),
+            Figure("tokens_per_second", self.tokens_per_second, "tokens/s", basis),
+            Figure("batch_tokens", self.batch_tokens, "tokens", basis),
+            Figure("batch_seconds", cost.seconds(self.batch_tokens), "s", basis),
+            Figure("lone_query_seconds", self.lone_seconds, "s", basis),
+        ]
+        if self.asked.bulk:
+            found += self._bulk_figures(self.asked.bulk)
+        if self.asked.serving:
+            found += self._serving_figures(self.asked.serving)
+        if self.asked.bulk or self.asked.serving:
+            found.append(Figure("GPUs", self.gpus, "", basis))
+            if self.asked.price is not None:
+                found.append(Figure("price_per_hour", self.gpus * self.asked.price, "", "given"))
+        return found
+
+    def _bulk_figures(self, bulk: Bulk) -> list[Figure]:
+        hours, dimensions = self.bulk_gpu_seconds / 3600, self.asked.dimensions or self.shape.width
+        found = [
+            Figure("bulk_tokens", bulk.texts * bulk.tokens, "", "counted"),
+            Figure("bulk_gpu_hours", hours, "hours", self.basis),
+            *(
+                Figure(f"vectors_{name}", bulk.texts * dimensions * size, "bytes", "counted")
+                for name, size in (("float32", 4), ("int8", 1), ("binary", 1 / 8))
+            ),
+        ]
+        if self.asked.price is not None:
+            found.append(Figure("bulk_price", hours * self.asked.price, "", "given"))
+        return found
+
+    def _serving_figures(self, serving: Serving) -> list[Figure]:
+        cap = self.utilization_cap
+        cores = serving.per_second / (_QUERIES_PER_CORE * _CORE_SHARE)
+        return [
+            Figure("utilization_cap", cap, "share", "simulated"),
+            Figure("queries_per_second_and_gpu", cap / self.cost.per_token / serving.tokens, "", self.basis),
+            Figure("p99_at_cap", self.p99_at_cap, "s", "simulated"),
+            Figure("utilization", self.utilization, "share", self.basis),
+            Figure("http_cores", ceil(cores), "", "measured"),
+        ]
+
+    def assumptions(self) -> list[str]:
+        """What its figures rest on beside counting, in sentences."""
+        speed = {
+            "assumed": f"{self.share_of_peak:.0%} of the data sheet's peak in large batches, {_BANDWIDTH_SHARE:.0%} of "
+            f"its bandwidth for weights, {_LAYER_SECONDS * 1e6:.0f} µs a layer besides: estimates, as no GPU has been "
+            "timed yet. --timed puts your server's own calibration in their place",
+            "given": f"{self.share_of_peak:.0%} of the data sheet's peak, as given; the rest is assumed",
+            "measured": "speeds follow a server's calibration",
+        }[self.basis]
+        found = [f"{self.gpu.name}: {self.gpu.source}", speed]
+        if self.arithmetic == "float32":
+            found.append("no bfloat16 on this GPU: set LLM2VEC_DTYPE=float32")
+        found.append("memory: a batch of the whole token budget, plus 1 GB assumed for CUDA and torch")
+        if self.asked.serving:
+            found.append("p99: queue and device only, queries at random; HTTP, tokenizing and the network come on top")
+            found.append(
+                f"HTTP: {_QUERIES_PER_CORE} queries a second on one core measured, {_CORE_SHARE:.0%} of it used"
+            )
+        return found
+
+
+_OF_MEMORY: dict[str, Basis] = {"weights": "counted", "activations": "counted", "besides": "assumed"}
+
+_COLUMNS = 100
+
+# Options of the command that are fields of `Asked` as they are.
+_PASSED_ON = ("quantization", "efficiency", "token_budget", "batch_seconds", "dimensions", "price")
+
+_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+_SCALES = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
+_SIZES = {"bytes": "B", "FLOP": "FLOP", "FLOP/s": "FLOP/s"}
+
+
+def seconds_of(text: str) -> float:
+    """A duration such as 50ms, 90s, 30m, 24h or 7d.
+
+    Raises:
+        PlanError: for anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    if not found or not float(found[1]):
+        raise PlanError(f"{text!r} is no duration: write 50ms, 90s, 30m, 24h or 7d")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def asked_of(options: Mapping[str, Any]) -> Asked:
+    """From the command's options.
+
+    Raises:
+        PlanError: for a load that is said in part, or a number that can't be.
+    """
+    texts, tokens, per_second = (options[name] for name in ("texts", "tokens_per_text", "queries_per_second"))
+    if (texts is None) != (tokens is None):
+        raise PlanError("a bulk job is --texts N and --tokens-per-text N")
+    for name, given in options.items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
+                raise PlanError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
+    if (options["efficiency"] or 0) > 1:
+        raise PlanError("--efficiency is a share of the GPU's peak, such as 0.5")
+    timed = options["timed"]
+    return Asked(
+        bulk=None if texts is None else Bulk(texts, tokens, seconds_of(options["within"])),
+        serving=None
+        if per_second is None
+        else Serving(per_second, options["query_tokens"], seconds_of(options["p99"])),
+        timed=timed and (timed[0], timed[1] / 1000),
+        **{name: options[name] for name in _PASSED_ON},
+    )
+
+
+def as_json(model: str, plans: list[Plan]) -> dict[str, Any]:
+    """By GPU each figure with its unit and what it rests on, and the assumptions."""
+    return {
+        "model": model,
+        "gpus": {
+            plan.gpu.key: {
+                "arithmetic": plan.arithmetic,
+                "figures": {
+                    figure.name: {"value": figure.value, "unit": figure.unit, "basis": figure.basis}
+                    for figure in plan.figures()
+                },
+                "assumptions": plan.assumptions(),
+            }
+            for plan in plans
+        },
+    }
+
+
+def as_table(model: str, plans: list[Plan]) -> str:
+    """A line for each figure, a column for each GPU, what it rests on at the end; then the assumptions."""
+    columns = [plan.figures() for plan in plans]
+    rows = [["", *(plan.gpu.key for plan in plans), ""], ["arithmetic", *(plan.arithmetic for plan in plans), ""]]
+    rows += [
+        [figures[0].name.replace("_", " "), *(figure.text for figure in figures), figures[0].basis]
+        for figures in zip(*columns, strict=True)
+    ]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    lines = [f"{model}, texts of {plans[0].asked.text_tokens} tokens"]
+    for name, *values, basis in rows:
+        cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
+        lines.append("  ".join((f"{name:{widths[0]}}", *cells, basis)).rstrip())
+    notes = dict.fromkeys(note for plan in plans for note in plan.assumptions())
+    return "\n".join((*lines, "", *(fill(note, _COLUMNS, subsequent_indent="  ") for note in notes)))
+
+
+def spread(tokens: int) -> tuple[int, int]:
+    """Lengths about a mean, as texts have."""
+    return max(tokens // 2, 1), tokens + tokens // 2
+
+
+def _names(kind: str) -> str:
+    return ", ".join(gpu.key for gpu in gpus().values() if kind in gpu.peaks)
+
+
+def _readable(value: float, unit: str) -> str:
+    if unit in _SIZES:
+        scale, prefix = next(((scale, prefix) for scale, prefix in _SCALES if value >= scale), (1.0, ""))
+        return f"{_digits(value / scale)} {prefix}{_SIZES[unit]}"
+    if unit == "s":
+        return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1000)} ms"
+    if unit == "share":
+        return f"{value:.0%}"
+    return _digits(value)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

@@ -1,0 +1,231 @@
+"""A batching policy before a device that is only a cost model: what whom waits for how long, in simulated time.
+
+A batch takes exactly what the cost model says and composing it takes nothing, so a lead can only cost here. Every
+policy meets the same requests of the same seed. No event loop, no clock, no torch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Protocol
+
+import numpy as np
+
+from service.batching.cost_model import CostModel
+from service.batching.scheduling import BatchLimits, Lane, Queue, take_batch
+from service.settings import TOKEN_BUDGET
+
+# In the place of a client's number.
+QUERY = -1
+QUERY_TOKENS = (16, 40)
+
+# About what a host is at giving a batch to a GPU, and some.
+LEAD_SECONDS = 5e-3
+
+
+@dataclass(frozen=True)
+class Client:
+    """Sends requests of so many inputs one after another, the next no earlier than `period` after the last."""
+
+    inputs: int
+    tokens: tuple[int, int]  # of an input: the shortest and the longest
+    period: float = 0.0
+
+
+@dataclass(eq=False)
+class Request:
+    """A simulated request of a client's, or a query; done once its last input is."""
+
+    client: int  # its place in the load, or QUERY
+    sent: float
+    missing: int
+    done: float = inf
+
+    @property
+    def seconds(self) -> float:
+        return self.done - self.sent
+
+
+@dataclass(eq=False, slots=True)
+class Input:
+    """One of a request's inputs. Nobody hangs up here."""
+
+    request: Request
+    tokens: int
+    wanted: bool = True
+
+
+class Policy(Protocol):
+    """What waits, and which of it goes next."""
+
+    @property
+    def lead(self) -> float:
+        """How long before the device is free the next batch is composed."""
+
+    def add(self, items: list[Input], lane: Lane) -> None:
+        """A request has come."""
+
+    def ready(self) -> float:
+        """From when on a free device would get a batch, if nothing more came."""
+
+    def take(self) -> list[Input]:
+        """The next batch, off the queue."""
+
+
+@dataclass
+class Lanes:
+    """The server's policy. `lead`: 0 composes when the device is free, infinity when it begins the batch before."""
+
+    batch_tokens: int
+    lead: float = 0.0
+    queue: Queue[Input] = field(default_factory=Queue)
+
+    def add(self, items: list[Input], lane: Lane) -> None:
+        self.queue.add(items, lane)
+
+    def ready(self) -> float:
+        return 0.0 if self.queue else inf
+
+    def take(self) -> list[Input]:
+        return take_batch(self.queue, BatchLimits(self.batch_tokens, max(self.batch_tokens, TOKEN_BUDGET["cuda"])))
+
+
+@dataclass
+class Outcome:
+    """Every request, and what the device did while they came."""
+
+    requests: list[Request] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)  # tokens of each
+    tokens: dict[int, int] = field(default_factory=dict)  # by client
+    seconds: float = 0.0  # until the last of these batches ended
+
+    @property
+    def queries(self) -> list[float]:
+        """Seconds of each query."""
+        return [request.seconds for request in self.requests if request.client == QUERY]
+
+    @property
+    def bulk(self) -> list[float]:
+        """Seconds of each bulk request."""
+        return [request.seconds for request in self.requests if request.client != QUERY]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.batches) / self.seconds
+
+    @property
+    def jain(self) -> float | None:
+        """Fairness between clients: 1 where they got equal tokens, 1/n where one of n got all."""
+        shares = [tokens for client, tokens in self.tokens.items() if client != QUERY]
+        return sum(shares) ** 2 / len(shares) / sum(share**2 for share in shares) if shares else None
+
+    def count(self, batch: list[Input], ended: float) -> None:
+        """The device has done a batch."""
+        self.seconds = max(self.seconds, ended)
+        self.batches.append(sum(item.tokens for item in batch))
+        for item in batch:
+            client = item.request.client
+            self.tokens[client] = self.tokens.get(client, 0) + item.tokens
+
+    def summary(self) -> dict[str, float | None]:
+        """The figures of a report."""
+        return {
+            "interactive_p50_ms": percentile(self.queries, 50, 1000),
+            "interactive_p99_ms": percentile(self.queries, 99, 1000),
+            "bulk_p50_s": percentile(self.bulk, 50),
+            "bulk_p99_s": percentile(self.bulk, 99),
+            "bulk_longest_s": percentile(self.bulk, 100),
+            "tokens_per_second": round(self.tokens_per_second),
+            "mean_batch_tokens": round(sum(self.batches) / max(len(self.batches), 1)),
+            "jain": self.jain and round(self.jain, 3),
+        }
+
+
+def simulate(
+    policy: Policy,
+    cost: CostModel,
+    queries: float,
+    clients: Sequence[Client],
+    seconds: float,
+    seed: int = 0,
+    query_tokens: tuple[int, int] = QUERY_TOKENS,
+) -> Outcome:
+    """Requests come for so long, `queries` a second at random beside the clients' own, and all are then answered."""
+    crowd = _Crowd(queries, query_tokens, clients, seconds, seed)
+    outcome = Outcome(seconds=seconds)
+    now = free_at = compose_at = 0.0
+    while True:
+        leaves = max(now, compose_at, policy.ready())
+        if leaves == crowd.next_at == inf:
+            return outcome
+        if crowd.next_at <= leaves:
+            now = crowd.next_at
+            items = crowd.send()
+            outcome.requests.append(items[0].request)
+            policy.add(items, "interactive" if items[0].request.client == QUERY else "bulk")
+            continue
+        now = leaves
+        batch = policy.take()
+        begins = max(now, free_at)
+        free_at = begins + cost.seconds(sum(item.tokens for item in batch))
+        compose_at = max(begins, free_at - policy.lead)  # never more than one batch ahead of the device
+        for item in batch:
+            crowd.answer(item, free_at)
+        if begins < seconds:
+            outcome.count(batch, free_at)
+
+
+class _Crowd:
+    """Who sends what and when: the same for every policy, but for when a client has its answer."""
+
+    def __init__(
+        self, queries: float, query_tokens: tuple[int, int], clients: Sequence[Client], seconds: float, seed: int
+    ) -> None:
+        self._clients = {**dict(enumerate(clients)), QUERY: Client(1, query_tokens)}
+        self._dice = {number: random.Random(f"{seed}/{number}") for number in self._clients}
+        self._queries = queries
+        self._seconds = seconds
+        self._arrivals: list[tuple[float, int]] = []
+        for number in range(len(clients)):
+            self._schedule(0.0, number)
+        self._schedule_query(0.0)
+
+    @property
+    def next_at(self) -> float:
+        """When the next request comes; infinity if none does before an answer."""
+        return self._arrivals[0][0] if self._arrivals else inf
+
+    def send(self) -> list[Input]:
+        """The next request's inputs."""
+        now, number = heapq.heappop(self._arrivals)
+        client, dice = self._clients[number], self._dice[number]
+        if number == QUERY:
+            self._schedule_query(now)
+        request = Request(number, now, client.inputs)
+        return [Input(request, dice.randint(*client.tokens)) for _ in range(client.inputs)]
+
+    def answer(self, item: Input, now: float) -> None:
+        """An input is done; its client goes on once it was the last."""
+        request = item.request
+        request.missing -= 1
+        if not request.missing:
+            request.done = now
+            if request.client != QUERY:
+                self._schedule(max(now, request.sent + self._clients[request.client].period), request.client)
+
+    def _schedule(self, at: float, number: int) -> None:
+        if at < self._seconds:
+            heapq.heappush(self._arrivals, (at, number))
+
+    def _schedule_query(self, now: float) -> None:
+        if self._queries:
+            self._schedule(now + self._dice[QUERY].expovariate(self._queries), QUERY)
+
+
+def percentile(values: list[float], percent: float, scale: float = 1.0) -> float | None:
+    """So many percent are at most this; three digits of it."""
+    return float(f"{np.percentile(values, percent) * scale:.3g}") if values else None

@@ -1,0 +1,316 @@
+"""A process around the app: store, socket, signals, exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import uvicorn
+
+from model_store.architectures import architecture_of
+from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
+from model_store.recipe import load_recipe
+from model_store.text.tokenizer import TextTokenizer
+from service.batching.limits import Limits
+from service.device import watchdog
+from service.device.backend import LocalBackend
+from service.device.torch_environment import set_torch_defaults
+from service.errors import DeviceLost, StartupError
+from service.http.connections import Connection, Guard
+from service.logs import configure_logs, log, unexplained
+from service.metrics import Metrics
+from service.server.app import MakeApp, create_app, drain
+from service.settings import Settings
+from service.tracing import start_traces
+
+# Tenths of a second without work in which a request that was on its way has been read and answered.
+_QUIET_TICKS = 3
+
+# Ticks between two looks at the connections.
+_LOOK_TICKS = 5
+
+# Files and sockets that a process has open beside its connections, and more.
+_OTHER_FILES = 512
+
+# Beyond the grace period, for an orderly end: it waits for the batch that the device is at.
+_STOP_SECONDS = 10.0
+
+Progress = Callable[[int, int], None]
+
+
+def serve(settings: Settings, progress: Progress) -> int:
+    """Serve until a signal says to stop; returns the process's exit status: 0 after a clean end.
+
+    Everything that can be known to be wrong is found before the port is opened.
+
+    Raises:
+        StartupError, UserError: with a sentence that says what to change.
+    """
+    # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+
+    prepared = prepare(settings, progress)
+    with listen(settings.host, settings.port) as listener:
+        host, port = listener.getsockname()[:2]
+        log.info("listening", extra={"fields": {"host": host, "port": port, "model": prepared.manifest.name}})
+        return answer(settings, listener, partial(prepared.app, settings))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An encoder and all around it, in this process, of which nothing has been started."""
+
+    manifest: Manifest
+    tokenizer: TextTokenizer
+    limits: Limits
+    metrics: Metrics
+    backend: LocalBackend
+    dtype: str
+
+    def app(
+        self,
+        settings: Settings,
+        on_fatal: Callable[[BaseException], None],
+        then: Callable[[dict[str, object]], None] = lambda facts: None,
+    ) -> Any:
+        """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
+
+        def on_ready(facts: dict[str, object]) -> None:
+            settle()
+            log.info("ready", extra={"fields": facts})
+            then(facts)
+
+        return create_app(
+            settings,
+            self.manifest,
+            self.tokenizer,
+            self.limits,
+            self.backend,
+            self.metrics,
+            on_fatal,
+            on_ready,
+            start_traces(),
+        )
+
+
+def prepare(settings: Settings, progress: Progress) -> Prepared:
+    """Find the encoder of these settings, or build it, and make ready what serves it.
+
+    Raises:
+        StartupError, UserError: with a sentence that says what to change.
+    """
+    set_torch_defaults(settings.models_dir)
+    from model_store.encoder.devices import choose_device, choose_dtype  # torch, from here on
+    from service.device.worker import EncoderWorker
+
+    device = choose_device(settings.device)
+    folder, manifest = prepare_store(settings, progress)
+    manifest = as_served(manifest, settings)
+    configure_logs(settings.log_level)
+    limits = Limits(settings, manifest, device.type)
+    metrics = Metrics()
+    tokenizer = load_tokenizer(folder, manifest, settings)
+    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
+    float16 = architecture_of(manifest.model_type).float16
+    dtype = str(choose_dtype(settings.dtype, device, float16)).removeprefix("torch.")
+    return Prepared(manifest, tokenizer, limits, metrics, backend, dtype)
+
+
+def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> int:
+    """Serve an app on a socket until a signal says to stop, or the app that it can't go on; the exit status."""
+    failure: list[BaseException] = []
+
+    def on_fatal(error: BaseException) -> None:
+        log.critical("the server can't go on: %s", error, exc_info=unexplained(error))
+        failure.append(error)
+        server.should_exit = True
+        if isinstance(error, DeviceLost):
+            watchdog.end_within(watchdog.GRACE_SECONDS)
+
+    app = make_app(on_fatal)
+    guard = Guard(settings, app.state.metrics, app.state.in_flight)
+    _allow_connections(settings.max_connections)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http=cast(Any, partial(Connection, guard)),
+            ws="none",
+            timeout_keep_alive=settings.keep_alive_seconds,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=settings.shutdown_grace_seconds,
+            server_header=False,
+            proxy_headers=False,  # no use is made of who asks
+        ),
+        on_stop=lambda: drain(app),
+        in_work=lambda: app.state.embedder.running,
+        guard=guard,
+    )
+    server.run(sockets=[listener])
+    status = 1 if failure else 0
+    if app.state.backend.busy:
+        watchdog.end_now(status)  # the interpreter's own end would wait for the device's thread
+    return status
+
+
+def _allow_connections(most: int) -> None:
+    """Let this process have so many sockets, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+def as_served(manifest: Manifest, settings: Settings) -> Manifest:
+    """The manifest of the vectors that these settings give."""
+    space = quantized_space(manifest.embedding_space, settings.quantization)
+    return manifest.model_copy(update={"embedding_space": space})
+
+
+def load_tokenizer(folder: Path, manifest: Manifest, settings: Settings) -> TextTokenizer:
+    """The stored encoder's tokenizer, cutting long texts or not as these settings say."""
+    return TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference")
+
+
+def settle() -> None:
+    """Keep pauses of the interpreter short, once everything that stays is in memory.
+
+    A full garbage collection looks at all objects there are, which takes a fifth of a second with torch loaded: those
+    are put aside, and the few that requests make are looked at sooner. A thread that wants the interpreter, such as the
+    event loop's, gets it within a millisecond of a tokenizer's.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 50)
+    sys.setswitchinterval(0.001)
+
+
+def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifest]:
+    """The stored encoder to serve: the folder given, or the recipe's, built now if it is not there whole.
+
+    Raises:
+        StartupError: if it is damaged, or `model` is neither a folder nor a recipe.
+    """
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        manifest = read_manifest(folder)
+        if differences := changed_files(folder, manifest):
+            raise StartupError(
+                f"{folder} is damaged: {'; '.join(differences)}. "
+                "Build it again, or copy it again from where it was built"
+            )
+        return folder, manifest
+    recipe = load_recipe(settings.model)
+    folder = settings.models_dir.expanduser() / recipe.name
+    if built := find_built(folder, recipe):
+        return folder, built
+
+    from model_store.build.build import ensure_built  # torch and all that, only where there is something to build
+
+    return folder, ensure_built(recipe, folder, progress)
+
+
+def listen(host: str, port: int, shared: bool = False) -> socket.socket:
+    """A socket on the address; with others if it is shared, among which the kernel spreads connections.
+
+    `::` is every address of IPv6 and of IPv4, as 0.0.0.0 is of IPv4 alone.
+
+    Raises:
+        StartupError: if it is taken or not this machine's.
+    """
+    both = host == "::" and socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(
+            (host, port), backlog=2048, family=_family(host), reuse_port=shared, dualstack_ipv6=both
+        )
+    except OSError as error:
+        raise StartupError(
+            f"can't listen on {host}:{port} ({error.strerror or error}): choose another LLM2VEC_HOST or LLM2VEC_PORT"
+        ) from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, but a signal to stop drains first, and ends with status 0 instead of dying of the signal.
+
+    While it drains it still listens: what arrives is told 503, where a closed socket would reset requests that were
+    sent but not read yet. It stops listening once nothing has been in work for a moment, or the grace period is over.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, on_stop: Callable[[], None], in_work: Callable[[], int], guard: Guard
+    ) -> None:
+        super().__init__(config)
+        self._guard = guard
+        self._on_stop = on_stop
+        self._in_work = in_work
+        self._stop_at: float | None = None
+        self._quiet_ticks = 0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> Any:
+        """Take no new requests; a second interrupt does not wait for those in flight."""
+        if self._stop_at is not None and sig == signal.SIGINT:
+            self.force_exit = self.should_exit = True
+        elif self._stop_at is None:
+            self._on_stop()
+            grace = self.config.timeout_graceful_shutdown or 0
+            self._stop_at = time.monotonic() + grace
+            watchdog.end_within(grace + _STOP_SECONDS)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second; True ends its main loop."""
+        await super().on_tick(counter)
+        if counter % _LOOK_TICKS == 0:
+            self._guard.look(self.server_state.connections)
+        if self._stop_at is not None:
+            self._quiet_ticks = 0 if self._in_work() else self._quiet_ticks + 1
+            left = self._stop_at - time.monotonic()
+            if self._quiet_ticks >= _QUIET_TICKS or left <= 0:
+                self.config.timeout_graceful_shutdown = max(1, round(left))
+                self.should_exit = True
+        return self.should_exit
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn after its main loop: no new connections, but those that wait to be accepted are answered.
+
+        The kernel has made them, so their clients are sending already; closing the socket alone would reset them.
+        """
+        loop = asyncio.get_running_loop()
+        listeners = [listener.dup() for listener in sockets or ()]
+        for server in self.servers:
+            server.close()  # the event loop accepts no more
+        for connection in [one for listener in listeners for one in _waiting(listener)]:
+            await loop.connect_accepted_socket(self._protocol, connection)
+        await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        return cast(asyncio.Protocol, make(self.config, self.server_state, self.lifespan.state))
+
+
+def _waiting(listener: socket.socket) -> list[socket.socket]:
+    """The connections that wait to be accepted; closes the socket that they wait at."""
+    connections = []
+    with listener, suppress(OSError):
+        listener.setblocking(False)
+        while True:
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            connections.append(connection)
+    return connections
