@@ -40,7 +40,7 @@ from model_store.encoder.encoder import Encoder
 from model_store.encoder.pooling import shorten_and_normalize
 from model_store.text.tokenizer import TextTokenizer
 from service.bulk.pipeline import SIZES
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 # Of each shard's texts, as many are embedded by the encoder alone; and no fewer, if there are, since after a pause the

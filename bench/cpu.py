@@ -42,7 +42,7 @@ from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.pooling_modes import PoolingMode
 from model_store.shape import Shape
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 

@@ -31,7 +31,7 @@ from bench.report import finish
 from model_store.manifest import Manifest
 from service.metrics import Metrics
 from service.processes.child import Assignment
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 _TEXTS = 8192

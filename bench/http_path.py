@@ -50,7 +50,7 @@ from service.batching.batcher import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 WIDTHS = (640, 4096)
@@ -355,8 +355,9 @@ def serve(folder: Path, manifest: Manifest, port: int, core: int, log: str, cont
 
     import service.device.worker  # torch with all its objects, which the garbage collector walks as in real use
     import service.server.process
+    import service.server.startup
 
-    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
+    service.server.startup.prepare_store = lambda settings, progress: (folder, manifest)
     service.device.worker.EncoderWorker = lambda *_: ReadyWorker(manifest.width, control)  # type: ignore[assignment, misc]
     settings = Settings(
         model=str(folder),

@@ -24,7 +24,7 @@ from bench.load import Client
 from bench.report import finish
 from bench.texts import mixed_texts, sentences
 from model_store.text.tokenizer import TextTokenizer
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 

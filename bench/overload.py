@@ -37,7 +37,7 @@ from service.batching.batcher import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
@@ -254,10 +254,11 @@ def serve(folder: Path, manifest: Manifest, core: int, control: Connection) -> N
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # as the command does
     import service.device.worker
     import service.server.process
+    import service.server.startup
 
-    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
+    service.server.startup.prepare_store = lambda settings, progress: (folder, manifest)
     service.device.worker.EncoderWorker = lambda *_: PacedWorker(manifest.width)  # type: ignore[assignment, misc]
-    settle, listen = service.server.process.settle, service.server.process.listen
+    settle, listen = service.server.startup.settle, service.server.process.listen
     ports: list[int] = []
 
     def listening(host: str, port: int, shared: bool = False) -> Any:
@@ -269,7 +270,7 @@ def serve(folder: Path, manifest: Manifest, core: int, control: Connection) -> N
         settle()
         control.send(ports[0])
 
-    service.server.process.listen, service.server.process.settle = listening, settled
+    vars(service.server.process).update(listen=listening, settle=settled)
     settings = Settings(
         model=str(folder),
         port=0,

@@ -49,7 +49,7 @@ from model_store.encoder.quantization import (
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest
 from model_store.text.tokenizer import TextTokenizer
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 # T packed tokens, K inputs and N outputs of a layer

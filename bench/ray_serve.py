@@ -45,7 +45,7 @@ from bench.load import ask
 from bench.report import finish
 from bench.texts import sentences
 from service.ray.ray_serve import deployment
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 

@@ -42,7 +42,7 @@ import uvloop
 
 from bench.report import finish
 from service.batching.scheduling import LANES
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 from tests.e2e.process import ServerProcess
 from tests.faults.crowd import SIZES, TOLERANCE, Asked, make_requests

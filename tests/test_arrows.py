@@ -155,6 +155,14 @@ def test_importing_it_does_not_import_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "module", ["service.server.startup", "service.processes.engine", "service.bulk.command", "service.planning.plan"]
+)
+def test_only_what_answers_requests_loads_fastapi(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(bool({{'fastapi', 'starlette', 'uvicorn'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_files_of_texts_need_neither_parquet_nor_ray() -> None:
     code = "import sys, service.cli, service.bulk.command; sys.exit(bool({'pyarrow', 'ray'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -107,12 +107,13 @@ def server_process(
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
     import service.device.worker
     import service.server.process
+    import service.server.startup
     from service.settings import Settings
 
     if device.type == "cpu":
         torch.set_num_threads(1)
     vars(service.device.worker)["Encoder"] = SimpleNamespace(load=lambda *_: random_encoder(shape, device))
-    service.server.process.prepare_store = lambda settings, progress: (folder, manifest)
+    service.server.startup.prepare_store = lambda settings, progress: (folder, manifest)
     settings = Settings(
         model=str(folder),
         port=0,

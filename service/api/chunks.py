@@ -12,10 +12,11 @@ from pydantic import BaseModel, Field
 
 from service.api.openai import ERRORS, EmbedFields, documented, usage
 from service.embedding.choices import EmbedDtype
-from service.embedding.embedder import ChunkRequest, ChunkResult, Embedder, EmbedInput
+from service.embedding.embedder import ChunkRequest, ChunkResult, EmbedInput
 from service.errors import InvalidRequest
-from service.http.answers import AnswerWriter, EncodingFormat, encode_vectors
+from service.http.answers import EncodingFormat, encode_vectors
 from service.http.common import Text, alias_of, answer_headers, asked_model, choose_instruction, ignored_fields
+from service.http.parts import parts_of
 from service.http.requests import read, while_connected
 
 router = APIRouter(tags=["late chunking"], responses={401: ERRORS[401]})
@@ -69,7 +70,7 @@ async def create_chunk_embeddings(request: Request) -> Response:
     """Embed one text with all of its context, and give a vector for each chunk of it."""
     began = time.perf_counter()
     body = await read(request, ChunkEmbeddingsBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = alias_of(request, body.model)
     more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
     if (body.chunk_size is None) == (body.spans is None):
@@ -86,11 +87,11 @@ async def create_chunk_embeddings(request: Request) -> Response:
     )
     result = await while_connected(request, embedder.embed_chunks(asked))
     slices = write_answer(
-        result, request.app.state.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+        result, parts_of(request).served_name, body.encoding_format or "float", body.embed_dtype or "float32"
     )
     inputs = [EmbedInput(asked.text, asked.instruction)]
     headers = answer_headers(embedder, inputs, result.embedded, time.perf_counter() - began)
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     return writer.answer(slices, result.embedded.vectors, {**headers, **more})
 
 

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from service.api import openai
-from service.embedding.embedder import Embedder, EmbedRequest, EmbedResult
+from service.embedding.embedder import EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
-from service.http.answers import AnswerWriter, encode_vectors, json_array
+from service.http.answers import encode_vectors, json_array
 from service.http.common import (
     Name,
     Text,
@@ -28,6 +28,7 @@ from service.http.common import (
     with_instruction,
 )
 from service.http.error_responses import Dialect, described
+from service.http.parts import parts_of
 from service.http.requests import missing, read, while_connected
 from service.logs import request_id
 
@@ -230,7 +231,7 @@ DIALECTS = {path: _DIALECT for _, path in DIRECT}
 async def _embed(request: Request, version: Version) -> Response:
     began = time.perf_counter()
     body = await read(request, CohereEmbedBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = alias_of(request, body.model)
     more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
     texts, param = _texts(body)
@@ -240,7 +241,7 @@ async def _embed(request: Request, version: Version) -> Response:
     types = list(dict.fromkeys(body.embedding_types or ())) or _default_types(version)
     slices = write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
     headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     # Each vector is written once for each type: whether the answer is a small one depends on all of them.
     return writer.answer(slices, [*result.vectors] * max(len(types), 1), {**headers, **more})
 
@@ -253,7 +254,7 @@ def to_embed_request(
     Raises:
         InvalidRequest: for names or limits that can't be served.
     """
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     most = embedder.limits.max_input_tokens
     if body.max_tokens is not None and body.max_tokens < most:
         raise InvalidRequest(

@@ -12,11 +12,10 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from model_store.manifest import Manifest
 from service.api import openai
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.embedder import EmbedInput, EmbedRequest, EmbedResult
 from service.errors import InvalidRequest
-from service.http.answers import AnswerWriter, encode_vectors, json_answer, json_array
+from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.common import (
     Text,
     answer_headers,
@@ -28,6 +27,7 @@ from service.http.common import (
     with_instruction,
 )
 from service.http.error_responses import Dialect, described
+from service.http.parts import parts_of
 from service.http.requests import TEXT_FIELDS, missing, parse, read, read_document, while_connected
 from service.settings import Settings
 
@@ -198,7 +198,7 @@ async def embed(request: Request) -> Response:
     began = time.perf_counter()
     body = await read(request, OllamaEmbedBody)
     body.check("input")
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
     chosen = choose_instruction(request, alias=alias)
@@ -212,7 +212,7 @@ async def embed(request: Request) -> Response:
     result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
 
     seconds = time.perf_counter() - began
-    slices = write_answer(result, body.model or request.app.state.served_name, seconds)
+    slices = write_answer(result, body.model or parts_of(request).served_name, seconds)
     headers = answer_headers(embedder, asked.inputs or [EmbedInput("", chosen)], result, seconds)
     return _answer(request, slices, result, {**headers, **more})
 
@@ -226,7 +226,7 @@ async def embeddings(request: Request) -> Response:
     began = time.perf_counter()
     body = await read(request, OllamaEmbeddingsBody)
     body.check("prompt")
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = _alias_of(request, body.model)
     more = ignored_fields(embedder, body.unused())
     chosen = choose_instruction(request, alias=alias)
@@ -252,7 +252,7 @@ async def embeddings(request: Request) -> Response:
 @router.get("/api/tags", responses={200: {"model": OllamaTagsAnswer}})
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
-    manifest: Manifest = request.app.state.manifest
+    manifest = parts_of(request).manifest
     about = {
         "modified_at": _modified_at(request),
         "size": sum(file.size for file in manifest.files.values()),
@@ -269,11 +269,11 @@ async def list_models(request: Request) -> Response:
 )
 async def show_model(request: Request) -> Response:
     """What the served model is, by one of its names."""
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     body = parse(OllamaShowBody, await read_document(request))
     name = body.model or body.name
     check_model(request, name or "", _alias_of(request, name))
-    manifest: Manifest = request.app.state.manifest
+    manifest = parts_of(request).manifest
     family = manifest.model_type
     about = {
         "general.architecture": family,
@@ -331,14 +331,14 @@ def _alias_of(request: Request, model: str | None) -> str:
     Raises:
         ModelNotFound: if no model here has that name.
     """
-    known, served = instructions_of(request), request.app.state.served_name
+    known, served = instructions_of(request), parts_of(request).served_name
     if model is not None and model != served and model not in known.aliases:
         model = model.removesuffix(_LATEST)
     return known.alias_of(model, served)
 
 
 def _description(request: Request) -> dict[str, Any]:
-    manifest: Manifest = request.app.state.manifest
+    manifest = parts_of(request).manifest
     millions = manifest.parameters / 1e6
     details = {
         "parent_model": "",
@@ -347,18 +347,18 @@ def _description(request: Request) -> dict[str, Any]:
         "families": [manifest.model_type],
         "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.0f}M",
         "quantization_level": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(manifest.dtype, ""),
-        "context_length": request.app.state.limits.max_input_tokens,
+        "context_length": parts_of(request).limits.max_input_tokens,
         "embedding_length": manifest.width,
     }
     return {"details": details, "capabilities": ["embedding"]}
 
 
 def _modified_at(request: Request) -> str:
-    return datetime.fromtimestamp(request.app.state.started_at, UTC).isoformat()
+    return datetime.fromtimestamp(parts_of(request).started_at, UTC).isoformat()
 
 
 def _answer(request: Request, slices: Iterator[bytes], result: EmbedResult, headers: dict[str, str]) -> Response:
     if not result.vectors:
         return Response(b"".join(slices), 200, headers, "application/json")
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     return writer.answer(slices, result.vectors, headers)

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from model_store.text.openai_tokens import missing_id
 from service.batching.scheduling import Lane
 from service.embedding.choices import EmbedDtype, Overflow
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult, TokenIds
+from service.embedding.embedder import EmbedInput, EmbedRequest, EmbedResult, TokenIds
 from service.embedding.instructions import ROLES, Chosen
 from service.errors import InvalidRequest
-from service.http.answers import AnswerWriter, EncodingFormat, encode_vectors, json_answer
+from service.http.answers import EncodingFormat, encode_vectors, json_answer
 from service.http.common import (
     Name,
     Text,
@@ -34,6 +34,7 @@ from service.http.common import (
     truncation,
 )
 from service.http.error_responses import described
+from service.http.parts import parts_of
 from service.http.requests import missing, read, while_connected
 from service.logs import log
 
@@ -204,7 +205,7 @@ async def create_azure_embeddings(request: Request, deployment: str) -> Response
 
 
 async def _embed(request: Request, body: EmbeddingsBody, model: str | None, began: float) -> Response:
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = alias_of(request, model)
     more = {**asked_model(request, model), **ignored_fields(embedder, body.model_extra or {})}
     asked = to_embed_request(request, body, alias)
@@ -213,10 +214,10 @@ async def _embed(request: Request, body: EmbeddingsBody, model: str | None, bega
     result = await while_connected(request, embedder.embed(asked))
 
     slices = write_answer(
-        result, request.app.state.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+        result, parts_of(request).served_name, body.encoding_format or "float", body.embed_dtype or "float32"
     )
     headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     return writer.answer(slices, result.vectors, {**headers, **more})
 
 
@@ -245,7 +246,7 @@ def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> Embe
     Raises:
         InvalidRequest: for inputs, instructions or names that can't be served.
     """
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     if body.input is None:
         raise missing("input", body.model_extra or {})
     given = [body.input] if isinstance(body.input, str) or are_ids(body.input) else body.input
@@ -346,7 +347,7 @@ def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInp
     Raises:
         InvalidRequest: if there are some and none are taken.
     """
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     given = {index: item.text for index, item in enumerate(inputs) if not isinstance(item.text, str)}
     if not given:
         return "model"
@@ -402,7 +403,7 @@ def _by_openai_sdk(request: Request) -> bool:
 
 
 def _model(request: Request, name: str) -> dict[str, Any]:
-    state = request.app.state
+    state = parts_of(request)
     return {
         "id": name,
         "object": "model",

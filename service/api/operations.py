@@ -10,7 +10,9 @@ from fastapi.responses import PlainTextResponse
 from service.api.openai import ERRORS
 from service.errors import ServiceError, Unavailable
 from service.http.answers import json_answer
+from service.http.parts import parts_of
 from service.metrics import with_tei_names
+from service.version import VERSION
 
 router = APIRouter(tags=["operations"])
 
@@ -29,11 +31,11 @@ async def livez() -> Response:
 @router.get("/ping", include_in_schema=False)
 async def readyz(request: Request) -> Response:
     """The server takes requests. Where the last batch failed, one token is encoded to find out."""
-    if request.app.state.phase != "ready":
-        raise Unavailable(f"the server is {request.app.state.phase}")
-    if request.app.state.backend.batcher.last_batch_failed:
+    if parts_of(request).life.phase != "ready":
+        raise Unavailable(f"the server is {parts_of(request).life.phase}")
+    if parts_of(request).backend.batcher.last_batch_failed:
         try:
-            await asyncio.wait_for(request.app.state.embedder.probe(), _PROBE_SECONDS)
+            await asyncio.wait_for(parts_of(request).embedder.probe(), _PROBE_SECONDS)
         except (ServiceError, TimeoutError) as error:
             raise Unavailable("the device fails on every input") from error
     return json_answer({"status": "ready"})
@@ -42,7 +44,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
-    state = request.app.state
+    state = parts_of(request)
     page = await state.backend.metrics_page()
     if state.settings.tei_metrics:
         page = with_tei_names(page)
@@ -52,12 +54,12 @@ async def metrics(request: Request) -> Response:
 @router.get("/version", responses={401: ERRORS[401]})
 async def version(request: Request) -> Response:
     """The server's version and what it serves."""
-    state = request.app.state
+    state = parts_of(request)
     return json_answer(
         {
-            "version": state.version,
+            "version": VERSION,
             "model": state.served_name,
             "embedding_space": state.manifest.embedding_space,
-            "phase": state.phase,
+            "phase": state.life.phase,
         }
     )

@@ -12,10 +12,11 @@ from pydantic import BaseModel
 
 from model_store.text.tokenizer import Part
 from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
-from service.embedding.embedder import Embedder, EmbedInput, Preview
+from service.embedding.embedder import EmbedInput, Preview
 from service.embedding.instructions import ROLES
 from service.http.answers import json_answer
 from service.http.common import alias_of, ignored_fields, instructions_of
+from service.http.parts import parts_of
 from service.http.requests import read, while_connected
 
 router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
@@ -82,7 +83,7 @@ async def preview(request: Request) -> Response:
     Nothing is computed. An input that such a request would have refused for its length has an `over_limit`.
     """
     body = await read(request, EmbeddingsBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     alias = alias_of(request, body.model)
     more = ignored_fields(embedder, body.model_extra or {})
     asked = to_embed_request(request, body, alias)

@@ -22,7 +22,7 @@ from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, Embed
 from service.embedding.instructions import NONE, Chosen
 from service.embedding.rows import Vector
 from service.errors import EncodingError, InvalidRequest, OutOfMemory
-from service.http.answers import AnswerWriter, encode_vectors, json_answer, json_array
+from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.common import (
     Name,
     Text,
@@ -35,7 +35,9 @@ from service.http.common import (
     with_instruction,
 )
 from service.http.error_responses import MEANINGS, Dialect, described
+from service.http.parts import parts_of
 from service.http.requests import parse, read, read_document, require_ready, while_connected
+from service.version import VERSION
 
 _UNSUPPORTED = "unsupported_by_model"
 
@@ -289,13 +291,13 @@ async def embed_all(request: Request) -> Response:
     """A vector for each token of each text, special ones and instruction included, as the model gives it."""
     began = time.perf_counter()
     body = await read(request, EmbedAllBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     more = ignored_fields(embedder, body.model_extra or {})
     asked = _asked(request, _inputs(request, body), body, normalize=False, each_token=True)
     result = await while_connected(request, embedder.embed(asked))
     # Whether they are many is told by the first.
     by_size = sorted(result.vectors, key=np.size, reverse=True)
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     headers = _headers(request, asked, result, began)
     return writer.answer(write_token_vectors(result.vectors), by_size, {**headers, **more})
 
@@ -340,7 +342,7 @@ async def rerank(request: Request) -> Response:
     """
     began = time.perf_counter()
     body = await read(request, RerankBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     more = ignored_fields(embedder, body.model_extra or {})
     if not body.texts:
         raise InvalidRequest("texts is empty: send at least one", "empty_input", "texts")
@@ -368,7 +370,7 @@ async def rerank(request: Request) -> Response:
 async def tokenize(request: Request) -> Response:
     """The tokens of each text, before anything is cut, and the bytes of prompt and text that each stands for."""
     body = await read(request, TokenizeBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     more = ignored_fields(embedder, body.model_extra or {})
     chosen = choose_instruction(request, names={"prompt_name": body.prompt_name})
     inputs = with_instruction(as_items(body.inputs), chosen, embedder.settings.instruction_separator)
@@ -384,7 +386,7 @@ async def tokenize(request: Request) -> Response:
 async def decode(request: Request) -> Response:
     """The texts of token ids."""
     body = await read(request, DecodeBody)
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     more = ignored_fields(embedder, body.model_extra or {})
     ids = [body.ids] if are_ids(body.ids) else body.ids
     if not isinstance(ids, list) or not all(item == [] or are_ids(item) for item in ids):
@@ -398,13 +400,13 @@ async def decode(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """What is served, and within which limits."""
     require_ready(request)
-    state = request.app.state
+    state = parts_of(request)
     settings = state.embedder.settings
     return json_answer(
         {
             "model_id": state.served_name,
             "model_sha": state.manifest.embedding_space,
-            "model_dtype": state.facts.get("dtype", state.manifest.dtype),
+            "model_dtype": state.life.facts.get("dtype", state.manifest.dtype),
             "served_model_name": state.served_name,
             "model_type": {"embedding": {"pooling": state.manifest.pooling}},
             # Tokens are limited, not requests; each has at least one.
@@ -415,7 +417,7 @@ async def info(request: Request) -> Response:
             "max_client_batch_size": settings.max_inputs_per_request,
             "auto_truncate": settings.truncation == "reference",
             "tokenization_workers": settings.tokenizer_threads,
-            "version": state.version,
+            "version": VERSION,
             "sha": None,
             "docker_label": None,
         }
@@ -451,18 +453,18 @@ def write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
 
 
 async def _embed(request: Request, body: EmbedBody, began: float) -> Response:
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     more = ignored_fields(embedder, body.model_extra or {})
     normalize = body.normalize is not False
     asked = _asked(request, _inputs(request, body), body, normalize=normalize, dimensions=body.dimensions)
     result = await while_connected(request, embedder.embed(asked))
-    writer: AnswerWriter = request.app.state.writer
+    writer = parts_of(request).writer
     headers = _headers(request, asked, result, began)
     return writer.answer(write_vectors(result.vectors), result.vectors, {**headers, **more})
 
 
 async def _compare(request: Request, body: SimilarityBody, began: float) -> Response:
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     parameters = body.parameters or _SimilarityParameters()
     more = ignored_fields(embedder, [*(body.model_extra or {}), *(parameters.model_extra or {})])
     sentences = body.inputs.sentences
@@ -483,7 +485,7 @@ def _inputs(request: Request, body: EmbedAllBody) -> list[EmbedInput]:
     Raises:
         InvalidRequest: if they are no texts or token ids, or ids where none are taken.
     """
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     given = [body.inputs] if isinstance(body.inputs, str) or are_ids(body.inputs) else body.inputs
     if not isinstance(given, list):
         raise InvalidRequest("inputs must be a text, a list of texts, or token ids", "invalid_value", "inputs")
@@ -513,7 +515,7 @@ def _asked(
     param: str = "inputs",
     beside: int = 0,
 ) -> EmbedRequest:
-    embedder: Embedder = request.app.state.embedder
+    embedder = parts_of(request).embedder
     return EmbedRequest(
         inputs,
         dimensions,
@@ -559,4 +561,4 @@ def _write_tokens(embedder: Embedder, rows: Iterable[LocatedTokens], around: boo
 
 
 def _headers(request: Request, asked: EmbedRequest, result: EmbedResult, began: float) -> dict[str, str]:
-    return answer_headers(request.app.state.embedder, asked.inputs, result, time.perf_counter() - began)
+    return answer_headers(parts_of(request).embedder, asked.inputs, result, time.perf_counter() - began)

@@ -17,7 +17,7 @@ from service.embedding.choices import Overflow
 from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
 from service.embedding.instructions import Chosen
 from service.errors import DeviceLost, ServiceError
-from service.server.process import Prepared, prepare, settle
+from service.server.startup import Prepared, prepare, settle
 from service.settings import Settings
 
 # Batches' worth of tokens that wait for the device or are tokenized, where a request has at least so many tokens; and

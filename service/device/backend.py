@@ -1,8 +1,4 @@
-"""What stands behind the HTTP side: something that computes rows, with a life of its own.
-
-Two do: `LocalBackend`, a worker and a batcher in this process, and `RemoteBackend`, engine processes.
-The HTTP side can't tell them apart. No HTTP, no torch.
-"""
+"""The backend of one process: a worker before a device, and the batcher that feeds it. No HTTP, no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from model_store.manifest import Manifest
-from service.batching.batcher import Batcher, DevicePlan, MicroBatcher
+from service.batching.batcher import DevicePlan, MicroBatcher
 from service.batching.limits import Limits
 from service.batching.vector_cache import VectorCache
 from service.embedding.rows import EmbedRow, Vector
@@ -19,30 +15,6 @@ from service.errors import DeviceLost, EncodingError
 from service.metrics import Metrics
 from service.settings import Settings
 from service.version import VERSION
-
-
-class Backend(Protocol):
-    """A batcher's life. `start` once, then `run` until it fails or is cancelled, then `stop`."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether, after `stop`, a thread is left that may never end."""
-
-    @property
-    def batcher(self) -> Batcher[EmbedRow, Vector]:
-        """There from the beginning; computes once started."""
-
-    async def start(self) -> dict[str, object]:
-        """Get ready; facts for the log."""
-
-    async def run(self) -> None:
-        """Compute, for ever. When this ends, whatever the reason, everything that waits is told."""
-
-    def stop(self) -> None:
-        """Give everything back."""
-
-    async def metrics_page(self) -> bytes:
-        """The whole server's metrics in Prometheus' text format."""
 
 
 class Worker(Protocol):

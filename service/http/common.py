@@ -14,6 +14,7 @@ from pydantic import StringConstraints
 from service.embedding.embedder import Embedder, EmbedInput, EmbedResult
 from service.embedding.instructions import Asked, Chosen, Instructions
 from service.errors import InvalidRequest, ModelNotFound
+from service.http.parts import parts_of
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Name = Annotated[str, StringConstraints(strict=True, max_length=200)]
@@ -44,13 +45,12 @@ ANSWER_HEADERS = (
 
 def instructions_of(request: Request) -> Instructions:
     """What this server knows of instructions."""
-    instructions: Instructions = request.app.state.instructions
-    return instructions
+    return parts_of(request).instructions
 
 
 def model_names(request: Request) -> list[str]:
     """What clients may call the one model that is served."""
-    served: str = request.app.state.served_name
+    served = parts_of(request).served_name
     return [served, f"{served}:query", f"{served}:document", *instructions_of(request).aliases]
 
 
@@ -60,7 +60,7 @@ def alias_of(request: Request, model: str | None) -> str:
     Raises:
         ModelNotFound: if no model here has that name.
     """
-    return instructions_of(request).alias_of(model, request.app.state.served_name)
+    return instructions_of(request).alias_of(model, parts_of(request).served_name)
 
 
 def check_model(request: Request, model: str, alias: str) -> None:
@@ -70,12 +70,12 @@ def check_model(request: Request, model: str, alias: str) -> None:
         ModelNotFound: if the role or prompt in the name does not exist.
     """
     if alias and not instructions_of(request).knows(alias):
-        raise ModelNotFound(model, request.app.state.served_name)
+        raise ModelNotFound(model, parts_of(request).served_name)
 
 
 def asked_model(request: Request, model: str | None) -> dict[str, str]:
     """The header that says by which other name the served model was asked for."""
-    if model is None or model == request.app.state.served_name:
+    if model is None or model == parts_of(request).served_name:
         return {}
     return {"x-requested-model": _header_text(model[:200])}
 

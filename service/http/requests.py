@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.embedding.callers import caller_of_request
-from service.embedding.in_flight import InFlight, hold
+from service.embedding.in_flight import hold
 from service.errors import (
     ClientGone,
     InvalidRequest,
@@ -30,11 +30,11 @@ from service.errors import (
     Unavailable,
     UnsupportedEncoding,
 )
-from service.http.access import Access
 from service.http.error_responses import ErrorResponses
 from service.http.json_size import JSONSize, json_size
+from service.http.parts import Parts, parts_of
 from service.logs import log, log_request, request_id
-from service.metrics import Metrics, lane_of_request
+from service.metrics import lane_of_request
 from service.settings import Settings
 from service.tracing import Moments, Traces
 
@@ -77,18 +77,17 @@ class RequestContext:
     def __init__(
         self,
         app: ASGIApp,
-        metrics: Metrics,
+        parts: Parts,
         errors: ErrorResponses,
         direct: Mapping[tuple[str, str], Endpoint],
-        access: Access,
-        in_flight: InFlight,
         traces: Traces | None = None,
     ) -> None:
         self._app = app
-        self._in_flight = in_flight
-        self._access = access
+        self._life = parts.life
+        self._in_flight = parts.in_flight
+        self._access = parts.access
         self._traces = traces
-        self._metrics = metrics
+        self._metrics = parts.metrics
         self._errors = errors
         self._direct = direct
 
@@ -139,7 +138,7 @@ class RequestContext:
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
         except asyncio.CancelledError:
-            if status or scope["app"].state.phase != "draining":
+            if status or self._life.phase != "draining":
                 raise
             # The grace period is over, for which the server has waited.
             stopped = Unavailable("the server stopped before it could answer: try again later")
@@ -257,7 +256,7 @@ async def read_document(request: Request) -> dict[str, Any]:
         RequestTooLarge: past the settings' limit.
         InvalidRequest: if it is not JSON, or no object, or has too many values: an object would be made for each.
     """
-    settings: Settings = request.app.state.settings
+    settings = parts_of(request).settings
     body = await read_body(request, settings.max_body_bytes)
     if len(body) > _COUNTED_BYTES:
         _check_size(await asyncio.to_thread(json_size, body), settings)
@@ -377,7 +376,7 @@ def require_ready(request: Request) -> None:
     Raises:
         Unavailable: while it loads or drains.
     """
-    state = request.app.state
-    if state.phase != "ready":
-        state.metrics.rejected.labels(state.phase).inc()
-        raise Unavailable(f"the server is {state.phase}: try again later")
+    parts = parts_of(request)
+    if parts.life.phase != "ready":
+        parts.metrics.rejected.labels(parts.life.phase).inc()
+        raise Unavailable(f"the server is {parts.life.phase}: try again later")

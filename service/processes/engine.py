@@ -26,7 +26,7 @@ from service.metrics import Metrics
 from service.processes.child import Assignment, Child, inherited
 from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
-from service.server.process import settle
+from service.server.startup import settle
 
 # For the answers to those who waited for a device that hangs to leave the process.
 _LAST_WORDS_SECONDS = 0.2

@@ -11,7 +11,8 @@ from service.metrics import Metrics
 from service.processes.child import Child, inherited
 from service.processes.remote import RemoteBackend
 from service.server.app import create_app
-from service.server.process import answer, load_tokenizer, settle
+from service.server.process import answer
+from service.server.startup import Served, load_tokenizer, settle
 from service.tracing import start_traces
 
 # An engine says every second that it is alive, and is not called silent for being a few seconds late.
@@ -48,7 +49,10 @@ def main() -> int:
             settings,
             listener,
             lambda on_fatal: create_app(
-                settings, manifest, tokenizer, assignment.limits, backend, metrics, on_fatal, on_ready, start_traces()
+                Served(settings, manifest, tokenizer, assignment.limits, backend, metrics),
+                on_fatal,
+                on_ready,
+                start_traces(),
             ),
         )
 

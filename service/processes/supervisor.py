@@ -26,7 +26,8 @@ from service.embedding.instructions import load_instructions
 from service.logs import configure_logs, log
 from service.processes.child import READY, Assignment
 from service.processes.devices import device_type, find_devices
-from service.server.process import Progress, as_served, listen, prepare_store, serve
+from service.server.process import listen, serve
+from service.server.startup import Progress, as_served, prepare_store
 from service.settings import Settings
 
 _TICK_SECONDS = 0.05

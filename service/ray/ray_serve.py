@@ -19,7 +19,8 @@ from ray import serve
 from service.device import watchdog
 from service.logs import log
 from service.ray.scaling import BUSY, QUEUED_TOKENS
-from service.server.process import prepare
+from service.server.process import make_app
+from service.server.startup import prepare
 from service.settings import load_settings
 
 
@@ -55,7 +56,7 @@ def _app(arguments: dict[str, Any]) -> Any:
         log.critical("the replica can't go on: %s", error)
         watchdog.end_within(watchdog.GRACE_SECONDS)  # Ray sees that it is gone, and starts another
 
-    app = prepared.app(settings, on_fatal, started.set_result)
+    app = make_app(prepared, on_fatal, started.set_result)
     serving = app.router.lifespan_context
 
     @asynccontextmanager
@@ -81,15 +82,15 @@ class Replica:
         Raises:
             RuntimeError: if the replica computes nothing any more.
         """
-        if self.app.state.phase == "failed":
+        if self.app.state.parts.life.phase == "failed":
             raise RuntimeError("the encoder can't compute any more")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray every few seconds: what waits now, and how busy the device was since the last time."""
-        state = self.app.state
-        (family,) = state.metrics.device_seconds.collect()
+        parts = self.app.state.parts
+        (family,) = parts.metrics.device_seconds.collect()
         computed = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
         now = time.monotonic()
         (before, computed_before), self._told = self._told, (now, computed)
         busy = (computed - computed_before) / (now - before) if before else 0.0
-        return {QUEUED_TOKENS: float(state.backend.batcher.queued_tokens), BUSY: min(busy, 1.0)}
+        return {QUEUED_TOKENS: float(parts.backend.batcher.queued_tokens), BUSY: min(busy, 1.0)}

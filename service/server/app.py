@@ -11,20 +11,17 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from model_store.manifest import Manifest
 from service.api import chunks, cohere, ollama, openai, operations, playground, prompts, reference, tei
-from service.batching.limits import Limits
-from service.device.backend import Backend
-from service.embedding.embedder import Embedder, Tokenizes
+from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import load_instructions
 from service.http import cors
 from service.http.access import Access
 from service.http.answers import AnswerWriter
 from service.http.error_responses import Dialect, ErrorResponses
+from service.http.parts import Parts
 from service.http.requests import RequestContext
-from service.metrics import Metrics
-from service.settings import Settings
+from service.server.startup import Served
 from service.tracing import Traces
 from service.version import VERSION
 
@@ -40,12 +37,7 @@ _DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
 def create_app(
-    settings: Settings,
-    manifest: Manifest,
-    tokenizer: Tokenizes,
-    limits: Limits,
-    backend: Backend,
-    metrics: Metrics,
+    served: Served,
     on_fatal: Callable[[BaseException], None],
     on_ready: Callable[[dict[str, object]], None] = lambda facts: None,
     traces: Traces | None = None,
@@ -55,37 +47,21 @@ def create_app(
     `on_fatal` is called when the backend can't start or ends: the process should then end too. `on_ready` is called
     once everything that stays is in memory, with facts for the log. `traces` are closed when the application ends.
     """
-    served_name = settings.served_name or manifest.name
+    settings, metrics = served.settings, served.metrics
+    pages = playground.load_pages() if settings.playground else {}
+    parts = _parts(served, Access(settings, pages))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.embedder = embedder = Embedder(manifest, tokenizer, backend.batcher, settings, limits, metrics)
-
-        async def start_and_run() -> None:
-            began = time.perf_counter()
-            app.state.facts = facts = await backend.start()
-            on_ready({"model": served_name, **facts, "seconds": round(time.perf_counter() - began, 2)})
-            if app.state.phase == "loading":  # and not told to stop meanwhile
-                app.state.phase = "ready"
-                metrics.ready.set(1)
-            await backend.run()
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                app.state.phase = "failed"
-                metrics.ready.set(0)
-                on_fatal(error)
-
-        task = asyncio.create_task(start_and_run())
-        task.add_done_callback(ended)
+        task = asyncio.create_task(_run(parts, on_fatal, on_ready))
         try:
             yield
         finally:
             task.cancel()
             await asyncio.wait({task})
-            embedder.close()
-            backend.stop()
-            app.state.access.close()
+            parts.embedder.close()
+            parts.backend.stop()
+            parts.access.close()
             if traces:
                 traces.close()
 
@@ -98,27 +74,56 @@ def create_app(
         docs_url=None,  # both load scripts from elsewhere: see reference.py
         redoc_url=None,
     )
-    state = app.state
-    state.version = app.version
-    state.phase = "loading"
-    state.manifest, state.limits, state.metrics, state.served_name = manifest, limits, metrics, served_name
-    state.writer = AnswerWriter(metrics)
-    state.backend, state.settings = backend, settings
-    state.started_at = int(time.time())
-    metrics.ready.set(0)
-    state.instructions = load_instructions(settings, manifest)
+    app.state.parts = parts
     errors = ErrorResponses(_DIALECTS, metrics, _PATHS)
     errors.install(app)
-    pages = playground.load_pages() if settings.playground else {}
-    state.access = access = Access(settings, pages)
-    state.in_flight = in_flight = InFlight(settings.max_bytes_in_flight)
-    metrics.bytes_in_flight.set_function(lambda: in_flight.bytes)
-    context = RequestContext(app.entry, metrics, errors, _DIRECT, access, in_flight, traces)
+    context = RequestContext(app.entry, parts, errors, _DIRECT, traces)
     app.entry = cors.allow(context, settings.cors_origins)
     for router in _ROUTERS:
         app.include_router(router)
     app.include_router(playground.router_of(pages))
     return app
+
+
+def _parts(served: Served, access: Access) -> Parts:
+    """The parts of the application, and the gauges that read them."""
+    settings, manifest, metrics = served.settings, served.manifest, served.metrics
+    in_flight = InFlight(settings.max_bytes_in_flight)
+    metrics.bytes_in_flight.set_function(lambda: in_flight.bytes)
+    metrics.ready.set(0)
+    return Parts(
+        settings=settings,
+        manifest=manifest,
+        limits=served.limits,
+        backend=served.backend,
+        metrics=metrics,
+        served_name=settings.served_name or manifest.name,
+        instructions=load_instructions(settings, manifest),
+        embedder=Embedder(manifest, served.tokenizer, served.backend.batcher, settings, served.limits, metrics),
+        access=access,
+        writer=AnswerWriter(metrics),
+        in_flight=in_flight,
+        started_at=int(time.time()),
+    )
+
+
+async def _run(
+    parts: Parts, on_fatal: Callable[[BaseException], None], on_ready: Callable[[dict[str, object]], None]
+) -> None:
+    """Start the backend and let it compute, for ever."""
+    life, ready = parts.life, parts.metrics.ready
+    began = time.perf_counter()
+    try:
+        life.facts = await parts.backend.start()
+        on_ready({"model": parts.served_name, **life.facts, "seconds": round(time.perf_counter() - began, 2)})
+        if life.phase == "loading":  # and not told to stop meanwhile
+            life.phase = "ready"
+            ready.set(1)
+        await parts.backend.run()
+    except Exception as error:
+        life.phase = "failed"
+        ready.set(0)
+        on_fatal(error)
 
 
 class _Application(FastAPI):
@@ -136,5 +141,6 @@ class _Application(FastAPI):
 
 def drain(app: FastAPI) -> None:
     """Take no more requests; those in flight go on."""
-    app.state.phase = "draining"
-    app.state.metrics.ready.set(0)
+    parts: Parts = app.state.parts
+    parts.life.phase = "draining"
+    parts.metrics.ready.set(0)

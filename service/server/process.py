@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import resource
 import signal
 import socket
@@ -11,27 +10,20 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 
-from model_store.architectures import architecture_of
-from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
-from model_store.recipe import load_recipe
-from model_store.text.tokenizer import TextTokenizer
-from service.batching.limits import Limits
 from service.device import watchdog
-from service.device.backend import LocalBackend
-from service.device.torch_environment import set_torch_defaults
 from service.errors import DeviceLost, StartupError
 from service.http.connections import Connection, Guard
-from service.logs import configure_logs, log, unexplained
-from service.metrics import Metrics
+from service.http.parts import Parts
+from service.logs import log, unexplained
 from service.server.app import MakeApp, create_app, drain
+from service.server.startup import Progress, Served, prepare, settle
 from service.settings import Settings
 from service.tracing import start_traces
 
@@ -46,8 +38,6 @@ _OTHER_FILES = 512
 
 # Beyond the grace period, for an orderly end: it waits for the batch that the device is at.
 _STOP_SECONDS = 10.0
-
-Progress = Callable[[int, int], None]
 
 
 def serve(settings: Settings, progress: Progress) -> int:
@@ -65,70 +55,25 @@ def serve(settings: Settings, progress: Progress) -> int:
     with listen(settings.host, settings.port) as listener:
         host, port = listener.getsockname()[:2]
         log.info("listening", extra={"fields": {"host": host, "port": port, "model": prepared.manifest.name}})
-        return answer(settings, listener, partial(prepared.app, settings))
+        return answer(settings, listener, partial(make_app, prepared))
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An encoder and all around it, in this process, of which nothing has been started."""
+def make_app(
+    prepared: Served,
+    on_fatal: Callable[[BaseException], None],
+    then: Callable[[dict[str, object]], None] = lambda facts: None,
+) -> FastAPI:
+    """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
 
-    manifest: Manifest
-    tokenizer: TextTokenizer
-    limits: Limits
-    metrics: Metrics
-    backend: LocalBackend
-    dtype: str
+    def on_ready(facts: dict[str, object]) -> None:
+        settle()
+        log.info("ready", extra={"fields": facts})
+        then(facts)
 
-    def app(
-        self,
-        settings: Settings,
-        on_fatal: Callable[[BaseException], None],
-        then: Callable[[dict[str, object]], None] = lambda facts: None,
-    ) -> Any:
-        """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
-
-        def on_ready(facts: dict[str, object]) -> None:
-            settle()
-            log.info("ready", extra={"fields": facts})
-            then(facts)
-
-        return create_app(
-            settings,
-            self.manifest,
-            self.tokenizer,
-            self.limits,
-            self.backend,
-            self.metrics,
-            on_fatal,
-            on_ready,
-            start_traces(),
-        )
+    return create_app(prepared, on_fatal, on_ready, start_traces())
 
 
-def prepare(settings: Settings, progress: Progress) -> Prepared:
-    """Find the encoder of these settings, or build it, and make ready what serves it.
-
-    Raises:
-        StartupError, UserError: with a sentence that says what to change.
-    """
-    set_torch_defaults(settings.models_dir)
-    from model_store.encoder.devices import choose_device, choose_dtype  # torch, from here on
-    from service.device.worker import EncoderWorker
-
-    device = choose_device(settings.device)
-    folder, manifest = prepare_store(settings, progress)
-    manifest = as_served(manifest, settings)
-    configure_logs(settings.log_level)
-    limits = Limits(settings, manifest, device.type)
-    metrics = Metrics()
-    tokenizer = load_tokenizer(folder, manifest, settings)
-    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
-    float16 = architecture_of(manifest.model_type).float16
-    dtype = str(choose_dtype(settings.dtype, device, float16)).removeprefix("torch.")
-    return Prepared(manifest, tokenizer, limits, metrics, backend, dtype)
-
-
-def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> int:
+def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
     """Serve an app on a socket until a signal says to stop, or the app that it can't go on; the exit status."""
     failure: list[BaseException] = []
 
@@ -139,8 +84,9 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
         if isinstance(error, DeviceLost):
             watchdog.end_within(watchdog.GRACE_SECONDS)
 
-    app = make_app(on_fatal)
-    guard = Guard(settings, app.state.metrics, app.state.in_flight)
+    app = make(on_fatal)
+    parts: Parts = app.state.parts
+    guard = Guard(settings, parts.metrics, parts.in_flight)
     _allow_connections(settings.max_connections)
     server = _Server(
         uvicorn.Config(
@@ -155,12 +101,12 @@ def answer(settings: Settings, listener: socket.socket, make_app: MakeApp) -> in
             proxy_headers=False,  # no use is made of who asks
         ),
         on_stop=lambda: drain(app),
-        in_work=lambda: app.state.embedder.running,
+        in_work=lambda: parts.embedder.running,
         guard=guard,
     )
     server.run(sockets=[listener])
     status = 1 if failure else 0
-    if app.state.backend.busy:
+    if parts.backend.busy:
         watchdog.end_now(status)  # the interpreter's own end would wait for the device's thread
     return status
 
@@ -172,55 +118,6 @@ def _allow_connections(most: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-
-
-def as_served(manifest: Manifest, settings: Settings) -> Manifest:
-    """The manifest of the vectors that these settings give."""
-    space = quantized_space(manifest.embedding_space, settings.quantization)
-    return manifest.model_copy(update={"embedding_space": space})
-
-
-def load_tokenizer(folder: Path, manifest: Manifest, settings: Settings) -> TextTokenizer:
-    """The stored encoder's tokenizer, cutting long texts or not as these settings say."""
-    return TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference")
-
-
-def settle() -> None:
-    """Keep pauses of the interpreter short, once everything that stays is in memory.
-
-    A full garbage collection looks at all objects there are, which takes a fifth of a second with torch loaded: those
-    are put aside, and the few that requests make are looked at sooner. A thread that wants the interpreter, such as the
-    event loop's, gets it within a millisecond of a tokenizer's.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5_000, 20, 50)
-    sys.setswitchinterval(0.001)
-
-
-def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifest]:
-    """The stored encoder to serve: the folder given, or the recipe's, built now if it is not there whole.
-
-    Raises:
-        StartupError: if it is damaged, or `model` is neither a folder nor a recipe.
-    """
-    folder = Path(settings.model).expanduser()
-    if folder.is_dir():
-        manifest = read_manifest(folder)
-        if differences := changed_files(folder, manifest):
-            raise StartupError(
-                f"{folder} is damaged: {'; '.join(differences)}. "
-                "Build it again, or copy it again from where it was built"
-            )
-        return folder, manifest
-    recipe = load_recipe(settings.model)
-    folder = settings.models_dir.expanduser() / recipe.name
-    if built := find_built(folder, recipe):
-        return folder, built
-
-    from model_store.build.build import ensure_built  # torch and all that, only where there is something to build
-
-    return folder, ensure_built(recipe, folder, progress)
 
 
 def listen(host: str, port: int, shared: bool = False) -> socket.socket:

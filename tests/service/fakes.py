@@ -24,6 +24,7 @@ from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
 from service.metrics import Metrics
 from service.server.app import create_app
+from service.server.startup import Served
 from service.settings import Settings
 from service.tracing import Traces
 
@@ -185,12 +186,14 @@ class Server:
         limits = Limits(settings, manifest, "cpu")
         self.metrics = Metrics()
         self.app: FastAPI = create_app(
-            settings,
-            manifest,
-            FakeTokenizer(),
-            limits,
-            LocalBackend(self.worker, settings, manifest, limits, self.metrics),
-            self.metrics,
+            Served(
+                settings,
+                manifest,
+                FakeTokenizer(),
+                limits,
+                LocalBackend(self.worker, settings, manifest, limits, self.metrics),
+                self.metrics,
+            ),
             self.fatal.append,
             traces=traces,
         )
@@ -211,7 +214,7 @@ class Server:
             self.app.router.lifespan_context(self.app),
             httpx.AsyncClient(transport=transport, base_url="http://server") as client,
         ):
-            await until(lambda: self.app.state.phase == "ready")
+            await until(lambda: self.app.state.parts.life.phase == "ready")
             yield client
 
 
@@ -225,7 +228,7 @@ async def overloaded(**given: Any) -> AsyncIterator[tuple[FakeWorker, httpx.Asyn
         computing = asyncio.create_task(client.post("/v1/embeddings", json={"input": "computing"}))
         await until(lambda: worker.batches)
         waiting = asyncio.create_task(client.post("/v1/embeddings", json={"input": "waiting one"}))
-        await until(lambda: server.app.state.backend.batcher.queued_tokens)
+        await until(lambda: server.app.state.parts.backend.batcher.queued_tokens)
         yield worker, client
         worker.gate.set()
         for accepted in (computing, waiting):

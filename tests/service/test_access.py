@@ -125,7 +125,7 @@ def test_a_caller_is_a_key_or_else_a_connection() -> None:
 
 async def test_keys_take_turns() -> None:
     server = Server(api_keys=f"{KEY}, {OTHER}", batch_tokens=20)
-    worker, batcher = server.worker, server.app.state.backend.batcher
+    worker, batcher = server.worker, server.app.state.parts.backend.batcher
     worker.gate.clear()
 
     def embed(key: str, text: str) -> asyncio.Task[httpx.Response]:

@@ -29,7 +29,7 @@ class Counting(FakeTokenizer):
 def with_tokenizer(**given: Any) -> Server:
     server = Server(**given)
     server.client.__enter__()
-    server.app.state.embedder.tokenizer = Counting()
+    server.app.state.parts.embedder.tokenizer = Counting()
     return server
 
 
@@ -180,8 +180,8 @@ def test_every_answer_of_500_and_above_is_logged_once_with_its_reason(
             async def fail(*_: Any, error: Exception = error) -> None:
                 raise error from KeyError("tangerine")
 
-            monkeypatch.setattr(own.app.state.embedder, "embed", fail)
-            monkeypatch.setattr(own.app.state.embedder, "preview", fail)
+            monkeypatch.setattr(own.app.state.parts.embedder, "embed", fail)
+            monkeypatch.setattr(own.app.state.parts.embedder, "preview", fail)
             capfd.readouterr()
             answer = own.client.post(path, json={"input": text})
             assert answer.status_code == status
@@ -204,7 +204,7 @@ def test_the_place_of_a_bug_is_logged_without_its_message(
         async def fail(*_: Any) -> None:
             raise ValueError("tangerine")
 
-        monkeypatch.setattr(own.app.state.embedder, "embed", fail)
+        monkeypatch.setattr(own.app.state.parts.embedder, "embed", fail)
         assert own.embed(input="a").status_code == 500
     (record,) = [record for record in caplog.records if record.getMessage() == "unexpected error"]
     places = record.fields["exception"]  # type: ignore[attr-defined]
@@ -259,7 +259,7 @@ def test_a_span_holds_the_tokens_that_touch_it() -> None:
 
 
 def test_token_ids_do_not_spoil_the_guess_of_a_text_s_tokens(server: Server) -> None:
-    embedder = server.app.state.embedder
+    embedder = server.app.state.parts.embedder
     before = embedder._tokens_per_character
     for number in range(100):
         assert server.embed(input=[number] * 50, token_ids="model").status_code == 200

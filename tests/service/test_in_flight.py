@@ -81,7 +81,7 @@ async def test_bodies_are_counted_together(path: str) -> None:
         server.worker.gate.clear()
         first = asyncio.create_task(client.post("/v1/embeddings", json={"input": ["a" * 100] * 100}))
         await until(lambda: server.worker.batches)
-        assert server.app.state.in_flight.bytes > 10_000
+        assert server.app.state.parts.in_flight.bytes > 10_000
         body = {fields.get(path, "inputs"): ["b" * 100] * 100, "input_type": "search_document", "model": "fake"}
         refused = await client.post(path, json=body)
         assert refused.status_code == 429, refused.text
@@ -89,9 +89,9 @@ async def test_bodies_are_counted_together(path: str) -> None:
         assert refused.headers["retry-after"] == "1"
         server.worker.gate.set()
         assert (await first).status_code == 200
-        assert server.app.state.in_flight.bytes == 0
+        assert server.app.state.parts.in_flight.bytes == 0
         assert (await client.post(path, json=body)).status_code == 200
-        assert server.app.state.in_flight.bytes == 0
+        assert server.app.state.parts.in_flight.bytes == 0
 
 
 async def test_the_vectors_of_answers_are_counted_before_they_are_computed() -> None:
@@ -114,9 +114,9 @@ async def test_a_client_that_hangs_up_gives_back_what_it_held() -> None:
         server.worker.gate.clear()
         asked = asyncio.create_task(client.post("/v1/embeddings", json={"input": "a" * 400}))
         await until(lambda: server.worker.batches)
-        assert server.app.state.in_flight.bytes > 400
+        assert server.app.state.parts.in_flight.bytes > 400
         asked.cancel()
-        await until(lambda: not server.app.state.in_flight.bytes)
+        await until(lambda: not server.app.state.parts.in_flight.bytes)
         server.worker.gate.set()
 
 
@@ -125,5 +125,5 @@ def test_metrics_tell_what_is_held() -> None:
     with server.client:
         assert server.embed(input="a").status_code == 200
         assert server.metric("llm2vec_bytes_in_flight") == 0
-        server.app.state.in_flight.unsent_bytes = 7
+        server.app.state.parts.in_flight.unsent_bytes = 7
         assert server.metric("llm2vec_bytes_in_flight") == 7

@@ -275,7 +275,7 @@ def test_tokenize_gives_the_row_that_is_embedded() -> None:
     for template in (Template(), Template("[INST] ", " [/INST]", strip=True)):
         tokenizer = TextTokenizer(tiny_tokenizer(), template, True, VOCABULARY)
         with (server := Server()).client:
-            server.app.state.embedder.tokenizer = tokenizer
+            server.app.state.parts.embedder.tokenizer = tokenizer
             text = " how much protein\na day – Größe "
             for instruction in ("", "Given a query, retrieve"):
                 headers = {"x-instruction": instruction}
@@ -366,7 +366,7 @@ def test_info() -> None:
 def test_errors_have_tei_s_shape(
     server: Server, path: str, body: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
-    server.app.state.embedder.tokenizer = CheckingTokenizer()
+    server.app.state.parts.embedder.tokenizer = CheckingTokenizer()
     is_error(post(server, path, **body), status, kind, message)
 
 
@@ -452,7 +452,7 @@ def is_error(answer: Any, status: int, kind: str, message: str = "") -> None:
 def test_errors_of_the_other_endpoints(
     server: Server, path: str, body: dict[str, Any], status: int, kind: str, message: str
 ) -> None:
-    server.app.state.embedder.tokenizer = CheckingTokenizer()
+    server.app.state.parts.embedder.tokenizer = CheckingTokenizer()
     is_error(post(server, path, **body), status, kind, message)
 
 
@@ -506,7 +506,7 @@ def test_a_deadline_and_a_bug(server: Server, monkeypatch: pytest.MonkeyPatch) -
     async def fail(request: Any) -> None:
         raise failures.pop(0)
 
-    monkeypatch.setattr(server.app.state.embedder, "embed", fail)
+    monkeypatch.setattr(server.app.state.parts.embedder, "embed", fail)
     is_error(post(server, "/embed", inputs="a"), 504, "Overloaded", "deadline")
     answer = post(server, "/embed_all", inputs="a")
     is_error(answer, 500, "Backend")

@@ -20,6 +20,7 @@ from service.processes.engine import Desk, tell_all
 from service.processes.frontend import silence_seconds
 from service.processes.remote import RemoteBackend
 from service.server.app import create_app
+from service.server.startup import Served
 from service.settings import Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
@@ -395,7 +396,7 @@ async def test_without_a_process_s_metrics_there_is_no_page() -> None:
     async with running(2, 1) as server:
         manifest, limits = MANIFEST, Limits(SETTINGS, MANIFEST, "cpu")
         app = create_app(
-            SETTINGS, manifest, FakeTokenizer(), limits, server.fronts[0], server.metrics[0], lambda error: None
+            Served(SETTINGS, manifest, FakeTokenizer(), limits, server.fronts[0], server.metrics[0]), lambda error: None
         )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             assert (await client.get("/metrics")).status_code == 200

@@ -1,0 +1,52 @@
+"""The application's parts, as handlers find them: `parts_of(request)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from starlette.requests import HTTPConnection
+
+from model_store.manifest import Manifest
+from service.batching.limits import Limits
+from service.embedding.backend import Backend
+from service.embedding.embedder import Embedder
+from service.embedding.in_flight import InFlight
+from service.embedding.instructions import Instructions
+from service.http.access import Access
+from service.http.answers import AnswerWriter
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+@dataclass
+class Life:
+    """Where the server is in its life, and what its start found out."""
+
+    phase: Literal["loading", "ready", "draining", "failed"] = "loading"
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that requests need, of one application. `started_at` is in seconds since 1970."""
+
+    settings: Settings
+    manifest: Manifest
+    limits: Limits
+    backend: Backend
+    metrics: Metrics
+    served_name: str
+    instructions: Instructions
+    embedder: Embedder
+    access: Access
+    writer: AnswerWriter
+    in_flight: InFlight
+    started_at: int
+    life: Life = field(default_factory=Life)
+
+
+def parts_of(connection: HTTPConnection) -> Parts:
+    """The parts of the application that answers this request."""
+    parts: Parts = connection.app.state.parts
+    return parts

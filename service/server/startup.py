@@ -1,0 +1,120 @@
+"""Settings → an encoder and everything that serves it. Nothing is started here, and no HTTP is known.
+
+Engine processes and `embed` need this and nothing of FastAPI or uvicorn.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_store.architectures import architecture_of
+from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
+from model_store.recipe import load_recipe
+from model_store.text.tokenizer import TextTokenizer
+from service.batching.limits import Limits
+from service.device.backend import LocalBackend
+from service.device.torch_environment import set_torch_defaults
+from service.embedding.backend import Backend
+from service.embedding.embedder import Tokenizes
+from service.errors import StartupError
+from service.logs import configure_logs
+from service.metrics import Metrics
+from service.settings import Settings
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Served:
+    """One encoder, how it is to be served, and what computes its vectors."""
+
+    settings: Settings
+    manifest: Manifest
+    tokenizer: Tokenizes
+    limits: Limits
+    backend: Backend
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Prepared(Served):
+    """An encoder that is served by this process; `dtype` is the arithmetic that the device will use."""
+
+    backend: LocalBackend
+    dtype: str
+
+
+def prepare(settings: Settings, progress: Progress) -> Prepared:
+    """Find the encoder of these settings, or build it, and make ready what serves it.
+
+    Raises:
+        StartupError, UserError: with a sentence that says what to change.
+    """
+    set_torch_defaults(settings.models_dir)
+    from model_store.encoder.devices import choose_device, choose_dtype  # torch, from here on
+    from service.device.worker import EncoderWorker
+
+    device = choose_device(settings.device)
+    folder, manifest = prepare_store(settings, progress)
+    manifest = as_served(manifest, settings)
+    configure_logs(settings.log_level)
+    limits = Limits(settings, manifest, device.type)
+    metrics = Metrics()
+    tokenizer = load_tokenizer(folder, manifest, settings)
+    backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
+    float16 = architecture_of(manifest.model_type).float16
+    dtype = str(choose_dtype(settings.dtype, device, float16)).removeprefix("torch.")
+    return Prepared(settings, manifest, tokenizer, limits, backend, metrics, dtype)
+
+
+def as_served(manifest: Manifest, settings: Settings) -> Manifest:
+    """The manifest of the vectors that these settings give."""
+    space = quantized_space(manifest.embedding_space, settings.quantization)
+    return manifest.model_copy(update={"embedding_space": space})
+
+
+def load_tokenizer(folder: Path, manifest: Manifest, settings: Settings) -> TextTokenizer:
+    """The stored encoder's tokenizer, cutting long texts or not as these settings say."""
+    return TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference")
+
+
+def settle() -> None:
+    """Keep pauses of the interpreter short, once everything that stays is in memory.
+
+    A full garbage collection looks at all objects there are, which takes a fifth of a second with torch loaded: those
+    are put aside, and the few that requests make are looked at sooner. A thread that wants the interpreter, such as the
+    event loop's, gets it within a millisecond of a tokenizer's.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 50)
+    sys.setswitchinterval(0.001)
+
+
+def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifest]:
+    """The stored encoder to serve: the folder given, or the recipe's, built now if it is not there whole.
+
+    Raises:
+        StartupError: if it is damaged, or `model` is neither a folder nor a recipe.
+    """
+    folder = Path(settings.model).expanduser()
+    if folder.is_dir():
+        manifest = read_manifest(folder)
+        if differences := changed_files(folder, manifest):
+            raise StartupError(
+                f"{folder} is damaged: {'; '.join(differences)}. "
+                "Build it again, or copy it again from where it was built"
+            )
+        return folder, manifest
+    recipe = load_recipe(settings.model)
+    folder = settings.models_dir.expanduser() / recipe.name
+    if built := find_built(folder, recipe):
+        return folder, built
+
+    from model_store.build.build import ensure_built  # torch and all that, only where there is something to build
+
+    return folder, ensure_built(recipe, folder, progress)
