@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from service.api.openai import ERRORS, EmbedFields, documented, usage
+from service.api.openai import ERRORS, EmbedFields, usage
 from service.embedding.choices import EmbedDtype
 from service.embedding.embedder import ChunkRequest, ChunkResult, EmbedInput
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors
-from service.http.common import Text, alias_of, answer_headers, asked_model, choose_instruction, ignored_fields
-from service.http.parts import parts_of
-from service.http.requests import read, while_connected
+from service.http.call import Call
+from service.http.common import Text
+from service.http.openapi import documented
 
 router = APIRouter(tags=["late chunking"], responses={401: ERRORS[401]})
 
@@ -59,7 +59,7 @@ class ChunkEmbeddingsAnswer(BaseModel):
 
 @router.post(
     "/v1/chunk_embeddings",
-    **documented(
+    **partial(documented, errors=ERRORS)(
         ChunkEmbeddingsBody,
         ChunkEmbeddingsAnswer,
         {"input": "Berlin is the capital of Germany. It has 3.7 million people.", "chunk_size": 8},
@@ -68,16 +68,15 @@ class ChunkEmbeddingsAnswer(BaseModel):
 )
 async def create_chunk_embeddings(request: Request) -> Response:
     """Embed one text with all of its context, and give a vector for each chunk of it."""
-    began = time.perf_counter()
-    body = await read(request, ChunkEmbeddingsBody)
-    embedder = parts_of(request).embedder
-    alias = alias_of(request, body.model)
-    more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
+    call = await Call.read(request, ChunkEmbeddingsBody)
+    body = call.body
+    alias = call.alias(body.model)
+    call.ignore(body.model_extra)
     if (body.chunk_size is None) == (body.spans is None):
         raise InvalidRequest("send either chunk_size or spans", "invalid_value", "chunk_size")
     asked = ChunkRequest(
         body.input,
-        choose_instruction(request, body.instruction, body.names(), alias),
+        call.choose(body.instruction, body.names(), alias),
         body.chunk_size or 0,
         body.spans or (),
         body.dimensions,
@@ -85,14 +84,11 @@ async def create_chunk_embeddings(request: Request) -> Response:
         body.priority,
         body.timeout_seconds(),
     )
-    result = await while_connected(request, embedder.embed_chunks(asked))
+    result = await call.while_connected(call.embedder.embed_chunks(asked))
     slices = write_answer(
-        result, parts_of(request).served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+        result, call.parts.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
     )
-    inputs = [EmbedInput(asked.text, asked.instruction)]
-    headers = answer_headers(embedder, inputs, result.embedded, time.perf_counter() - began)
-    writer = parts_of(request).writer
-    return writer.answer(slices, result.embedded.vectors, {**headers, **more})
+    return call.answer(slices, [EmbedInput(asked.text, asked.instruction)], result.embedded)
 
 
 def write_answer(

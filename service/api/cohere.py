@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -11,25 +10,15 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.api import openai
 from service.embedding.embedder import EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_array
-from service.http.common import (
-    Name,
-    Text,
-    alias_of,
-    answer_headers,
-    asked_model,
-    choose_instruction,
-    ignored_fields,
-    truncation,
-    with_instruction,
-)
+from service.http.call import Call
+from service.http.common import Name, Text, truncation
 from service.http.error_responses import Dialect, described
-from service.http.parts import parts_of
-from service.http.requests import missing, read, while_connected
+from service.http.openapi import documented
+from service.http.requests import missing
 from service.logs import request_id
 
 Version = Literal["1", "2"]
@@ -190,7 +179,7 @@ _ERRORS = described(CohereErrorAnswer)
 router = APIRouter(tags=["Cohere"], responses={401: _ERRORS[401]})
 
 
-_documented = partial(openai.documented, CohereEmbedBody, errors=_ERRORS)
+_documented = partial(documented, CohereEmbedBody, errors=_ERRORS)
 
 
 @router.post(
@@ -229,33 +218,27 @@ DIALECTS = {path: _DIALECT for _, path in DIRECT}
 
 
 async def _embed(request: Request, version: Version) -> Response:
-    began = time.perf_counter()
-    body = await read(request, CohereEmbedBody)
-    embedder = parts_of(request).embedder
-    alias = alias_of(request, body.model)
-    more = {**asked_model(request, body.model), **ignored_fields(embedder, body.model_extra or {})}
+    call = await Call.read(request, CohereEmbedBody)
+    body = call.body
+    alias = call.alias(body.model)
+    call.ignore(body.model_extra)
     texts, param = _texts(body)
-    asked = to_embed_request(request, body, alias, texts, param, version)
-    result = await while_connected(request, embedder.embed(asked))
-
+    asked = to_embed_request(call, alias, texts, param, version)
+    result = await call.embed(asked)
     types = list(dict.fromkeys(body.embedding_types or ())) or _default_types(version)
     slices = write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
-    headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
-    writer = parts_of(request).writer
-    # Each vector is written once for each type: whether the answer is a small one depends on all of them.
-    return writer.answer(slices, [*result.vectors] * max(len(types), 1), {**headers, **more})
+    return call.answer(slices, asked.inputs, result, [*result.vectors] * max(len(types), 1))
 
 
 def to_embed_request(
-    request: Request, body: CohereEmbedBody, alias: str, texts: Sequence[str], param: str, version: Version
+    call: Call[CohereEmbedBody], alias: str, texts: Sequence[str], param: str, version: Version
 ) -> EmbedRequest:
     """The request in the service's own terms.
 
     Raises:
         InvalidRequest: for names or limits that can't be served.
     """
-    embedder = parts_of(request).embedder
-    most = embedder.limits.max_input_tokens
+    body, most = call.body, call.parts.limits.max_input_tokens
     if body.max_tokens is not None and body.max_tokens < most:
         raise InvalidRequest(
             f"max_tokens is {body.max_tokens}: texts are cut at the {most} tokens that the server reads and not "
@@ -263,7 +246,7 @@ def to_embed_request(
             "invalid_value",
             "max_tokens",
         )
-    chosen = choose_instruction(request, body.instruction, {"input_type": body.input_type}, alias)
+    chosen = call.choose(body.instruction, {"input_type": body.input_type}, alias)
     if version == "2" and chosen.source == "none":
         raise InvalidRequest(
             "input_type is missing: send search_query, search_document, classification, clustering, or a prompt's "
@@ -273,7 +256,7 @@ def to_embed_request(
         )
     keep = truncation(body.truncate or "END")
     return EmbedRequest(
-        with_instruction(texts, chosen, embedder.settings.instruction_separator),
+        call.inputs(texts, chosen),
         body.output_dimension,
         overflow="truncate" if keep else "error",
         keep=keep or "start",

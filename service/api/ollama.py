@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.api import openai
 from service.embedding.embedder import EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.instructions import Chosen
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_answer, json_array
-from service.http.common import (
-    Text,
-    answer_headers,
-    check_model,
-    choose_instruction,
-    ignored_fields,
-    instructions_of,
-    model_names,
-    with_instruction,
-)
+from service.http.call import Call
+from service.http.common import Text
 from service.http.error_responses import Dialect, described
-from service.http.parts import parts_of
-from service.http.requests import TEXT_FIELDS, missing, parse, read, read_document, while_connected
+from service.http.models import alias_of, check_model, model_names
+from service.http.openapi import documented
+from service.http.parts import Parts, parts_of
+from service.http.requests import TEXT_FIELDS, missing, parse, read_document
 from service.settings import Settings
 
 # The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
@@ -70,6 +63,9 @@ class _Body(BaseModel):
         """The fields and options that change nothing here."""
         options = [f"options.{name}" for name, value in (self.options or {}).items() if value is not None]
         return [*(self.model_extra or {}), *options]
+
+
+AnyBody = TypeVar("AnyBody", bound=_Body)
 
 
 class OllamaEmbedBody(_Body):
@@ -181,7 +177,7 @@ _ERRORS = described(OllamaErrorAnswer)
 router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
 
-_documented = partial(openai.documented, errors=_ERRORS)
+_documented = partial(documented, errors=_ERRORS)
 
 
 @router.post(
@@ -195,26 +191,19 @@ _documented = partial(openai.documented, errors=_ERRORS)
 )
 async def embed(request: Request) -> Response:
     """Embed texts."""
-    began = time.perf_counter()
-    body = await read(request, OllamaEmbedBody)
-    body.check("input")
-    embedder = parts_of(request).embedder
-    alias = _alias_of(request, body.model)
-    more = ignored_fields(embedder, body.unused())
-    chosen = choose_instruction(request, alias=alias)
-    texts = _texts(body.input, embedder.settings)
+    call = await Call.read(request, OllamaEmbedBody)
+    body = call.body
+    texts = _texts(body.input, call.settings)
+    inputs, chosen = _begin(call, "input", texts)
     asked = EmbedRequest(
-        with_instruction(texts, chosen, embedder.settings.instruction_separator),
+        inputs,
         body.dimensions,
         overflow="error" if body.truncate is False else "truncate",
-        wait_seconds=embedder.settings.overload_wait_seconds,
+        wait_seconds=call.settings.overload_wait_seconds,
     )
-    result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
-
-    seconds = time.perf_counter() - began
-    slices = write_answer(result, body.model or parts_of(request).served_name, seconds)
-    headers = answer_headers(embedder, asked.inputs or [EmbedInput("", chosen)], result, seconds)
-    return _answer(request, slices, result, {**headers, **more})
+    result = await call.embed(asked) if texts else _NOTHING
+    slices = write_answer(result, body.model or call.parts.served_name, call.seconds)
+    return call.answer(slices, inputs or [EmbedInput("", chosen)], result)
 
 
 @router.post(
@@ -223,43 +212,31 @@ async def embed(request: Request) -> Response:
 )
 async def embeddings(request: Request) -> Response:
     """Embed one text. Superseded by `/api/embed`."""
-    began = time.perf_counter()
-    body = await read(request, OllamaEmbeddingsBody)
-    body.check("prompt")
-    embedder = parts_of(request).embedder
-    alias = _alias_of(request, body.model)
-    more = ignored_fields(embedder, body.unused())
-    chosen = choose_instruction(request, alias=alias)
+    call = await Call.read(request, OllamaEmbeddingsBody)
     # Without a prompt it asks to load the model. An empty prompt is no such request here: it is told so, as a client
     # that means a text would store the vector of no numbers.
-    texts = [] if body.prompt is None else [body.prompt]
+    texts = [] if call.body.prompt is None else [call.body.prompt]
+    inputs, chosen = _begin(call, "prompt", texts)
     # Once this gave what the model gives. Ollama's present releases give vectors of length 1 here too, but for a few
     # BERT models, and refuse a text that is too long.
-    asked = EmbedRequest(
-        with_instruction(texts, chosen, embedder.settings.instruction_separator),
-        wait_seconds=embedder.settings.overload_wait_seconds,
-        param="prompt",
-    )
-    result = await while_connected(request, embedder.embed(asked)) if texts else _NOTHING
-
+    asked = EmbedRequest(inputs, wait_seconds=call.settings.overload_wait_seconds, param="prompt")
+    result = await call.embed(asked) if texts else _NOTHING
     vectors = [vector for part in encode_vectors(result.vectors, "float") for vector in part]
     slices = iter([b'{"embedding":%b}' % (vectors[0] if vectors else b"[]")])
-    inputs = asked.inputs or [EmbedInput("", chosen)]
-    headers = answer_headers(embedder, inputs, result, time.perf_counter() - began)
-    return _answer(request, slices, result, {**headers, **more})
+    return call.answer(slices, inputs or [EmbedInput("", chosen)], result)
 
 
 @router.get("/api/tags", responses={200: {"model": OllamaTagsAnswer}})
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
-    manifest = parts_of(request).manifest
+    parts = parts_of(request)
     about = {
-        "modified_at": _modified_at(request),
-        "size": sum(file.size for file in manifest.files.values()),
-        "digest": manifest.embedding_space,
-        **_description(request),
+        "modified_at": _modified_at(parts),
+        "size": sum(file.size for file in parts.manifest.files.values()),
+        "digest": parts.manifest.embedding_space,
+        **_description(parts),
     }
-    names = [name if ":" in name else name + _LATEST for name in model_names(request)]
+    names = [name if ":" in name else name + _LATEST for name in model_names(parts)]
     return json_answer({"models": [{"name": name, "model": name, **about} for name in names]})
 
 
@@ -269,20 +246,20 @@ async def list_models(request: Request) -> Response:
 )
 async def show_model(request: Request) -> Response:
     """What the served model is, by one of its names."""
-    embedder = parts_of(request).embedder
+    parts = parts_of(request)
     body = parse(OllamaShowBody, await read_document(request))
     name = body.model or body.name
-    check_model(request, name or "", _alias_of(request, name))
-    manifest = parts_of(request).manifest
+    check_model(parts, name or "", _alias_of(parts, name))
+    manifest = parts.manifest
     family = manifest.model_type
     about = {
         "general.architecture": family,
         "general.parameter_count": manifest.parameters,
-        f"{family}.context_length": embedder.limits.max_input_tokens,
+        f"{family}.context_length": parts.limits.max_input_tokens,
         f"{family}.embedding_length": manifest.width,
         f"{family}.vocab_size": manifest.vocabulary,
     }
-    return json_answer({**_description(request), "model_info": about, "modified_at": _modified_at(request)})
+    return json_answer({**_description(parts), "model_info": about, "modified_at": _modified_at(parts)})
 
 
 @router.get("/api/version", responses={200: {"model": OllamaVersionAnswer}})
@@ -325,20 +302,32 @@ def _texts(given: Any, settings: Settings) -> Sequence[str]:
     return texts
 
 
-def _alias_of(request: Request, model: str | None) -> str:
+def _begin(call: Call[AnyBody], text_field: str, texts: Sequence[str]) -> tuple[list[EmbedInput], Chosen]:
+    """The inputs and their instruction, once the names and fields of the body are known to be right.
+
+    Raises:
+        InvalidRequest, ModelNotFound: if one of them is not.
+    """
+    call.body.check(text_field)
+    alias = _alias_of(call.parts, call.body.model)
+    call.ignore(call.body.unused())
+    chosen = call.choose(alias=alias)
+    return call.inputs(texts, chosen), chosen
+
+
+def _alias_of(parts: Parts, model: str | None) -> str:
     """The role or prompt that a model's name asks for, `:latest` being no name but the tag of those without one.
 
     Raises:
         ModelNotFound: if no model here has that name.
     """
-    known, served = instructions_of(request), parts_of(request).served_name
-    if model is not None and model != served and model not in known.aliases:
+    if model is not None and model != parts.served_name and model not in parts.instructions.aliases:
         model = model.removesuffix(_LATEST)
-    return known.alias_of(model, served)
+    return alias_of(parts, model)
 
 
-def _description(request: Request) -> dict[str, Any]:
-    manifest = parts_of(request).manifest
+def _description(parts: Parts) -> dict[str, Any]:
+    manifest = parts.manifest
     millions = manifest.parameters / 1e6
     details = {
         "parent_model": "",
@@ -347,18 +336,11 @@ def _description(request: Request) -> dict[str, Any]:
         "families": [manifest.model_type],
         "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.0f}M",
         "quantization_level": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(manifest.dtype, ""),
-        "context_length": parts_of(request).limits.max_input_tokens,
+        "context_length": parts.limits.max_input_tokens,
         "embedding_length": manifest.width,
     }
     return {"details": details, "capabilities": ["embedding"]}
 
 
-def _modified_at(request: Request) -> str:
-    return datetime.fromtimestamp(parts_of(request).started_at, UTC).isoformat()
-
-
-def _answer(request: Request, slices: Iterator[bytes], result: EmbedResult, headers: dict[str, str]) -> Response:
-    if not result.vectors:
-        return Response(b"".join(slices), 200, headers, "application/json")
-    writer = parts_of(request).writer
-    return writer.answer(slices, result.vectors, headers)
+def _modified_at(parts: Parts) -> str:
+    return datetime.fromtimestamp(parts.started_at, UTC).isoformat()

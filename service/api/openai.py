@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -18,24 +17,13 @@ from service.embedding.embedder import EmbedInput, EmbedRequest, EmbedResult, To
 from service.embedding.instructions import ROLES, Chosen
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors, json_answer
-from service.http.common import (
-    Name,
-    Text,
-    alias_of,
-    answer_headers,
-    are_ids,
-    asked_model,
-    check_model,
-    choose_instruction,
-    ignored_fields,
-    instructions_of,
-    model_names,
-    split_text,
-    truncation,
-)
+from service.http.call import Call
+from service.http.common import Name, Text, are_ids, split_text, truncation
 from service.http.error_responses import described
-from service.http.parts import parts_of
-from service.http.requests import missing, read, while_connected
+from service.http.models import alias_of, check_model, model_names
+from service.http.openapi import documented
+from service.http.parts import Parts, parts_of
+from service.http.requests import missing
 from service.logs import log
 
 _INPUT_SCHEMA = {
@@ -164,21 +152,12 @@ ERRORS = described(ErrorAnswer)
 router = APIRouter(tags=["OpenAI"], responses={401: ERRORS[401]})
 
 
-def documented(
-    body: type[BaseModel], answer: Any, *examples: dict[str, Any], errors: dict[int | str, dict[str, Any]] = ERRORS
-) -> dict[str, Any]:
-    """What OpenAPI says of an endpoint that reads its body and writes its answer itself."""
-    content: dict[str, Any] = {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}
-    content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
-    return {
-        "responses": {200: {"model": answer}, **errors},
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
-    }
+_documented = partial(documented, errors=ERRORS)
 
 
 @router.post(
     "/v1/embeddings",
-    **documented(
+    **_documented(
         EmbeddingsBody,
         EmbeddingsAnswer,
         {"input": ["A plane is taking off.", "A man is playing a flute."]},
@@ -189,36 +168,31 @@ def documented(
 @router.post("/openai/v1/embeddings", include_in_schema=False)
 async def create_embeddings(request: Request) -> Response:
     """Embed texts."""
-    began = time.perf_counter()
-    body = await read(request, EmbeddingsBody)
-    return await _embed(request, body, body.model, began)
+    call = await Call.read(request, EmbeddingsBody)
+    return await _embed(call, call.body.model)
 
 
 @router.post(
     "/openai/deployments/{deployment}/embeddings",
-    **documented(EmbeddingsBody, EmbeddingsAnswer, {"input": ["A plane is taking off.", "A man is playing a flute."]}),
+    **_documented(EmbeddingsBody, EmbeddingsAnswer, {"input": ["A plane is taking off.", "A man is playing a flute."]}),
 )
 async def create_azure_embeddings(request: Request, deployment: str) -> Response:
     """Embed texts, as Azure's clients ask: the deployment is the model's name, whatever the body says."""
-    began = time.perf_counter()
-    return await _embed(request, await read(request, EmbeddingsBody), deployment, began)
+    return await _embed(await Call.read(request, EmbeddingsBody), deployment)
 
 
-async def _embed(request: Request, body: EmbeddingsBody, model: str | None, began: float) -> Response:
-    embedder = parts_of(request).embedder
-    alias = alias_of(request, model)
-    more = {**asked_model(request, model), **ignored_fields(embedder, body.model_extra or {})}
-    asked = to_embed_request(request, body, alias)
+async def _embed(call: Call[EmbeddingsBody], model: str | None) -> Response:
+    body = call.body
+    alias = call.alias(model)
+    call.ignore(body.model_extra)
+    asked = to_embed_request(call, alias)
     if asked.token_ids != "model":
-        more["x-token-ids-decoded"] = asked.token_ids
-    result = await while_connected(request, embedder.embed(asked))
-
+        call.headers["x-token-ids-decoded"] = asked.token_ids
+    result = await call.embed(asked)
     slices = write_answer(
-        result, parts_of(request).served_name, body.encoding_format or "float", body.embed_dtype or "float32"
+        result, call.parts.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
     )
-    headers = answer_headers(embedder, asked.inputs, result, time.perf_counter() - began)
-    writer = parts_of(request).writer
-    return writer.answer(slices, result.vectors, {**headers, **more})
+    return call.answer(slices, asked.inputs, result)
 
 
 # Called for these without FastAPI in between.
@@ -230,30 +204,32 @@ DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/emb
 @router.get("/openai/v1/models", include_in_schema=False)
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
-    return json_answer({"object": "list", "data": [_model(request, name) for name in model_names(request)]})
+    parts = parts_of(request)
+    return json_answer({"object": "list", "data": [_model(parts, name) for name in model_names(parts)]})
 
 
 @router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
 async def get_model(request: Request, name: str) -> Response:
     """The served model by one of its names."""
-    check_model(request, name, alias_of(request, name))
-    return json_answer(_model(request, name))
+    parts = parts_of(request)
+    check_model(parts, name, alias_of(parts, name))
+    return json_answer(_model(parts, name))
 
 
-def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> EmbedRequest:
+def to_embed_request(call: Call[EmbeddingsBody], alias: str) -> EmbedRequest:
     """The request in the service's own terms.
 
     Raises:
         InvalidRequest: for inputs, instructions or names that can't be served.
     """
-    embedder = parts_of(request).embedder
+    body = call.body
     if body.input is None:
         raise missing("input", body.model_extra or {})
     given = [body.input] if isinstance(body.input, str) or are_ids(body.input) else body.input
     if not isinstance(given, list):
         raise InvalidRequest("input must be a text, a list of texts, or token ids", "invalid_input", "input")
     one = body.instruction if isinstance(body.instruction, str) else None
-    chosen = choose_instruction(request, one, body.names(), alias)
+    chosen = call.choose(one, body.names(), alias)
     choices = [chosen] * len(given)
     if isinstance(body.instruction, list):
         if len(body.instruction) != len(given):
@@ -263,12 +239,12 @@ def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> Embe
                 "instruction",
             )
         choices = [chosen if text is None else Chosen(text, "request") for text in body.instruction]
-    separator = embedder.settings.instruction_separator
+    separator = call.settings.instruction_separator
     if all(isinstance(item, str) for item in given):
         inputs = [split_text(item, choice, separator) for item, choice in zip(given, choices, strict=True)]
     else:
         pairs = enumerate(zip(given, choices, strict=True))
-        inputs = [_input(request, index, item, choice, separator) for index, (item, choice) in pairs]
+        inputs = [_input(call.parts, index, item, choice, separator) for index, (item, choice) in pairs]
     keep = truncation(body.truncate)
     return EmbedRequest(
         inputs,
@@ -276,7 +252,7 @@ def to_embed_request(request: Request, body: EmbeddingsBody, alias: str) -> Embe
         overflow=body.overflow or ("truncate" if keep else "error"),
         keep=keep or "start",
         normalize=body.normalize is not False,
-        token_ids=_token_ids(request, body, inputs),
+        token_ids=_token_ids(call, inputs),
         lane=body.priority,
         timeout_seconds=body.timeout_seconds(),
     )
@@ -305,7 +281,7 @@ def usage(result: EmbedResult) -> dict[str, int]:
     return {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
 
 
-def _input(request: Request, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:
+def _input(parts: Parts, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:
     """One input in any of its forms.
 
     Raises:
@@ -316,7 +292,7 @@ def _input(request: Request, index: int, item: Any, chosen: Chosen, separator: s
     if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item):
         return EmbedInput(item[1], Chosen(item[0], "item"))
     if isinstance(item, dict) and isinstance(item.get("text"), str):
-        return EmbedInput(item["text"], _item_instruction(request, index, item) or chosen)
+        return EmbedInput(item["text"], _item_instruction(parts, index, item) or chosen)
     raise InvalidRequest(
         f"input index {index} must be a text, token ids, a pair [instruction, text], or an object with a text",
         "invalid_input",
@@ -324,7 +300,7 @@ def _input(request: Request, index: int, item: Any, chosen: Chosen, separator: s
     )
 
 
-def _item_instruction(request: Request, index: int, item: dict[str, Any]) -> Chosen | None:
+def _item_instruction(parts: Parts, index: int, item: dict[str, Any]) -> Chosen | None:
     fields = ("input_type", "prompt_name", "task")
     unknown = item.keys() - {"text", "instruction", *fields}
     wrong = [name for name in ("instruction", *fields) if not isinstance(item.get(name), (str, type(None)))]
@@ -338,20 +314,19 @@ def _item_instruction(request: Request, index: int, item: dict[str, Any]) -> Cho
     if item.get("instruction") is not None:
         return Chosen(item["instruction"], "item")
     names = {name: item[name] for name in fields if item.get(name)}
-    return Chosen(instructions_of(request).named(names), "item") if names else None
+    return Chosen(parts.instructions.named(names), "item") if names else None
 
 
-def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInput]) -> TokenIds:
+def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> TokenIds:
     """What the ids among the inputs are.
 
     Raises:
         InvalidRequest: if there are some and none are taken.
     """
-    embedder = parts_of(request).embedder
     given = {index: item.text for index, item in enumerate(inputs) if not isinstance(item.text, str)}
     if not given:
         return "model"
-    policy = body.token_ids or embedder.settings.token_ids
+    policy = call.body.token_ids or call.settings.token_ids
     if policy == "reject":
         raise InvalidRequest(
             "token ids are not taken: send texts (in LangChain: check_embedding_ctx_length=False)",
@@ -359,8 +334,8 @@ def _token_ids(request: Request, body: EmbeddingsBody, inputs: Sequence[EmbedInp
             "input",
         )
     if policy == "auto":
-        policy = _whose(given, embedder.manifest.vocabulary) if _by_openai_sdk(request) else "model"
-    embedder.metrics.token_id_inputs.labels(policy).inc(len(given))
+        policy = _whose(given, call.parts.manifest.vocabulary) if _by_openai_sdk(call.request) else "model"
+    call.parts.metrics.token_id_inputs.labels(policy).inc(len(given))
     return policy
 
 
@@ -402,15 +377,14 @@ def _by_openai_sdk(request: Request) -> bool:
     return "x-stainless-lang" in headers or agent.startswith(("OpenAI/", "AsyncOpenAI/"))
 
 
-def _model(request: Request, name: str) -> dict[str, Any]:
-    state = parts_of(request)
+def _model(parts: Parts, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
-        "created": state.started_at,
+        "created": parts.started_at,
         "owned_by": "llm2vec-service",
-        "root": state.served_name,
-        "dimensions": state.manifest.width,
-        "max_input_tokens": state.limits.max_input_tokens,
-        "embedding_space": state.manifest.embedding_space,
+        "root": parts.served_name,
+        "dimensions": parts.manifest.width,
+        "max_input_tokens": parts.limits.max_input_tokens,
+        "embedding_space": parts.manifest.embedding_space,
     }

@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from model_store.text.tokenizer import Part
-from service.api.openai import ERRORS, EmbeddingsBody, documented, to_embed_request
+from service.api.openai import ERRORS, EmbeddingsBody, to_embed_request
 from service.embedding.embedder import EmbedInput, Preview
 from service.embedding.instructions import ROLES
 from service.http.answers import json_answer
-from service.http.common import alias_of, ignored_fields, instructions_of
+from service.http.call import Call
+from service.http.openapi import documented
 from service.http.parts import parts_of
-from service.http.requests import read, while_connected
 
 router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 
@@ -62,7 +62,7 @@ class PreviewAnswer(BaseModel):
 @router.get("/v1/prompts", responses={200: {"model": PromptsAnswer}})
 async def list_prompts(request: Request) -> Response:
     """What input_type, prompt_name and task may say, and the instruction that each stands for."""
-    known = instructions_of(request)
+    known = parts_of(request).instructions
     answer = {
         "roles": {name: known.query if role == "query" else "" for name, role in ROLES.items()},
         "prompts": {
@@ -75,22 +75,26 @@ async def list_prompts(request: Request) -> Response:
 
 @router.post(
     "/v1/prompts/preview",
-    **documented(EmbeddingsBody, PreviewAnswer, {"input": "how much protein a day", "input_type": "query"}),
+    **documented(
+        EmbeddingsBody,
+        PreviewAnswer,
+        {"input": "how much protein a day", "input_type": "query"},
+        errors=ERRORS,
+    ),
 )
 async def preview(request: Request) -> Response:
     """The tokens of each input of an embeddings request: where each came from, which are pooled and which are cut.
 
     Nothing is computed. An input that such a request would have refused for its length has an `over_limit`.
     """
-    body = await read(request, EmbeddingsBody)
-    embedder = parts_of(request).embedder
-    alias = alias_of(request, body.model)
-    more = ignored_fields(embedder, body.model_extra or {})
-    asked = to_embed_request(request, body, alias)
-    previews = await while_connected(request, embedder.preview(asked))
+    call = await Call.read(request, EmbeddingsBody)
+    alias = call.alias(call.body.model)
+    call.ignore(call.body.model_extra)
+    asked = to_embed_request(call, alias)
+    previews = await call.while_connected(call.embedder.preview(asked))
     # In a thread, as there can be hundreds of thousands of tokens.
-    content = await asyncio.to_thread(_write_previews, asked.inputs, previews, embedder.limits.max_input_tokens)
-    return Response(content, 200, more, "application/json")
+    content = await asyncio.to_thread(_write_previews, asked.inputs, previews, call.parts.limits.max_input_tokens)
+    return Response(content, 200, call.headers, "application/json")
 
 
 def _write_previews(inputs: Sequence[EmbedInput], previews: Sequence[Preview], limit: int) -> bytes:

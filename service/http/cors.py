@@ -8,7 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.http.common import ANSWER_HEADERS
+from service.http.headers import ANSWER_HEADERS
 
 _ERROR_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry", "www-authenticate")
 

@@ -11,7 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api import chunks, cohere, ollama, openai, operations, playground, prompts, reference, tei
+from service.api import chunks, cohere, ollama, openai, operations, playground, prompts, reference
+from service.api.tei import dialect as tei
+from service.api.tei import embed as tei_embed
+from service.api.tei import info as tei_info
+from service.api.tei import rank as tei_rank
+from service.api.tei import tokens as tei_tokens
 from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import load_instructions
@@ -31,9 +36,10 @@ MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
 
 # Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
 _DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
-_ROUTERS = [dialect.router for dialect in (openai, chunks, prompts, tei, cohere, ollama, operations, reference)]
+_TEI = (tei_embed, tei_rank, tei_tokens, tei_info)
+_ROUTERS = [api.router for api in (openai, chunks, prompts, *_TEI, cohere, ollama, operations, reference)]
 _PATHS = [path for router in _ROUTERS for route in router.routes if (path := getattr(route, "path", "/")) != "/"]
-_DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
+_DIRECT = {**openai.DIRECT, **tei_info.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
 def create_app(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.errors import StartupError
-from service.http.common import ANSWER_HEADERS
+from service.http.headers import ANSWER_HEADERS
 from service.settings import load_settings
 from tests.service.fakes import Server
 

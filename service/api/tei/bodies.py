@@ -1,0 +1,152 @@
+"""The bodies of TEI's requests, and the shapes of its answers for the documentation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from service.http.common import Name, Text
+
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_INPUTS_SCHEMA = {
+    "description": "a text or a list of texts; or token ids of this model, one text's or a list of such",
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}},
+        _IDS,
+    ],
+}
+_IDS_SCHEMA = {
+    "description": "token ids of this model, one text's or a list of such",
+    "anyOf": [_IDS, {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}],
+}
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+Inputs = Annotated[Any, WithJsonSchema(_INPUTS_SCHEMA)]
+Direction = Annotated[Literal["left", "right"] | None, BeforeValidator(_lower)]
+Flag = Annotated[bool | None, Field(strict=True)]
+
+
+class TruncateFields(BaseModel):
+    """What is done with a text that is too long; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    truncate: Flag = Field(None, description="cut what is too long; by default it is an error")
+    truncation_direction: Direction = Field(None, description="the side that goes, right by default; in any case")
+
+
+class EmbedAllBody(TruncateFields):
+    """The body of `POST /embed_all`; null means absent."""
+
+    inputs: Inputs
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+
+
+class EmbedBody(EmbedAllBody):
+    """The body of `POST /embed`; null means absent."""
+
+    normalize: Flag = Field(None, description="vectors of length 1, the default, or as the model gives them")
+    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+
+
+class _Sentences(BaseModel):
+    source_sentence: Text
+    sentences: list[Text]
+
+
+class SimilarityParameters(TruncateFields):
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document, for all sentences")
+
+
+class SimilarityBody(BaseModel):
+    """The body of `POST /similarity`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: Annotated[_Sentences, WithJsonSchema(_Sentences.model_json_schema())]
+    parameters: Annotated[
+        SimilarityParameters | None,
+        WithJsonSchema({"anyOf": [SimilarityParameters.model_json_schema(), {"type": "null"}]}),
+    ] = None
+
+
+class RerankBody(TruncateFields):
+    """The body of `POST /rerank`; null means absent."""
+
+    query: Text
+    texts: list[Text]
+    raw_scores: Flag = Field(
+        None, description="the cosine, -1 to 1; by default it is moved to 0 to 1: (1 + cosine) / 2"
+    )
+    return_text: Flag = Field(None, description="give each text again beside its score")
+
+
+class TokenizeBody(BaseModel):
+    """The body of `POST /tokenize`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    inputs: Text | list[Text]
+    add_special_tokens: Flag = Field(
+        None, description="all that the model reads, the default, or without what stands around every text"
+    )
+    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+
+
+class DecodeBody(BaseModel):
+    """The body of `POST /decode`; null means absent."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ids: Annotated[Any, WithJsonSchema(_IDS_SCHEMA)]
+    skip_special_tokens: Flag = Field(None, description="leave special tokens out, the default")
+
+
+class TEIRank(BaseModel):
+    """One of a list: how close the text at `index` is to the query."""
+
+    index: int
+    score: float
+    text: str | None = None
+
+
+class TEIToken(BaseModel):
+    """One of a text's tokens: the bytes [start, stop) of prompt and text that it stands for."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
+
+
+class TEIInfo(BaseModel):
+    """What is served, and within which limits."""
+
+    class _ModelType(BaseModel):
+        class _Embedding(BaseModel):
+            pooling: str
+
+        embedding: _Embedding
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str
+    served_model_name: str
+    model_type: _ModelType
+    max_concurrent_requests: int
+    max_input_length: int
+    max_batch_tokens: int
+    max_batch_requests: int | None
+    max_client_batch_size: int
+    auto_truncate: bool
+    tokenization_workers: int
+    version: str
+    sha: str | None
+    docker_label: str | None

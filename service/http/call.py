@@ -1,0 +1,155 @@
+"""One request about texts, as all dialects handle it: read it, translate it, embed, write the answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request, Response
+from pydantic import BaseModel
+
+from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.instructions import Asked, Chosen
+from service.embedding.rows import Vector
+from service.errors import InvalidRequest
+from service.http.answers import json_answer
+from service.http.common import with_instruction
+from service.http.headers import answer_headers, header_text, ignored_header
+from service.http.models import alias_of
+from service.http.parts import parts_of
+from service.http.requests import read, while_connected
+from service.settings import Settings
+
+Body = TypeVar("Body", bound=BaseModel)
+T = TypeVar("T")
+
+# Of a model's name in a header.
+_NAME_CHARACTERS = 200
+
+
+class Call(Generic[Body]):
+    """A request, its body in a dialect's terms, and what its answer says of it in `headers`."""
+
+    def __init__(self, request: Request, body: Body, began: float) -> None:
+        self.request = request
+        self.body = body
+        self.parts = parts_of(request)
+        self.headers: dict[str, str] = {}
+        self._began = began
+
+    @classmethod
+    async def read(cls, request: Request, model: type[Body]) -> Call[Body]:
+        """The request, once the server is ready.
+
+        Raises:
+            Unavailable: while it loads or drains.
+            ServiceError: whatever is wrong with the body.
+        """
+        began = time.perf_counter()
+        return cls(request, await read(request, model), began)
+
+    @property
+    def embedder(self) -> Embedder:
+        """The use case."""
+        return self.parts.embedder
+
+    @property
+    def settings(self) -> Settings:
+        """How the server runs."""
+        return self.parts.settings
+
+    @property
+    def seconds(self) -> float:
+        """Since the request came."""
+        return time.perf_counter() - self._began
+
+    def alias(self, model: str | None) -> str:
+        """The role or prompt that the model's name asks for; a header says by which other name it was asked.
+
+        Raises:
+            ModelNotFound: if no model here has that name.
+        """
+        alias = alias_of(self.parts, model)
+        if model is not None and model != self.parts.served_name:
+            self.headers["x-requested-model"] = header_text(model[:_NAME_CHARACTERS])
+        return alias
+
+    def ignore(self, names: Iterable[str] | None) -> None:
+        """Name the fields that nobody knows in a header, and count them.
+
+        Raises:
+            InvalidRequest: instead, where the settings say so.
+        """
+        ignored = sorted(names or ())
+        if not ignored:
+            return
+        if self.settings.reject_unknown_fields:
+            raise InvalidRequest(f"unknown fields: {', '.join(ignored[:100])}", "unknown_field", ignored[0])
+        self.parts.metrics.ignored_fields.inc(len(ignored))
+        self.headers["x-ignored-fields"] = ignored_header(ignored)
+
+    def choose(
+        self, instruction: str | None = None, names: Mapping[str, str | None] | None = None, alias: str = ""
+    ) -> Chosen:
+        """The instruction of the inputs that bring none: from fields, the model's alias, headers or settings.
+
+        Raises:
+            InvalidRequest: for a name that there is not, or two that contradict each other.
+        """
+        headers = self.request.headers
+        asked = Asked(
+            instruction,
+            {field: name for field, name in (names or {}).items() if name},
+            alias,
+            _utf8(headers.get("x-instruction")),
+            headers.get("x-input-type"),
+        )
+        return self.parts.instructions.choose(asked)
+
+    def inputs(self, texts: Iterable[str | Sequence[int]], chosen: Chosen) -> list[EmbedInput]:
+        """Inputs of one instruction, but for texts that hold the separator of the settings."""
+        return with_instruction(texts, chosen, self.settings.instruction_separator)
+
+    async def embed(self, asked: EmbedRequest) -> EmbedResult:
+        """The vectors; nothing more is computed once the client has hung up.
+
+        Raises:
+            ServiceError: as `Embedder.embed`.
+            ClientGone: if the client hung up.
+        """
+        return await self.while_connected(self.embedder.embed(asked))
+
+    async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled if the client hangs up.
+
+        Raises:
+            ClientGone: if the client hung up.
+        """
+        return await while_connected(self.request, work)
+
+    def answer(
+        self,
+        slices: Iterator[bytes],
+        inputs: Sequence[EmbedInput],
+        result: EmbedResult,
+        written: Sequence[Vector] | None = None,
+    ) -> Response:
+        """An answer of JSON slices. `written` are its vectors as often as they are written, by default once each."""
+        headers = {**self._about(inputs, result), **self.headers}
+        vectors = result.vectors if written is None else written
+        if not vectors:
+            return Response(b"".join(slices), 200, headers, "application/json")
+        return self.parts.writer.answer(slices, vectors, headers)
+
+    def json(self, content: Any, inputs: Sequence[EmbedInput], result: EmbedResult) -> Response:
+        """A small answer of anything that was made of vectors."""
+        return json_answer(content, {**self._about(inputs, result), **self.headers})
+
+    def _about(self, inputs: Sequence[EmbedInput], result: EmbedResult) -> dict[str, str]:
+        return answer_headers(self.embedder, inputs, result, self.seconds)
+
+
+def _utf8(header: str | None) -> str | None:
+    """A header's text: the framework takes its bytes for Latin-1."""
+    return None if header is None else header.encode("latin-1").decode(errors="replace")

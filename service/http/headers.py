@@ -1,0 +1,79 @@
+"""The headers of an answer that say how it was made, the same in all dialects."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from service.embedding.embedder import Embedder, EmbedInput, EmbedResult
+
+# Of names that a client made up: how many are told, and in how many characters of a header.
+_NAMED = 100
+_HEADER_CHARACTERS = 1024
+
+# An instruction of more characters is hashed each time: those of many clients would fill the memory.
+_REMEMBERED_CHARACTERS = 1024
+
+# Every header of an answer beside the usual ones, for pages of other origins that want to read them.
+ANSWER_HEADERS = (
+    "x-request-id",
+    "x-embedding-space",
+    "x-instruction-sha",
+    "x-truncated-inputs",
+    "x-ignored-fields",
+    "x-requested-model",
+    "x-token-ids-decoded",
+    "x-compute-tokens",
+    "x-total-time",
+    "x-tokenization-time",
+    "x-queue-time",
+    "x-inference-time",
+)
+
+
+def answer_headers(
+    embedder: Embedder, inputs: Sequence[EmbedInput], result: EmbedResult, total: float
+) -> dict[str, str]:
+    """What an answer says of itself, in all dialects; times are in milliseconds."""
+    return {
+        "x-embedding-space": embedder.manifest.embedding_space,
+        "x-instruction-sha": instruction_sha({item.instruction.text for item in inputs}),
+        "x-compute-tokens": str(result.prompt_tokens),
+        "x-truncated-inputs": str(result.truncated_inputs),
+        "x-total-time": _milliseconds(total),
+        "x-tokenization-time": _milliseconds(result.tokenize_seconds),
+        "x-queue-time": _milliseconds(result.queue_seconds),
+        "x-inference-time": _milliseconds(result.inference_seconds),
+    }
+
+
+def instruction_sha(instructions: set[str]) -> str:
+    """A short hash of the instruction that all inputs got: `none`, or `mixed` where it was not the same."""
+    if len(instructions) != 1:
+        return "mixed"
+    (instruction,) = instructions
+    if not instruction:
+        return "none"
+    return (_sha if len(instruction) <= _REMEMBERED_CHARACTERS else _sha.__wrapped__)(instruction)
+
+
+def ignored_header(names: Sequence[str]) -> str:
+    """Names that a client made up, as far as a header can tell them."""
+    shown = ", ".join(header_text(name[:_HEADER_CHARACTERS]) for name in names[:_NAMED])
+    return shown[:_HEADER_CHARACTERS]
+
+
+def header_text(name: str) -> str:
+    """A client's word in a header: nothing in it may end the header or begin another."""
+    return re.sub(r"[^\x21-\x7e]", "?", name)
+
+
+@lru_cache(maxsize=1024)
+def _sha(instruction: str) -> str:
+    return hashlib.sha256(instruction.encode()).hexdigest()[:16]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.2f}"
