@@ -99,7 +99,7 @@ class Desk:
                 error = ServiceError("the server failed on this request")
             # Before the answer, so that whoever has it knows of the failure too.
             self.tell(self._others_tokens)
-            self.link.send(Failed(asked.number, error))
+            self.link.send(Failed.of(asked.number, error))
         finally:
             self.tokens -= tokens
 

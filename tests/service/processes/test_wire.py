@@ -85,7 +85,7 @@ def test_a_stream_is_cut_into_frames_however_it_arrives(step: int) -> None:
 def test_vectors_of_one_width_arrive_bit_by_bit() -> None:
     given = computed(640, 640, 640)
     given[1].vector[:3] = (np.nan, np.inf, -0.0)
-    (message,) = sent(Vectors(5, 11, given))
+    (message,) = sent(Vectors.of(5, 11, given))
     assert isinstance(message, Vectors)
     assert (message.number, message.first) == (5, 11)
     assert [item.vector.tobytes() for item in message.computed] == [item.vector.tobytes() for item in given]
@@ -118,7 +118,7 @@ def test_an_answer_in_parts_is_whole_again(widths: tuple[int, ...]) -> None:
     ],
 )
 def test_errors_arrive_with_all_that_an_answer_needs(error: ServiceError) -> None:
-    (message,) = sent(Failed(4, error))
+    (message,) = sent(Failed.of(4, error))
     assert isinstance(message, Failed)
     assert type(message.error) is type(error)
     assert str(message.error) == str(error)
