@@ -46,7 +46,7 @@ import uvloop
 from bench.report import finish
 from bench.texts import sentences
 from model_store.manifest import Manifest
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector

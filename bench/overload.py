@@ -33,7 +33,7 @@ from bench.http_path import Case, ReadyWorker, distinct_texts, request_bytes
 from bench.report import finish
 from model_store.manifest import Manifest
 from model_store.text.tokenizer import TextTokenizer
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector

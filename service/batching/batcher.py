@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Generic
 
-from service.batching.cost_model import CostModel
+from service.batching.contract import Computed, DevicePlan, Recent, Row, RunBatch, Vector
+from service.batching.inputs import Input, Request
 from service.batching.memory_budget import MemoryBudget
+from service.batching.pace import Pace
 from service.batching.room import has_room
 from service.batching.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
 from service.batching.stuck import stuck_after
@@ -30,166 +31,11 @@ from service.errors import (
 from service.logs import log
 from service.metrics import Metrics
 
-
-class Batchable(Protocol):
-    """A row to compute."""
-
-    @property
-    def key(self) -> bytes:
-        """The same for rows that get the same vector."""
-
-    def __len__(self) -> int:
-        """Its tokens."""
-
-
-Row = TypeVar("Row", bound=Batchable)
-RowIn = TypeVar("RowIn", contravariant=True)
-Vector = TypeVar("Vector")
-
-# What a batch gives for each row, in order: its vector, or the error of that row alone.
-RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
-
-# Share of the newest batch in running averages.
-_NEWEST = 0.2
-
 # Rows between two turns of the event loop: a millisecond's work.
 _ROWS_AT_ONCE = 128
 
 # What a client that finds too much queued is told to wait, at least and at most.
 _RETRY_SECONDS = (1.0, 60.0)
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """What warm-up found out about the device.
-
-    `lead_seconds` is how long before the device is free the next batch must be composed so that it never waits; 0 where
-    batches can't be queued behind each other.
-    """
-
-    cost: CostModel
-    limits: BatchLimits
-    lead_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Computed(Generic[Vector]):
-    """One input's vector, how long it waited for its batch and how long the batch took; no time if it was there."""
-
-    vector: Vector
-    queue_seconds: float = 0.0
-    inference_seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class _Request(Generic[Vector]):
-    """A request's answers, and the future that has them all once none is missing."""
-
-    answers: list[Computed[Vector] | None]
-    missing: int
-    done: asyncio.Future[None]
-    since: float
-
-    def set(self, index: int, computed: Computed[Vector]) -> None:
-        self.answers[index] = computed
-        self.missing -= 1
-        if not self.missing and not self.done.done():
-            self.done.set_result(None)
-
-    def fail(self, index: int, error: Exception) -> None:
-        if not self.done.done():
-            self.done.set_exception(error.at(index) if isinstance(error, EncodingError) else error)
-
-
-@dataclass(eq=False)
-class _Input(Generic[Row, Vector]):
-    """One distinct row, and the places in requests that wait for its vector."""
-
-    row: Row
-    lane: Lane
-    waiting: list[tuple[_Request[Vector], int]]
-    tokens: int
-    since: float
-    callers: tuple[int, ...]  # in whose turns it is
-    queued: bool = True
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it is still to be computed."""
-        return self.queued and self.awaited
-
-    @property
-    def awaited(self) -> bool:
-        return any(not request.done.done() for request, _ in self.waiting)
-
-    def set(self, vector: Vector, given: float, ended: float) -> None:
-        """Answer all that wait, each with its own times: some may have come long after the first, or after `given`."""
-        for request, index in self.waiting:
-            begun = max(given, request.since)
-            request.set(index, Computed(vector, begun - request.since, ended - begun))
-
-    def fail(self, error: Exception) -> None:
-        for request, index in self.waiting:
-            request.fail(index, error)
-
-
-class Recent(Protocol[Vector]):
-    """A memory of vectors, such as `service.batching.vector_cache.VectorCache`."""
-
-    def get(self, key: bytes) -> Vector | None:
-        """The vector, if it is remembered."""
-
-    def put(self, key: bytes, vector: Vector) -> None:
-        """Remember a vector."""
-
-
-class Batcher(Protocol[RowIn, Vector]):
-    """Computes rows, from many requests at once."""
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens at which a batch is full; 0 before the start."""
-
-    @property
-    def last_batch_failed(self) -> bool:
-        """Whether a device's last batch failed."""
-
-    on_room: Callable[[], None]
-    """Called whenever a lane may have more room than before, and when there will never be any again."""
-
-    def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """See whether a lane has room for so many tokens, behind those that wait and `ahead` that are to come.
-
-        Raises:
-            Overloaded: if it has not.
-            Unavailable: if nothing computes any more.
-        """
-
-    def overloaded(self, lane: Lane) -> Overloaded:
-        """The refusal of a request that a lane has no room for."""
-
-    async def submit(
-        self,
-        rows: Sequence[RowIn],
-        lane: Lane = "interactive",
-        timeout_seconds: float | None = None,
-        caller: int = 0,
-    ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. Cancelling it drops what is still queued. Interactive callers take turns.
-
-        Raises:
-            Overloaded: if too much is queued; nothing is computed.
-            DeadlineExceeded: if some was still queued when the time was over.
-            EncodingError: the first of the rows' own errors, with its index.
-            Unavailable: if nothing computes any more.
-        """
-
-    async def probe(self, row: RowIn) -> None:
-        """Compute a row wherever the last batch failed, whatever waits there.
-
-        Raises:
-            EncodingError, Unavailable: if that fails too.
-        """
 
 
 class MicroBatcher(Generic[Row, Vector]):
@@ -208,15 +54,13 @@ class MicroBatcher(Generic[Row, Vector]):
         self._metrics = metrics
         self._recent = recent
         self._max_queued_tokens = max_queued_tokens
-        self._queue: Queue[_Input[Row, Vector]] = Queue()
-        self._known: dict[tuple[Lane, bytes], _Input[Row, Vector]] = {}
+        self._queue: Queue[Input[Row, Vector]] = Queue()
+        self._known: dict[tuple[Lane, bytes], Input[Row, Vector]] = {}
         self._arrival = asyncio.Event()
         self._ended = False
         self._plan: DevicePlan | None = None
         self._memory = MemoryBudget(0)
-        self._slowness = 1.0  # seconds that batches take for each second of the cost model
-        self._free_at = 0.0  # when the device will have done what was given to it, by the cost model
-        self._last_ended = 0.0
+        self._pace = Pace()
         self._queued = {lane: [0, 0] for lane in LANES}  # inputs and tokens that wait
         self._arriving = dict.fromkeys(LANES, 0)  # tokens of requests that are just being queued
         self._queue_waits = {lane: metrics.queue_wait_seconds.labels(lane) for lane in LANES}
@@ -250,8 +94,8 @@ class MicroBatcher(Generic[Row, Vector]):
         if not admitted:
             self.admit(sum(map(len, rows)), lane)
         done = asyncio.get_running_loop().create_future()
-        request: _Request[Vector] = _Request([None] * len(rows), len(rows), done, time.perf_counter())
-        awaited: list[_Input[Row, Vector]] = []
+        request: Request[Vector] = Request([None] * len(rows), len(rows), done, time.perf_counter())
+        awaited: list[Input[Row, Vector]] = []
         cancelled = False
 
         def give_up() -> None:
@@ -284,15 +128,15 @@ class MicroBatcher(Generic[Row, Vector]):
 
     async def _enqueue(
         self,
-        request: _Request[Vector],
+        request: Request[Vector],
         rows: Sequence[Row],
         lane: Lane,
         caller: int,
-        awaited: list[_Input[Row, Vector]],
+        awaited: list[Input[Row, Vector]],
     ) -> None:
         """Queue a request's rows as one, and add to `awaited` what it waits for."""
         now = time.perf_counter()
-        new: list[_Input[Row, Vector]] = []
+        new: list[Input[Row, Vector]] = []
         left = sum(map(len, rows))
         self._arriving[lane] += left
         try:
@@ -313,7 +157,7 @@ class MicroBatcher(Generic[Row, Vector]):
                         item.callers += (caller,)
                         new.append(item)  # it goes at the turn of whichever caller comes first
                 else:
-                    item = _Input(row, lane, [(request, index)], len(row), now, (caller,))
+                    item = Input(row, lane, [(request, index)], len(row), now, (caller,))
                     self._known[lane, row.key] = item
                     self._count(item, 1)
                     new.append(item)
@@ -371,10 +215,7 @@ class MicroBatcher(Generic[Row, Vector]):
 
     def backlog_seconds(self) -> float:
         """How long the device needs for what waits and what it is at, at its present speed."""
-        if self._plan is None:
-            return 0.0
-        at_it = max(self._free_at - time.perf_counter(), 0.0)
-        return at_it + self.queued_tokens * self._plan.cost.per_token * self._slowness
+        return self._pace.backlog_seconds(self._plan.cost, self.queued_tokens) if self._plan else 0.0
 
     async def run(self, plan: DevicePlan) -> None:
         """Batch and run, for ever. When this ends, whatever the reason, everything that waits is told.
@@ -423,7 +264,7 @@ class MicroBatcher(Generic[Row, Vector]):
         """
         while running:
             if len(running) < at_once:
-                spare = self._free_at - time.perf_counter() - lead_seconds
+                spare = self._pace.seconds_to_free() - lead_seconds
                 if spare <= 0:
                     return
                 await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
@@ -440,17 +281,15 @@ class MicroBatcher(Generic[Row, Vector]):
         return BatchLimits(min(plan.limits.batch_tokens, tokens), tokens)
 
     async def _compute(
-        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, whole: bool = True, again: bool = True
+        self, batch: list[Input[Row, Vector]], plan: DevicePlan, whole: bool = True, again: bool = True
     ) -> None:
         """Run a batch and answer it; one that fails is run again in halves, down to the input that is to blame.
 
         So is, alone and once, an input that gets no finite vector, if `again`. What is not the `whole` batch that was
         composed says nothing about the token budget.
         """
-        given = time.perf_counter()
         tokens = sum(item.tokens for item in batch)
-        expected = plan.cost.seconds(tokens) * self._slowness
-        self._free_at = due = max(given, self._free_at) + expected
+        given = self._pace.give(plan.cost, tokens)
         try:
             results = await self._in_time([item.row for item in batch], plan.cost.seconds(tokens))
         except DeviceLost as lost:
@@ -469,10 +308,11 @@ class MicroBatcher(Generic[Row, Vector]):
             if whole:
                 self._budget(self._memory.went_well)
             self.last_batch_failed = False
-            ended = self._measure(batch, plan, given, due, expected)
-            await self._answer(batch, results, plan, given, ended, again)
+            ended, seconds = self._pace.end(given)
+            self._observe(batch, given.at, seconds, plan.limits)
+            await self._answer(batch, results, plan, given.at, ended, again)
             return
-        self._free_at = time.perf_counter()
+        self._pace.fail()
         self.last_batch_failed = True
         self._metrics.batch_failures.inc()
         log.warning("a batch of %d inputs failed: %r", len(batch), failure)
@@ -503,28 +343,16 @@ class MicroBatcher(Generic[Row, Vector]):
             self._metrics.token_budget.set(self._memory.tokens)
             log.warning("the token budget is %d now, it was %d", self._memory.tokens, before)
 
-    def _measure(
-        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, given: float, due: float, expected: float
-    ) -> float:
-        """Note how long a batch took that has just ended; returns when that was."""
-        ended = time.perf_counter()
-        seconds = ended - max(given, self._last_ended)  # on the device, without the time behind another batch
-        self._last_ended = ended
-        self._free_at += ended - due  # what is queued behind this one moves with it
-        self._slowness *= 1 + _NEWEST * (min(max(seconds / expected, 0.1), 10.0) - 1)
-        self._observe(batch, given, seconds, plan.limits)
-        return ended
-
     async def _answer(
         self,
-        batch: list[_Input[Row, Vector]],
+        batch: list[Input[Row, Vector]],
         results: Sequence[Vector | EncodingError],
         plan: DevicePlan,
         given: float,
         ended: float,
         again: bool,
     ) -> None:
-        alone: list[_Input[Row, Vector]] = []
+        alone: list[Input[Row, Vector]] = []
         for index, (item, result) in enumerate(zip(batch, results, strict=True)):
             if index % _ROWS_AT_ONCE == _ROWS_AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -542,7 +370,7 @@ class MicroBatcher(Generic[Row, Vector]):
             await self._compute([item], plan, whole=False, again=False)
 
     async def _after_failure(
-        self, batch: list[_Input[Row, Vector]], plan: DevicePlan, error: Exception, again: bool
+        self, batch: list[Input[Row, Vector]], plan: DevicePlan, error: Exception, again: bool
     ) -> None:
         if len(batch) == 1:
             self._end(batch[0])
@@ -559,7 +387,7 @@ class MicroBatcher(Generic[Row, Vector]):
             if awaited:
                 await self._compute(awaited, plan, False, again)
 
-    def _observe(self, batch: list[_Input[Row, Vector]], given: float, seconds: float, limits: BatchLimits) -> None:
+    def _observe(self, batch: list[Input[Row, Vector]], given: float, seconds: float, limits: BatchLimits) -> None:
         tokens = sum(item.tokens for item in batch)
         metrics = self._metrics
         metrics.inference_seconds.observe(seconds)
@@ -569,18 +397,18 @@ class MicroBatcher(Generic[Row, Vector]):
         for item in batch:
             self._queue_waits[item.lane].observe(given - item.since)
 
-    def _count(self, item: _Input[Row, Vector], sign: int) -> None:
+    def _count(self, item: Input[Row, Vector], sign: int) -> None:
         inputs_tokens = self._queued[item.lane]
         inputs_tokens[0] += sign
         inputs_tokens[1] += sign * item.tokens
 
-    def _unqueue(self, item: _Input[Row, Vector]) -> None:
+    def _unqueue(self, item: Input[Row, Vector]) -> None:
         """The input goes into a batch, or nobody wants it any more."""
         if item.queued:
             item.queued = False
             self._count(item, -1)
 
-    def _end(self, item: _Input[Row, Vector]) -> None:
+    def _end(self, item: Input[Row, Vector]) -> None:
         """No later request can share this input's vector."""
         if self._known.get((item.lane, item.row.key)) is item:
             del self._known[item.lane, item.row.key]

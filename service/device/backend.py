@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from model_store.manifest import Manifest
-from service.batching.batcher import DevicePlan, MicroBatcher
+from service.batching.batcher import MicroBatcher
+from service.batching.contract import DevicePlan
 from service.batching.limits import Limits
 from service.batching.vector_cache import VectorCache
 from service.embedding.rows import EmbedRow, Vector

@@ -32,7 +32,7 @@ from model_store.encoder.pipeline import Pending, Pipeline, Replay, graph_sizes
 from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.shape import Shape
 from model_store.text.tokenizer import TokenizedText
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel, fit
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector

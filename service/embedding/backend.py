@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from service.batching.batcher import Batcher
+from service.batching.contract import Batcher
 from service.embedding.rows import EmbedRow, Vector
 
 

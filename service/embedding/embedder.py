@@ -21,7 +21,7 @@ import numpy as np
 from model_store.manifest import Manifest
 from model_store.text.openai_tokens import OpenAIEncoding, UnknownTokenId, decode
 from model_store.text.tokenizer import Part, TokenizationError, TokenizedText
-from service.batching.batcher import Batcher, Computed
+from service.batching.contract import Batcher, Computed
 from service.batching.limits import Limits
 from service.batching.room import Line
 from service.batching.scheduling import LANES, Lane

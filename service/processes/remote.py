@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from service.batching.batcher import Computed
+from service.batching.contract import Computed
 from service.batching.room import has_room
 from service.batching.scheduling import LANES, Lane
 from service.batching.stuck import LEAST_SECONDS

@@ -13,7 +13,7 @@ from itertools import groupby
 import msgspec
 import numpy as np
 
-from service.batching.batcher import Computed
+from service.batching.contract import Computed
 from service.batching.scheduling import LANES, Lane
 from service.embedding.rows import Vector
 from service.errors import (

@@ -26,7 +26,7 @@ from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pending, Pipeline
 from model_store.manifest import read_manifest
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.limits import Limits
 from service.device.worker import EncoderWorker
 from service.logs import log

@@ -16,7 +16,7 @@ from model_store.manifest import Manifest, SourceRecord
 from model_store.recipe import Recipe
 from model_store.templates import Template
 from model_store.text.tokenizer import Part, TokenizationError, TokenizedText
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.device.backend import LocalBackend

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from model_store.text.tokenizer import TokenizedText
-from service.batching.batcher import DevicePlan, MicroBatcher
+from service.batching.batcher import MicroBatcher
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.memory_budget import CLEAN_BATCHES, STEPS
 from service.batching.scheduling import BatchLimits, Lane

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batching.batcher import Computed
+from service.batching.contract import Computed
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import (
     DeadlineExceeded,

@@ -1,0 +1,111 @@
+"""What the batcher asks of others and what it promises: the plan of a device, what is computed, the batcher's face."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from service.batching.cost_model import CostModel
+from service.batching.scheduling import BatchLimits, Lane
+from service.errors import EncodingError, Overloaded
+
+
+class Batchable(Protocol):
+    """A row to compute."""
+
+    @property
+    def key(self) -> bytes:
+        """The same for rows that get the same vector."""
+
+    def __len__(self) -> int:
+        """Its tokens."""
+
+
+Row = TypeVar("Row", bound=Batchable)
+RowIn = TypeVar("RowIn", contravariant=True)
+Vector = TypeVar("Vector")
+
+# What a batch gives for each row, in order: its vector, or the error of that row alone.
+RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What warm-up found out about the device.
+
+    `lead_seconds` is how long before the device is free the next batch must be composed so that it never waits; 0 where
+    batches can't be queued behind each other.
+    """
+
+    cost: CostModel
+    limits: BatchLimits
+    lead_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Computed(Generic[Vector]):
+    """One input's vector, how long it waited for its batch and how long the batch took; no time if it was there."""
+
+    vector: Vector
+    queue_seconds: float = 0.0
+    inference_seconds: float = 0.0
+
+
+class Recent(Protocol[Vector]):
+    """A memory of vectors, such as `service.batching.vector_cache.VectorCache`."""
+
+    def get(self, key: bytes) -> Vector | None:
+        """The vector, if it is remembered."""
+
+    def put(self, key: bytes, vector: Vector) -> None:
+        """Remember a vector."""
+
+
+class Batcher(Protocol[RowIn, Vector]):
+    """Computes rows, from many requests at once."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens at which a batch is full; 0 before the start."""
+
+    @property
+    def last_batch_failed(self) -> bool:
+        """Whether a device's last batch failed."""
+
+    on_room: Callable[[], None]
+    """Called whenever a lane may have more room than before, and when there will never be any again."""
+
+    def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
+        """See whether a lane has room for so many tokens, behind those that wait and `ahead` that are to come.
+
+        Raises:
+            Overloaded: if it has not.
+            Unavailable: if nothing computes any more.
+        """
+
+    def overloaded(self, lane: Lane) -> Overloaded:
+        """The refusal of a request that a lane has no room for."""
+
+    async def submit(
+        self,
+        rows: Sequence[RowIn],
+        lane: Lane = "interactive",
+        timeout_seconds: float | None = None,
+        caller: int = 0,
+    ) -> list[Computed[Vector]]:
+        """The rows' vectors, in order. Cancelling it drops what is still queued. Interactive callers take turns.
+
+        Raises:
+            Overloaded: if too much is queued; nothing is computed.
+            DeadlineExceeded: if some was still queued when the time was over.
+            EncodingError: the first of the rows' own errors, with its index.
+            Unavailable: if nothing computes any more.
+        """
+
+    async def probe(self, row: RowIn) -> None:
+        """Compute a row wherever the last batch failed, whatever waits there.
+
+        Raises:
+            EncodingError, Unavailable: if that fails too.
+        """

@@ -1,0 +1,67 @@
+"""The bookkeeping of who waits for which row: requests wait for inputs, and one input may answer several requests."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Generic
+
+from service.batching.contract import Computed, Row, Vector
+from service.batching.scheduling import Lane
+from service.errors import EncodingError
+
+
+@dataclass(eq=False)
+class Request(Generic[Vector]):
+    """A request's answers, and the future that has them all once none is missing."""
+
+    answers: list[Computed[Vector] | None]
+    missing: int
+    done: asyncio.Future[None]
+    since: float
+
+    def set(self, index: int, computed: Computed[Vector]) -> None:
+        """Answer one of its rows."""
+        self.answers[index] = computed
+        self.missing -= 1
+        if not self.missing and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, index: int, error: Exception) -> None:
+        """End it with the error of one of its rows."""
+        if not self.done.done():
+            self.done.set_exception(error.at(index) if isinstance(error, EncodingError) else error)
+
+
+@dataclass(eq=False)
+class Input(Generic[Row, Vector]):
+    """One distinct row, and the places in requests that wait for its vector."""
+
+    row: Row
+    lane: Lane
+    waiting: list[tuple[Request[Vector], int]]
+    tokens: int
+    since: float
+    callers: tuple[int, ...]  # in whose turns it is
+    queued: bool = True
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is still to be computed."""
+        return self.queued and self.awaited
+
+    @property
+    def awaited(self) -> bool:
+        """Whether any request still waits for it."""
+        return any(not request.done.done() for request, _ in self.waiting)
+
+    def set(self, vector: Vector, given: float, ended: float) -> None:
+        """Answer all that wait, each with its own times: some may have come long after the first, or after `given`."""
+        for request, index in self.waiting:
+            begun = max(given, request.since)
+            request.set(index, Computed(vector, begun - request.since, ended - begun))
+
+    def fail(self, error: Exception) -> None:
+        """End all that wait with its error."""
+        for request, index in self.waiting:
+            request.fail(index, error)
