@@ -32,7 +32,8 @@ from bench.report import finish
 from model_store.build.sources import shape_of
 from service.batching.cost_model import CostModel
 from service.batching.scheduling import Lane
-from service.planning.plan import Asked, Bulk, Plan, Serving, gpu_named, spread
+from service.planning.gpus import gpu_named
+from service.planning.plan import Asked, Bulk, Plan, Serving, spread
 from service.planning.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Policy, percentile, simulate
 from service.settings import TOKEN_BUDGET
 

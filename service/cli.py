@@ -24,7 +24,9 @@ from service.bulk.asked import FileFormat, OnError
 from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
 from service.logs import unexplained
-from service.planning.plan import QUERY_TOKENS, Plan, as_json, as_table, asked_of, gpu_named, gpus, memory_needed
+from service.planning.gpus import gpu_named, gpus
+from service.planning.plan import QUERY_TOKENS, Plan, memory_needed
+from service.planning.report import as_json, as_table, asked_of
 from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
 # eos_token is last_token behind another template, which the encoder has or has not.

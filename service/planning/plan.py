@@ -7,22 +7,18 @@ long queries wait is what the server's own policy gives in simulation. Knows not
 
 from __future__ import annotations
 
-import re
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from math import ceil
-from textwrap import fill
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from model_store.errors import UserError
 from model_store.shape import WEIGHT_BYTES, Arithmetic, Shape
 from service.batching.cost_model import CostModel
+from service.planning.gpus import Gpu, PlanError, gpus
 from service.planning.simulation import LEAD_SECONDS, Client, Lanes, percentile, simulate
+from service.planning.units import readable
 from service.settings import BATCH_SECONDS, TOKEN_BUDGET
 
 Basis = Literal["counted", "data sheet", "assumed", "given", "measured", "simulated"]
@@ -57,60 +53,7 @@ _P99_SHARE = 0.9
 _CAPS = [percent / 100 for percent in range(5, 85, 5)]
 
 
-class PlanError(UserError):
-    """What is asked for can't be had; the message names the way out."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU by its data sheet: `memory` in bytes, `bandwidth` in bytes a second, dense `peaks` in FLOP/s."""
-
-    key: str
-    name: str
-    memory: float
-    bandwidth: float
-    peaks: Mapping[str, float]
-    source: str
-
-    def arithmetic(self, quantization: Literal["none", "fp8"]) -> Arithmetic:
-        """What the server would multiply in.
-
-        Raises:
-            PlanError: if the GPU has no fp8.
-        """
-        if quantization == "fp8":
-            if "fp8" not in self.peaks:
-                raise PlanError(f"{self.name} has no fp8, which {_names('fp8')} have: leave out --quantization")
-            return "fp8"
-        return "bfloat16" if "bfloat16" in self.peaks else "float32"
-
-
-def gpus() -> dict[str, Gpu]:
-    """Those that are known, by key."""
-    table = tomllib.loads((files("service.planning") / "gpus.toml").read_text())
-    return {
-        key: Gpu(
-            key,
-            row["name"],
-            row["memory_gb"] * 1e9,
-            row["bandwidth_gb"] * 1e9,
-            {kind: peak * 1e12 for kind, peak in row["tflops"].items()},
-            row["source"],
-        )
-        for key, row in table.items()
-    }
-
-
-def gpu_named(key: str) -> Gpu:
-    """One of them.
-
-    Raises:
-        PlanError: if it is not known, naming those that are.
-    """
-    known = gpus()
-    if key.lower() not in known:
-        raise PlanError(f"no GPU {key!r} is known: use one of {', '.join(known)}")
-    return known[key.lower()]
+_OF_MEMORY: dict[str, Basis] = {"weights": "counted", "activations": "counted", "besides": "assumed"}
 
 
 @dataclass(frozen=True)
@@ -167,7 +110,7 @@ class Figure:
     @property
     def text(self) -> str:
         """For people: three digits or whole numbers, with a unit where the name does not say it."""
-        return _readable(self.value, self.unit)
+        return readable(self.value, self.unit)
 
 
 def memory_needed(shape: Shape, arithmetic: Arithmetic, token_budget: int) -> dict[str, int]:
@@ -240,9 +183,9 @@ class Plan:
             ways.append("--quantization fp8")
         if larger := [other.key for other in gpus().values() if self._fits(other)]:
             ways.append(f"--gpu {', '.join(larger)}")
-        parts = ", ".join(f"{name} {_readable(size, 'bytes')}" for name, size in memory.items())
+        parts = ", ".join(f"{name} {readable(size, 'bytes')}" for name, size in memory.items())
         raise PlanError(
-            f"{gpu.name} has {_readable(gpu.memory, 'bytes')}, and {_readable(sum(memory.values()), 'bytes')} are "
+            f"{gpu.name} has {readable(gpu.memory, 'bytes')}, and {readable(sum(memory.values()), 'bytes')} are "
             f"needed ({parts}): use {' or '.join(ways) or 'a smaller model, as one is not spread over several GPUs'}"
         )
 
@@ -279,9 +222,9 @@ class Plan:
             return _CAPS[low - 1], p99s[_CAPS[low - 1]]
         least, alone, full = p99s[_CAPS[0]], self.lone_seconds, self.cost.seconds(self.batch_tokens)
         raise PlanError(
-            f"99 % of queries in {_readable(serving.p99, 's')} can't be had on {self.gpu.name}: at {_CAPS[0]:.0%} of "
-            f"its rate it is {_readable(least, 's')} already, a query takes {_readable(alone, 's')} alone and a full "
-            f"batch {_readable(full, 's')}: allow more with --p99, or take a faster GPU"
+            f"99 % of queries in {readable(serving.p99, 's')} can't be had on {self.gpu.name}: at {_CAPS[0]:.0%} of "
+            f"its rate it is {readable(least, 's')} already, a query takes {readable(alone, 's')} alone and a full "
+            f"batch {readable(full, 's')}: allow more with --p99, or take a faster GPU"
             + (", smaller batches (--batch-seconds) or other GPUs for bulk" if self.asked.bulk else "")
         )
 
@@ -391,111 +334,6 @@ class Plan:
         return found
 
 
-_OF_MEMORY: dict[str, Basis] = {"weights": "counted", "activations": "counted", "besides": "assumed"}
-
-_COLUMNS = 100
-
-# Options of the command that are fields of `Asked` as they are.
-_PASSED_ON = ("quantization", "efficiency", "token_budget", "batch_seconds", "dimensions", "price")
-
-_SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-_SCALES = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
-_SIZES = {"bytes": "B", "FLOP": "FLOP", "FLOP/s": "FLOP/s"}
-
-
-def seconds_of(text: str) -> float:
-    """A duration such as 50ms, 90s, 30m, 24h or 7d.
-
-    Raises:
-        PlanError: for anything else.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
-    if not found or not float(found[1]):
-        raise PlanError(f"{text!r} is no duration: write 50ms, 90s, 30m, 24h or 7d")
-    return float(found[1]) * _SECONDS[found[2]]
-
-
-def asked_of(options: Mapping[str, Any]) -> Asked:
-    """From the command's options.
-
-    Raises:
-        PlanError: for a load that is said in part, or a number that can't be.
-    """
-    texts, tokens, per_second = (options[name] for name in ("texts", "tokens_per_text", "queries_per_second"))
-    if (texts is None) != (tokens is None):
-        raise PlanError("a bulk job is --texts N and --tokens-per-text N")
-    for name, given in options.items():
-        for value in given if isinstance(given, list) else [given]:
-            if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
-                raise PlanError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
-    if (options["efficiency"] or 0) > 1:
-        raise PlanError("--efficiency is a share of the GPU's peak, such as 0.5")
-    timed = options["timed"]
-    return Asked(
-        bulk=None if texts is None else Bulk(texts, tokens, seconds_of(options["within"])),
-        serving=None
-        if per_second is None
-        else Serving(per_second, options["query_tokens"], seconds_of(options["p99"])),
-        timed=timed and (timed[0], timed[1] / 1000),
-        **{name: options[name] for name in _PASSED_ON},
-    )
-
-
-def as_json(model: str, plans: list[Plan]) -> dict[str, Any]:
-    """By GPU each figure with its unit and what it rests on, and the assumptions."""
-    return {
-        "model": model,
-        "gpus": {
-            plan.gpu.key: {
-                "arithmetic": plan.arithmetic,
-                "figures": {
-                    figure.name: {"value": figure.value, "unit": figure.unit, "basis": figure.basis}
-                    for figure in plan.figures()
-                },
-                "assumptions": plan.assumptions(),
-            }
-            for plan in plans
-        },
-    }
-
-
-def as_table(model: str, plans: list[Plan]) -> str:
-    """A line for each figure, a column for each GPU, what it rests on at the end; then the assumptions."""
-    columns = [plan.figures() for plan in plans]
-    rows = [["", *(plan.gpu.key for plan in plans), ""], ["arithmetic", *(plan.arithmetic for plan in plans), ""]]
-    rows += [
-        [figures[0].name.replace("_", " "), *(figure.text for figure in figures), figures[0].basis]
-        for figures in zip(*columns, strict=True)
-    ]
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    lines = [f"{model}, texts of {plans[0].asked.text_tokens} tokens"]
-    for name, *values, basis in rows:
-        cells = (f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=False))
-        lines.append("  ".join((f"{name:{widths[0]}}", *cells, basis)).rstrip())
-    notes = dict.fromkeys(note for plan in plans for note in plan.assumptions())
-    return "\n".join((*lines, "", *(fill(note, _COLUMNS, subsequent_indent="  ") for note in notes)))
-
-
 def spread(tokens: int) -> tuple[int, int]:
     """Lengths about a mean, as texts have."""
     return max(tokens // 2, 1), tokens + tokens // 2
-
-
-def _names(kind: str) -> str:
-    return ", ".join(gpu.key for gpu in gpus().values() if kind in gpu.peaks)
-
-
-def _readable(value: float, unit: str) -> str:
-    if unit in _SIZES:
-        scale, prefix = next(((scale, prefix) for scale, prefix in _SCALES if value >= scale), (1.0, ""))
-        return f"{_digits(value / scale)} {prefix}{_SIZES[unit]}"
-    if unit == "s":
-        return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1000)} ms"
-    if unit == "share":
-        return f"{value:.0%}"
-    return _digits(value)
-
-
-def _digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

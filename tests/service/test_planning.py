@@ -10,7 +10,9 @@ import pytest
 from bench.simulate import PLANS, held_to_it
 from model_store.build.sources import shape_of
 from service.cli import main
-from service.planning.plan import Asked, Bulk, Plan, PlanError, Serving, as_json, as_table, gpu_named, gpus, seconds_of
+from service.planning.gpus import PlanError, gpu_named, gpus
+from service.planning.plan import Asked, Bulk, Plan, Serving
+from service.planning.report import as_json, as_table, seconds_of
 
 LARGE = shape_of("meta-llama/Meta-Llama-3-8B-Instruct")
 SMALL = shape_of("princeton-nlp/Sheared-LLaMA-1.3B")
