@@ -1,7 +1,7 @@
 """The site that `make docs` makes of these pages, the README, and the server's OpenAPI document.
 
-Pages are written for GitHub; here their links into the rest of the repository are turned, and some pages are filled:
-index with the README but for its settings, configuration with those, reference with the OpenAPI document.
+Pages are written for GitHub; here their links into the rest of the repository are turned, and two pages are filled:
+index with the README, reference with the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
 
-_SETTINGS = re.compile(r"^## Settings$.*?(?=^## )", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(\s*(?!https?:|#)")
 
 
@@ -35,13 +34,9 @@ def setup(app: Any) -> None:
 
 
 def read_readme(app: Any, path: Path, page: str, content: list[str]) -> None:
-    """The part of the README that a page includes, its links as from docs/."""
-    if path.name != "README.md":
-        return
-    settings = _SETTINGS.search(content[0])
-    assert settings is not None
-    text = settings[0].partition("\n")[2] if page == "configuration" else content[0].replace(settings[0], "")
-    content[0] = turned(_LINK.sub("](../", text).replace("](../docs/", "]("))
+    """The README as index includes it, its links as from docs/."""
+    if path.name == "README.md":
+        content[0] = turned(_LINK.sub("](../", content[0]).replace("](../docs/", "]("))
 
 
 def read_page(app: Any, page: str, content: list[str]) -> None:
@@ -54,8 +49,7 @@ def read_page(app: Any, page: str, content: list[str]) -> None:
 
 def turned(text: str) -> str:
     """Links to the README and the changelog lead to their pages here, to other pages of the repository to the file."""
-    text = text.replace("](../README.md#settings", "](configuration.md").replace("](../README.md", "](index.md")
-    text = text.replace("](../CHANGELOG.md", "](changelog.md")
+    text = text.replace("](../README.md", "](index.md").replace("](../CHANGELOG.md", "](changelog.md")
     return re.sub(r"\]\((\.\./\S+\.md\))", r"](path:\1", text)
 
 

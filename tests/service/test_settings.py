@@ -123,5 +123,5 @@ def test_every_address_of_ipv6_is_every_address_of_ipv4_too() -> None:
             socket.create_connection((host, both.getsockname()[1]), timeout=10).close()
 
 
-def test_the_readme_lists_every_setting() -> None:
-    assert settings_table() in (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_configuration_page_lists_every_setting() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
