@@ -13,6 +13,7 @@ import pytest
 from bench.documented import PAGE, run_again
 from bench.simulate import plans_table
 from service.metrics import Metrics
+from tests.test_arrows import BESIDE, LEVELS
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,3 +70,9 @@ def test_the_capacity_page_shows_what_its_commands_print() -> None:
 def test_the_capacity_page_shows_the_simulation_that_is_kept() -> None:
     kept = json.loads((ROOT / "bench" / "results" / "simulate.json").read_text())
     assert plans_table(kept["plans"]) in PAGE.read_text()
+
+
+def test_contributing_draws_the_arrows_that_are_checked() -> None:
+    (drawn,) = re.findall(r"^```\n(service\.__main__\n.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
+    assert [set(re.findall(r"(?<!→ )\b(?:service|model_store)\.\w+", line)) for line in drawn.splitlines()] == LEVELS
+    assert set(re.findall(r"(\S+) \(→ (\S+)\)", drawn)) == BESIDE
