@@ -1,4 +1,4 @@
-"""Every setting once: environment variables, command-line options and the README's table all come from here.
+"""Every setting once: environment variables, command-line options and the documentation's table all come from here.
 
 python -m service.settings     prints that table
 """

@@ -41,7 +41,7 @@ _CONTEXT_BYTES = 1_000_000_000
 TEXT_TOKENS = 128
 QUERY_TOKENS = 28
 
-# Single queries a second through HTTP on one core of the README's machine (bench/results/http_path.json), and the
+# Single queries a second through HTTP on one core of the benchmarks' machine (bench/results/http_path.json), and the
 # share of a core that they should take.
 _QUERIES_PER_CORE = 3517
 _CORE_SHARE = 0.7
