@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from service.api.openai import ERRORS, EmbedFields, usage
 from service.embedding.choices import EmbedDtype
-from service.embedding.embedder import ChunkRequest, ChunkResult, EmbedInput
+from service.embedding.requests import ChunkRequest, ChunkResult, EmbedInput
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors
 from service.http.call import Call

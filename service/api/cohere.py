@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.embedding.embedder import EmbedRequest, EmbedResult
+from service.embedding.requests import EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_array

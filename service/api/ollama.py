@@ -11,8 +11,8 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from service.embedding.embedder import EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.instructions import Chosen
+from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, Timings
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.call import Call
@@ -30,7 +30,7 @@ _API_VERSION = "0.33.0"
 # What a model without a tag is called.
 _LATEST = ":latest"
 
-_NOTHING = EmbedResult((), 0, 0, 0.0, 0.0, 0.0)
+_NOTHING = EmbedResult((), 0, 0, Timings())
 
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; none, or an empty one alone, gives no vectors",

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 
 from model_store.text.tokenizer import Part
 from service.api.openai import ERRORS, EmbeddingsBody, to_embed_request
-from service.embedding.embedder import EmbedInput, Preview
 from service.embedding.instructions import ROLES
+from service.embedding.requests import EmbedInput, Preview
 from service.http.answers import json_answer
 from service.http.call import Call
 from service.http.openapi import documented

@@ -14,8 +14,9 @@ from service.bulk.job import JobError, VectorSource
 from service.bulk.pipeline import Embedded
 from service.device import watchdog
 from service.embedding.choices import Overflow
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedding.embedder import Embedder
 from service.embedding.instructions import Chosen
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import DeviceLost, ServiceError
 from service.server.startup import Prepared, prepare, settle
 from service.settings import Settings

@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.embedder import Embedder
 from service.embedding.instructions import Asked, Chosen
+from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import json_answer

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints
 
-from service.embedding.embedder import EmbedInput
 from service.embedding.instructions import Chosen
+from service.embedding.requests import EmbedInput
 from service.errors import InvalidRequest
 
 Text = Annotated[str, StringConstraints(strict=True)]

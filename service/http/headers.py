@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from service.embedding.embedder import Embedder, EmbedInput, EmbedResult
+from service.embedding.embedder import Embedder
+from service.embedding.requests import EmbedInput, EmbedResult
 
 # Of names that a client made up: how many are told, and in how many characters of a header.
 _NAMED = 100
@@ -43,9 +44,9 @@ def answer_headers(
         "x-compute-tokens": str(result.prompt_tokens),
         "x-truncated-inputs": str(result.truncated_inputs),
         "x-total-time": _milliseconds(total),
-        "x-tokenization-time": _milliseconds(result.tokenize_seconds),
-        "x-queue-time": _milliseconds(result.queue_seconds),
-        "x-inference-time": _milliseconds(result.inference_seconds),
+        "x-tokenization-time": _milliseconds(result.timings.tokenize_seconds),
+        "x-queue-time": _milliseconds(result.timings.queue_seconds),
+        "x-inference-time": _milliseconds(result.timings.inference_seconds),
     }
 
 

@@ -19,7 +19,7 @@ from service.batching.limits import Limits
 from service.device.backend import LocalBackend
 from service.device.torch_environment import set_torch_defaults
 from service.embedding.backend import Backend
-from service.embedding.embedder import Tokenizes
+from service.embedding.tokenizing import Tokenizes
 from service.errors import StartupError
 from service.logs import configure_logs
 from service.metrics import Metrics

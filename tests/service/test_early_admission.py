@@ -12,7 +12,8 @@ import pytest
 from model_store.text.tokenizer import TokenizedText
 from service.batching.batcher import MicroBatcher
 from service.batching.limits import Limits
-from service.embedding.embedder import ChunkRequest, Embedder, EmbedInput, EmbedRequest
+from service.embedding.embedder import Embedder
+from service.embedding.requests import ChunkRequest, EmbedInput, EmbedRequest
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import InvalidRequest, Overloaded
 from service.metrics import Metrics

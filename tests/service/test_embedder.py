@@ -15,8 +15,10 @@ from model_store.templates import Template
 from model_store.text.tokenizer import ReferenceLimits, TextTokenizer, TokenizedText
 from service.batching.batcher import MicroBatcher
 from service.batching.limits import Limits
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest, _slices
+from service.embedding.embedder import Embedder
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.embedding.rows import EmbedRow, Vector
+from service.embedding.tokenizing import slice_ends
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
 from service.settings import Settings
@@ -49,7 +51,8 @@ async def test_a_result_carries_its_own_measurements() -> None:
         result = await one.embed(request("abc", "de"))
     assert result.prompt_tokens == 7
     assert result.truncated_inputs == 0
-    assert min(result.tokenize_seconds, result.queue_seconds, result.inference_seconds) >= 0
+    timings = result.timings
+    assert min(timings.tokenize_seconds, timings.queue_seconds, timings.inference_seconds) >= 0
     np.testing.assert_allclose(np.linalg.norm(result.vectors, axis=1), 1, rtol=1e-6)
 
 
@@ -153,7 +156,7 @@ def test_slices_are_of_few_texts_and_few_characters() -> None:
     for _ in range(200):
         lengths = [chance.choice((0, 1, 1000, 100_000, 500_000)) for _ in range(chance.randrange(1, 200))]
         given = [EmbedInput("a" * length) for length in lengths]
-        slices = list(_slices(given))
+        slices = list(slice_ends(given))
         assert [place for start, stop in slices for place in range(start, stop)] == list(range(len(given)))
         for start, stop in slices:
             assert stop - start <= 64

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from service.embedding.embedder import _tokens_of
+from service.embedding.spans import tokens_of_spans
 from service.errors import DeadlineExceeded, InvalidRequest
 from tests.service.fakes import FakeTokenizer, Server
 
@@ -252,18 +252,18 @@ def test_a_span_holds_the_tokens_that_touch_it() -> None:
         end = start + chance.randrange(8)
         inside = [place for place in own if characters[place][0] < end and characters[place][1] > start]
         if inside:
-            assert _tokens_of([(start, end)], own, characters) == [(inside[0], inside[-1] + 1)]
+            assert tokens_of_spans([(start, end)], own, characters) == [(inside[0], inside[-1] + 1)]
         else:
             with pytest.raises(InvalidRequest, match="index 0"):
-                _tokens_of([(start, end)], own, characters)
+                tokens_of_spans([(start, end)], own, characters)
 
 
 def test_token_ids_do_not_spoil_the_guess_of_a_text_s_tokens(server: Server) -> None:
     embedder = server.app.state.parts.embedder
-    before = embedder._tokens_per_character
+    before = embedder._admission.tokens_per_character
     for number in range(100):
         assert server.embed(input=[number] * 50, token_ids="model").status_code == 200
-    assert embedder._tokens_per_character == before
+    assert embedder._admission.tokens_per_character == before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from service.batching.batcher import MicroBatcher
 from service.batching.limits import Limits
 from service.batching.room import Line, has_room
 from service.batching.scheduling import Lane
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedding.embedder import Embedder
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import DeadlineExceeded, Overloaded, Unavailable
 from service.metrics import Metrics

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.tei.bodies import EmbedAllBody, EmbedBody, TruncateFields
 from service.api.tei.dialect import ERRORS, UNSUPPORTED, tei_documented
-from service.embedding.embedder import EmbedInput, EmbedRequest
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_array

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 from service.api.tei.bodies import RerankBody, SimilarityBody, SimilarityParameters, TEIRank
 from service.api.tei.dialect import ERRORS, UNSUPPORTED, tei_documented
 from service.api.tei.embed import to_embed_request
-from service.embedding.embedder import EmbedResult
 from service.embedding.instructions import NONE, Chosen
+from service.embedding.requests import EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.call import Call

@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request, Response
 
 from service.api.tei.bodies import DecodeBody, TEIToken, TokenizeBody
 from service.api.tei.dialect import ERRORS, tei_documented
-from service.embedding.embedder import Embedder, EmbedRequest, LocatedTokens
+from service.embedding.embedder import Embedder
+from service.embedding.requests import EmbedRequest, LocatedTokens
 from service.errors import InvalidRequest
 from service.http.answers import json_answer
 from service.http.call import Call

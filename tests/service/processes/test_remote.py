@@ -13,7 +13,8 @@ import pytest
 
 from service.batching.limits import Limits
 from service.device.backend import LocalBackend
-from service.embedding.embedder import Embedder, EmbedInput, EmbedRequest
+from service.embedding.embedder import Embedder
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
 from service.metrics import Metrics
 from service.processes.engine import Desk, tell_all
