@@ -24,11 +24,11 @@ from service.embedding.rows import EmbedRow, Vector
 from service.errors import DeadlineExceeded, Overloaded
 from service.settings import Settings
 
-# The guess of tokens a character at the start, and the share of the newest request in its running average.
+# Tokens a character: the guess at the start, and the share of the newest request in the running average.
 _FIRST_GUESS = 0.25
 _NEWEST_SHARE = 0.02
 
-# Requests with this many full queues of tokens may wait for room; later ones are refused at once.
+# The tokens of all requests that wait for room, in full queues: a request beyond them is refused at once.
 _WAITING_QUEUES = 8
 
 

@@ -1,11 +1,11 @@
-"""Words that a request, or the command, chooses among."""
+"""The words that a request or the command `embed` can choose between."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-# What happens to an input that is longer than the server reads: refused, cut, or read in chunks whose mean it gets.
+# An input that is longer than the server reads is refused, cut, or read in chunks whose mean is its vector.
 Overflow = Literal["error", "truncate", "mean"]
 
-# How the numbers of a vector are given or stored.
+# The numbers that vectors are sent or stored as.
 EmbedDtype = Literal["float32", "float16", "int8", "uint8", "ubinary", "binary"]

@@ -1,6 +1,6 @@
-"""Memory that requests and their answers may hold together, counted as it is taken.
+"""The bound on the memory that all requests of a process and their answers hold together.
 
-Each request is bounded by itself; this is the bound on all of them in one process.
+Other bounds hold for each request by itself. Memory is counted when it is taken.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from contextvars import ContextVar
 
 from service.errors import TooMuchInFlight
 
-# An answer's vectors are float32, and of its text a slice at a time is there: service.http.answers writes these.
+# An answer's vectors are float32. Only a slice of its text is in memory at a time: see service.http.answers.
 _BYTES_A_NUMBER = 4
 _NUMBERS_WRITTEN = 1 << 16
 _BYTES_A_NUMBER_WRITTEN = 20
 
-# Of an answer that shows tokens: the objects for one of them, and its JSON.
+# Memory for each token that an answer shows: its objects and its JSON.
 _BYTES_A_TOKEN_SHOWN = 512
 
 
 class InFlight:
-    """The bound, and what is held of it. `unsent_bytes` are ready for clients that have not taken them yet."""
+    """The bound, and the bytes held now. `unsent_bytes` are ready for clients that have not read them yet."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -30,12 +30,12 @@ class InFlight:
 
     @property
     def bytes(self) -> int:
-        """Held now."""
+        """Bytes held now."""
         return self._held_bytes + self.unsent_bytes
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """What `hold` counts in here is one request's, and is given back at the end."""
+        """A context for one request: all that `hold` counts in it is given back at its end."""
         share = _Share(self)
         token = _share.set(share)
         try:
@@ -45,10 +45,10 @@ class InFlight:
             self._held_bytes -= share.bytes
 
     def add(self, share: _Share, more: int) -> None:
-        """Count more bytes of one request. One that is alone may hold any number.
+        """Count more bytes of one request. A request that is alone may hold any number.
 
         Raises:
-            TooMuchInFlight: if that would be too many.
+            TooMuchInFlight: if all requests together would hold too many.
         """
         if self.bytes > share.bytes and self.bytes + more > self.most_bytes:
             raise TooMuchInFlight(self.bytes, self.most_bytes)
@@ -57,7 +57,7 @@ class InFlight:
 
 
 class _Share:
-    """One request's part."""
+    """The bytes that one request holds."""
 
     def __init__(self, in_flight: InFlight) -> None:
         self.in_flight = in_flight
@@ -68,7 +68,7 @@ _share: ContextVar[_Share | None] = ContextVar("share", default=None)
 
 
 def hold(more: int) -> None:
-    """Count bytes for the request at hand, if there is one: a job without HTTP bounds itself.
+    """Count bytes of the request whose context this is. Outside of one nothing is counted: jobs bound themselves.
 
     Raises:
         TooMuchInFlight: if all requests together would hold too many.

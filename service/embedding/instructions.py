@@ -1,4 +1,4 @@
-"""Which instruction goes before an input, out of all the places in a request that may name one. No HTTP here."""
+"""The instruction that goes before an input, chosen from all places of a request that may name one. No HTTP here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.settings import Settings
 Role = Literal["query", "document"]
 Source = Literal["item", "text", "request", "input_type", "alias", "header", "default", "none"]
 
-# What clients call the two roles. Queries get the server's query instruction, documents none.
+# Clients' names of the two roles. Queries get the server's query instruction, documents none.
 ROLES: dict[str, Role] = {
     "query": "query",
     "search_query": "query",
@@ -26,7 +26,7 @@ ROLES: dict[str, Role] = {
 }
 
 
-# What OpenAI's clients ask for unless they are told otherwise: names of the one model here, too.
+# The models that OpenAI's clients ask for by default: here they are further names of the one model.
 OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
 
 
@@ -42,20 +42,20 @@ NONE = Chosen()
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request says for all its inputs, level by level; the first that says anything wins."""
+    """The instruction that a request names for all its inputs, level by level; the first level that names one wins."""
 
     instruction: str | None = None
     names: Mapping[str, str] = field(default_factory=dict)  # input_type, prompt_name, task: field → name
-    alias: str | None = None  # what follows the model's name
+    alias: str | None = None  # the role or prompt that the model's name asks for
     header_instruction: str | None = None
     header_name: str | None = None
 
 
 @dataclass(frozen=True)
 class Instructions:
-    """What the server knows of instructions.
+    """The server's instructions and prompts.
 
-    `query` is what queries get; `default_name` is the role or prompt of requests that say nothing, "" for none.
+    `query` is the instruction of queries; `default_name` is the role or prompt of requests that name none, or "".
     """
 
     query: str
@@ -65,10 +65,10 @@ class Instructions:
     any_model: bool = False
 
     def choose(self, asked: Asked) -> Chosen:
-        """The instruction for the inputs of a request that say nothing themselves.
+        """The instruction for the inputs of a request that have none of their own.
 
         Raises:
-            InvalidRequest: for a name that there is not, or two that contradict each other at one level.
+            InvalidRequest: for an unknown name, or two that contradict each other at one level.
         """
         if asked.instruction is not None:
             return Chosen(asked.instruction, "request")
@@ -83,12 +83,12 @@ class Instructions:
         return NONE
 
     def named(self, names: Mapping[str, str]) -> str:
-        """The instruction that names of roles and prompts come to: a role beside a prompt says which of its sides.
+        """The instruction that roles and prompts stand for: a role beside a prompt chooses the prompt's side.
 
-        A prompt alone is taken for queries.
+        A prompt alone stands for its side for queries.
 
         Raises:
-            InvalidRequest: for a name that there is not, or two roles or two prompts.
+            InvalidRequest: for an unknown name, or two roles or two prompts.
         """
         role: Role | None = None
         prompt: tuple[str, Prompt] | None = None
@@ -121,7 +121,7 @@ class Instructions:
         OpenAI's names of its models stand for the served one.
 
         Raises:
-            ModelNotFound: if no model here has that name.
+            ModelNotFound: if the server has no model of this name.
         """
         if model is None or model == served:
             return ""
@@ -158,10 +158,10 @@ class Instructions:
 
 
 def load_instructions(settings: Settings, manifest: Manifest) -> Instructions:
-    """What this server knows of instructions.
+    """The instructions and prompts of this server.
 
     Raises:
-        StartupError: for a setting that names a prompt which there is not.
+        StartupError: for a setting that names an unknown prompt.
     """
     own = settings.query_instruction
     known = Instructions(

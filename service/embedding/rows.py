@@ -1,4 +1,4 @@
-"""What travels from the embedder through the batcher to the device: tokens, and how wide their vector is to be."""
+"""The rows that travel from the embedder through the batcher to the device: tokens, and the width of their vector."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Vector = NDArray[np.float32]
 class EmbedRow:
     """One text to embed. Rows with the same `key` get the same vector.
 
-    Its vector is cut to `width` and has length 1, or is as the model gives it where not `normalize`. A text with spans
-    gets (spans, width) vectors.
+    Its vector is cut to `width`, and scaled to length 1 if `normalize` is set. A text with spans gets a vector for each
+    of them, of shape (spans, width).
     """
 
     text: TokenizedText
@@ -34,7 +34,7 @@ class EmbedRow:
 
     @classmethod
     def from_key(cls, key: bytes) -> EmbedRow:
-        """The row that has this key, with all that computing it needs."""
+        """The row with this key; a key holds everything that computing a row needs."""
         numbers = array("I", key).tolist()
         how, span_start, count = numbers[:3]
         bounds = iter(numbers[3 : 3 + count])

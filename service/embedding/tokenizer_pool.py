@@ -1,4 +1,4 @@
-"""Threads that tokenize, to which interactive work goes first: no query waits behind the slices of a bulk request."""
+"""Threads that tokenize. Interactive work goes first: no query waits behind the slices of a bulk request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class TokenizerPool:
-    """So many threads; work waits for one by lane, and in each lane in the order of its arrival."""
+    """A fixed number of threads. Work waits for a free one by lane, and within a lane in the order of its arrival."""
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, "tokenizer", _stand_back)
@@ -25,7 +25,7 @@ class TokenizerPool:
         self._waiting: dict[Lane, deque[asyncio.Future[None]]] = {lane: deque() for lane in LANES}
 
     async def run(self, lane: Lane, work: Callable[[], T]) -> T:
-        """What `work` gives, done in a thread."""
+        """The result of `work`, done in a thread."""
         loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1
@@ -35,7 +35,7 @@ class TokenizerPool:
             try:
                 await turn
             except asyncio.CancelledError:
-                if not turn.cancelled():  # its turn had come already
+                if not turn.cancelled():  # its turn had come already: a thread is reserved for it
                     self._pass_on()
                 raise
         done = self._threads.submit(work)
@@ -48,11 +48,11 @@ class TokenizerPool:
         return await asyncio.wrap_future(done)
 
     def close(self) -> None:
-        """End the threads after what they are at."""
+        """End the threads after their present work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _pass_on(self) -> None:
-        """A thread is free: for the first that still waits."""
+        """Give a free thread to the first work that still waits."""
         for lane in LANES:
             while self._waiting[lane]:
                 turn = self._waiting[lane].popleft()
@@ -63,6 +63,6 @@ class TokenizerPool:
 
 
 def _stand_back() -> None:
-    """Let the event loop go before this thread where they share a core; only Linux has a priority for each thread."""
+    """Lower this thread's priority below the event loop's, for when they share a core; only Linux can do that."""
     if sys.platform == "linux":
         os.nice(5)

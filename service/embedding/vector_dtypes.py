@@ -11,17 +11,16 @@ from service.embedding.choices import EmbedDtype
 
 _LARGEST_FLOAT16 = np.finfo(np.float16).max
 
-# A vector without a number above this is one of zeros: 127 / _LEAST is the largest float32.
+# A vector whose largest number is not above this becomes zeros: 127 / _LEAST is the largest float32.
 _LEAST = np.float32(127) / np.finfo(np.float32).max
 
 
 def quantize_vectors(vectors: NDArray[np.float32], dtype: EmbedDtype) -> NDArray[Any]:
     """Vectors that have been cut and normalised, (…, D), in fewer bits, as little-endian numbers.
 
-    All of them are finite if the vectors are: in float16 a number that is too large becomes its largest one.
-    int8 is scaled so that the largest number is ±127: for each vector by itself, which its cosines don't see; uint8 is
-    that and 128. ubinary is a bit for each number, set where it is above 0, packed from the highest bit down; binary is
-    that less 128.
+    Finite vectors stay finite: a number too large for float16 becomes the largest float16. int8 scales each vector by
+    itself so that its largest number is ±127, which leaves cosines alone; uint8 adds 128 to int8. ubinary has a bit for
+    each number, set if the number is above 0, and packs them from the highest bit down; binary is ubinary less 128.
     """
     match dtype:
         case "float32":
