@@ -15,7 +15,6 @@ What has the label `device` is of each device by itself, such as cuda:1; engines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
 from functools import lru_cache
 from statistics import mean
 
@@ -54,9 +53,6 @@ CANCEL_STAGES = ("queued", "request")
 TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
 INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
 
-
-# The lane that the request at hand was queued in: known to the embedder, and told by the metrics when it has ended.
-lane_of_request: ContextVar[str] = ContextVar("lane_of_request", default="")
 
 # What text-embeddings-inference calls what these measure: its kind, and our name. Times of the queue are by input here,
 # those of inference by batch.

@@ -1,6 +1,6 @@
 """OpenTelemetry traces, where the extra `otel` is installed and an endpoint is set in OpenTelemetry's own variables.
 
-A span for each request and, made from what its answer says of itself, one each for tokenizing, waiting, inference and
+A span for each request and, made from its timings, one each for tokenizing, waiting, inference and
 writing the answer. They never hold input text, keys or header values. Costs nothing where there is no endpoint.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from service.logs import log, request_id
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _NAME = "llm2vec-service"
-
-# The answer's headers that hold how long each step took, in milliseconds, in the order of the steps.
-_STEPS = (("tokenize", b"x-tokenization-time"), ("queue", b"x-queue-time"), ("inference", b"x-inference-time"))
-_TOTAL = b"x-total-time"
 
 
 class Moments(NamedTuple):
@@ -52,12 +48,13 @@ class Traces:
         route: str,
         status: int,
         code: str,
-        answer: Mapping[bytes, bytes],
+        steps: Sequence[tuple[str, float]],
         moments: Moments,
     ) -> None:
         """The spans of one request, under the caller's `traceparent` where it sent one.
 
-        Steps follow each other: of a request in several batches, each step is as long as its longest.
+        `steps` are names and seconds. They follow each other: of a request in several batches, each step is as long as
+        its longest.
         """
         carrier = {name: headers[name.encode()].decode("latin-1") for name in _CARRIED if name.encode() in headers}
         attributes: dict[str, Any] = {
@@ -78,10 +75,9 @@ class Traces:
         )
         if status >= 500:
             span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code))
-        if _TOTAL in answer:
+        if steps:
             own = self._trace.set_span_in_context(span)
-            at = moments.answered - _seconds(answer[_TOTAL])
-            steps = [(name, _seconds(answer.get(header, b"0"))) for name, header in _STEPS]
+            at = moments.began
             for name, seconds in steps:
                 self._child(name, own, at + behind, at + seconds + behind)
                 at += seconds
@@ -116,10 +112,6 @@ def start_traces() -> Traces | None:
     provider = TracerProvider(resource=Resource.create(own))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Traces(provider)
-
-
-def _seconds(milliseconds: bytes) -> float:
-    return float(milliseconds) / 1000
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -84,7 +84,7 @@ async def create_chunk_embeddings(request: Request) -> Response:
         body.priority,
         body.timeout_seconds(),
     )
-    result = await call.while_connected(call.embedder.embed_chunks(asked))
+    result = await call.embed_chunks(asked)
     slices = write_answer(
         result, call.parts.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
     )

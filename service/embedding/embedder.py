@@ -33,10 +33,12 @@ from service.embedding.rows import EmbedRow, Vector
 from service.embedding.tokenizer_pool import TokenizerPool
 from service.embedding.tokenizing import Tokenizes
 from service.errors import EncodingError, InvalidRequest, NonFiniteEmbedding
-from service.metrics import Metrics, lane_of_request
+from service.metrics import Metrics
 from service.settings import Settings
 
 T = TypeVar("T")
+
+OnLane = Callable[[Lane], None]
 
 
 @dataclass
@@ -55,8 +57,8 @@ class Embedder:
         self._pool = TokenizerPool(self.settings.tokenizer_threads)
         self._admission = Admission(self.batcher, self.settings)
 
-    async def embed(self, request: EmbedRequest) -> EmbedResult:
-        """Vectors for a request's inputs.
+    async def embed(self, request: EmbedRequest, on_lane: OnLane = lambda lane: None) -> EmbedResult:
+        """Vectors for a request's inputs. `on_lane` is told the lane that the request is queued in.
 
         Raises:
             InvalidRequest: for an input, a count or a dimension that can't be served, naming it.
@@ -77,7 +79,7 @@ class Embedder:
             self._admission.learn(request, sum(map(len, rows)))
             tokenized = time.perf_counter()
             try:
-                computed = await self._compute(rows, request.lane, patience)
+                computed = await self._compute(rows, request.lane, patience, on_lane)
             except EncodingError as error:
                 raise error.at(long_texts.input_of(error.index, fitted)) from error
             cut = sum(parts[0].cut for parts in fitted)
@@ -89,8 +91,10 @@ class Embedder:
             await tokenizing.run_aside(self._pool, guess.lane, fitted, measure)
             return result
 
-    async def embed_chunks(self, request: ChunkRequest) -> ChunkResult:
+    async def embed_chunks(self, request: ChunkRequest, on_lane: OnLane = lambda lane: None) -> ChunkResult:
         """Late chunking (Günther et al. 2024): each chunk's vector is pooled from token vectors that saw all the text.
+
+        `on_lane` is told the lane that the request is queued in.
 
         Raises:
             InvalidRequest: for a text that is too long or empty, or a chunk that holds no token of it.
@@ -115,7 +119,7 @@ class Embedder:
             bounds.check_numbers(len(chunks) * width)
             rows = [EmbedRow(replace(text, spans=tuple(chunks)), width, request.normalize)]
             tokenized = time.perf_counter()
-            computed = await self._compute(rows, request.lane, patience)
+            computed = await self._compute(rows, request.lane, patience, on_lane)
             result = results.result_of(rows, computed, 0, tokenized - patience.began)
             results.record(self.metrics, [request.instruction.source], rows, result)
             return ChunkResult(
@@ -229,13 +233,15 @@ class Embedder:
         except TokenizationError as error:
             raise InvalidRequest(str(error), "invalid_input", "input") from error
 
-    async def _compute(self, rows: list[EmbedRow], asked: Lane | None, patience: Patience) -> list[Computed[Vector]]:
+    async def _compute(
+        self, rows: list[EmbedRow], asked: Lane | None, patience: Patience, on_lane: OnLane
+    ) -> list[Computed[Vector]]:
         """The rows' vectors, once they are admitted."""
         tokens = sum(map(len, rows))
         bounds.check_tokens(tokens, self.settings.max_tokens_per_request)
         hold_vectors(sum(row.width * max(len(row.text.spans), 1) for row in rows))
         size = self._admission.counted_size(len(rows), tokens, asked)
-        lane_of_request.set(size.lane)
+        on_lane(size.lane)
         return await self._admission.submit(rows, size, patience)
 
     def _means(

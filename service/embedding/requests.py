@@ -68,6 +68,14 @@ class Timings:
     queue_seconds: float = 0.0  # of the input that waited longest
     inference_seconds: float = 0.0  # of the slowest batch that held one of the inputs
 
+    def steps(self) -> list[tuple[str, float]]:
+        """The stages in their order."""
+        return [
+            ("tokenize", self.tokenize_seconds),
+            ("queue", self.queue_seconds),
+            ("inference", self.inference_seconds),
+        ]
+
 
 @dataclass(frozen=True)
 class EmbedResult:

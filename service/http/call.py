@@ -11,13 +11,14 @@ from pydantic import BaseModel
 
 from service.embedding.embedder import Embedder
 from service.embedding.instructions import Asked, Chosen
-from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.requests import ChunkRequest, ChunkResult, EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import json_answer
 from service.http.common import with_instruction
 from service.http.headers import answer_headers, header_text, ignored_header
 from service.http.models import alias_of
+from service.http.outcome import outcome_of
 from service.http.parts import parts_of
 from service.http.requests import read, while_connected
 from service.settings import Settings
@@ -119,7 +120,20 @@ class Call(Generic[Body]):
             ServiceError: as `Embedder.embed`.
             ClientGone: if the client hung up.
         """
-        return await self.while_connected(self.embedder.embed(asked))
+        result = await self.while_connected(self.embedder.embed(asked, self._note_lane))
+        outcome_of(self.request.scope).timings = result.timings
+        return result
+
+    async def embed_chunks(self, asked: ChunkRequest) -> ChunkResult:
+        """The vectors of one text's chunks; nothing more is computed once the client has hung up.
+
+        Raises:
+            ServiceError: as `Embedder.embed_chunks`.
+            ClientGone: if the client hung up.
+        """
+        result = await self.while_connected(self.embedder.embed_chunks(asked, self._note_lane))
+        outcome_of(self.request.scope).timings = result.embedded.timings
+        return result
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled if the client hangs up.
@@ -146,6 +160,9 @@ class Call(Generic[Body]):
     def json(self, content: Any, inputs: Sequence[EmbedInput], result: EmbedResult) -> Response:
         """A small answer of anything that was made of vectors."""
         return json_answer(content, {**self._about(inputs, result), **self.headers})
+
+    def _note_lane(self, lane: str) -> None:
+        outcome_of(self.request.scope).lane = lane
 
     def _about(self, inputs: Sequence[EmbedInput], result: EmbedResult) -> dict[str, str]:
         return answer_headers(self.embedder, inputs, result, self.seconds)

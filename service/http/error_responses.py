@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import errors
+from service.http.outcome import outcome_of
 from service.metrics import Metrics
 
 # The most specific class that fits decides.
@@ -104,7 +105,7 @@ class ErrorResponses:
         async def http_error(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-            request.state.code = code
+            outcome_of(request.scope).code = code
             path = request.scope["path"]
             message = f"{request.method} {path[:200]}: {error.detail}{_way_out(path, error, self._known_paths)}"
             return self._answer(path, message, error.status_code, code, None, dict(error.headers or {}))
@@ -120,12 +121,13 @@ class ErrorResponses:
         """The answer to one of our own errors, counted; its code and reason are left in the request's state."""
         path = request.scope["path"]
         status = self._dialect(path).status_for(error)
-        request.state.code = error.code
+        outcome = outcome_of(request.scope)
+        outcome.code = error.code
         self._count_rejection(error)
         message = str(error)
         if isinstance(error, errors.EncodingError) and error.index is not None:
             message += f" (input index {error.index})"
-        request.state.reason = message[:_MOST_CHARACTERS]
+        outcome.reason = message[:_MOST_CHARACTERS]
         return self._answer(path, message, status, error.code, error.param, _headers(error))
 
     def unexpected(self, path: str) -> Response:

@@ -32,9 +32,9 @@ from service.errors import (
 )
 from service.http.error_responses import ErrorResponses
 from service.http.json_size import JSONSize, json_size
+from service.http.outcome import Outcome, outcome_of
 from service.http.parts import Parts, parts_of
 from service.logs import log, log_request, request_id
-from service.metrics import lane_of_request
 from service.settings import Settings
 from service.tracing import Moments, Traces
 
@@ -109,9 +109,8 @@ class RequestContext:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
-        lane_of_request.set("")
         caller_of_request.set(self._access.caller(headers, scope.get("client")))
-        state = scope.setdefault("state", {})
+        outcome = outcome_of(scope)
         status, started, whole = 0, 0.0, False
 
         async def send_with_id(message: Message) -> None:
@@ -123,15 +122,14 @@ class RequestContext:
             elif message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"].append((b"x-request-id", own_id.encode()))
-                if self._traces:
-                    started, state["answer_headers"] = time.perf_counter(), message["headers"]
+                started = time.perf_counter()
             await send(message)
 
         self._metrics.inflight.inc()
         try:
             endpoint = self._direct.get((scope["method"], scope["path"]))
             if (refusal := self._access.refusal(scope["method"], scope["path"], headers)) is not None:
-                state["route"] = scope["path"] if endpoint else ""
+                outcome.route = scope["path"] if endpoint else ""
                 await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
             elif endpoint is None:
                 await self._app(scope, receive, send_with_id)
@@ -145,7 +143,7 @@ class RequestContext:
             await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
         except Exception as error:
             # Where it was and what kind it is: its message may hold a piece of the input.
-            state["code"], state["reason"] = "internal_error", f"unexpected {type(error).__name__}"
+            outcome.code, outcome.reason = "internal_error", f"unexpected {type(error).__name__}"
             log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
             if status and not whole:
                 raise RuntimeError("an answer broke off: see the line before") from None
@@ -154,35 +152,35 @@ class RequestContext:
         finally:
             self._metrics.inflight.dec()
             ended = time.perf_counter()
-            route = self._finish(scope, method, status, state.get("code", ""), ended - began)
+            outcome.route = outcome.route or getattr(scope.get("route"), "path", "unmatched")
+            self._finish(outcome, method, status, ended - began)
             if self._traces:
                 moments = Moments(began, started or ended, ended)
-                own = dict(state.get("answer_headers", ()))
-                self._traces.record(headers, method, route, status, state.get("code", ""), own, moments)
+                steps = outcome.timings.steps() if outcome.timings else ()
+                self._traces.record(headers, method, outcome.route, status, outcome.code, steps, moments)
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
-        request.scope["state"]["route"] = request.scope["path"]
+        outcome_of(request.scope).route = request.scope["path"]
         try:
             response = await endpoint(request)
         except ServiceError as error:
             response = self._errors.of(request, error)
         await response(request.scope, request.receive, send)
 
-    def _finish(self, scope: Scope, method: str, status: int, code: str, seconds: float) -> str:
-        """Count and log it; the route it took."""
-        route: str = scope["state"].get("route") or getattr(scope.get("route"), "path", "unmatched")
-        count, duration = self._metrics.of_request(route, str(status), code, lane_of_request.get())
+    def _finish(self, outcome: Outcome, method: str, status: int, seconds: float) -> None:
+        """Count and log a request."""
+        route, code = outcome.route, outcome.code
+        count, duration = self._metrics.of_request(route, str(status), code, outcome.lane)
         count.inc()
         duration.observe(seconds)
         fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
         if status >= 500 or status == _DEVICE_FAILED:
             level = logging.WARNING if status in (503, 504) else logging.ERROR
-            log_request(level, {**fields, "code": code, "reason": scope["state"].get("reason", "")})
+            log_request(level, {**fields, "code": code, "reason": outcome.reason})
         else:
             quiet = route in QUIET_ROUTES and status < 400
             log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
-        return route
 
 
 def _single_slashes(path: str) -> str:
