@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
-from model_store.encoder.attention import Kernel, attend_each_text, implementation_name
+from model_store.encoder.attention import Kernel, implementation_name
+from model_store.encoder.attention_cpu import attend_each_text
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.merged_linear import merge_projections
 from model_store.encoder.packing import PackedBatch, to_device

@@ -1,0 +1,252 @@
+"""Bidirectional attention over packed texts by torch's own operations: for CPUs, and where no flash kernel serves.
+
+`attend` takes the whole batch as one row, and computes each text apart from the others: long texts one at a time,
+short ones together. A text's result has the same bits in every batch. Knows tensors alone; nothing of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model_store.encoder.packing import to_device
+
+# T packed tokens, S tokens of one text, H query heads, G key/value heads, d head width
+
+# Where scores are held in memory, the queries of one text are taken in blocks of this many: they stay in the cache.
+_QUERY_BLOCK = 128
+
+# Texts of up to _SHORT tokens are computed together, padded to a multiple of _SHORT_STEP.
+_SHORT = 64
+_SHORT_STEP = 16
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """(1, T, H, d) of query (1, H, T, d), key and value (1, G, T, d); with gradients if they are asked for."""
+    if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
+        return _attend_differentiably(query[0], key[0], value[0], cu_seqlens, scale, window, softcap, dropout)[None]
+    attended: Tensor = _attend_each_text(query, key, value, cu_seqlens, scale, window, softcap)
+    return attended
+
+
+def attend_each_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """(1, T, H, d) for packed texts, without gradients. With `cu_seqlens` on the host it waits for no device."""
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    # Where several heads share their keys, one matrix product serves all of these heads. On a CPU with 16-bit products
+    # that is up to twice as fast as the fused kernel, which computes each head by itself.
+    by_products = query.device.type == "cpu" and query.dtype != torch.float32 and query.shape[1] > key.shape[1]
+    short: dict[int, list[tuple[int, int]]] = {}  # padded length → texts
+    for start, end in pairwise(cu_seqlens.tolist()):
+        masked = window is not None and end - start > window + 1
+        special = masked or softcap is not None
+        if end - start <= _SHORT and not special:
+            short.setdefault(_padded(end - start), []).append((start, end))
+            continue
+        text = (slice(None), slice(start, end))
+        block = (query[0][text], key[0][text], value[0][text])
+        if special or by_products:
+            out[0, start:end] = _scored(*block, scale, window if masked else None, softcap).transpose(0, 1)
+        else:
+            rows, keys, values = (part[None] for part in block)
+            attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=True)
+            out[0, start:end] = attended[0].transpose(0, 1)
+    for length, texts in short.items():
+        _attend_short(query[0], key[0], value[0], out[0], length, texts, scale, by_products)
+    return out
+
+
+# torch.compile sees a single operation, so the loop over texts does not break the layer's graph.
+_attend_each_text = torch.library.custom_op("llm2vec::attend_each_text", mutates_args=())(attend_each_text)
+
+
+@_attend_each_text.register_fake
+def _(query: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
+def _attend_short(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    length: int,
+    texts: list[tuple[int, int]],
+    scale: float,
+    by_products: bool,
+) -> None:
+    """Fill `out` (T, H, d) for n texts of at most `length` tokens, all of them at once.
+
+    A batch can hold dozens of short texts, and a call for each text costs more than its arithmetic: above all on a
+    shared core, where every parallel step waits for the thread that was interrupted. The padded length depends on the
+    text's own length alone, so its products have the same shapes in every batch: see docs/fidelity.md.
+    """
+    heads, width, groups = query.shape[0], query.shape[2], key.shape[0]
+    plan = _short_plan(tuple(texts), length, query.device)
+    queries, keys, values = (
+        part.index_select(1, plan["places"]).unflatten(1, (len(texts), length)).transpose(0, 1)
+        for part in (query, key, value)
+    )  # (n, H or G, length, d)
+    there = plan["there"].view(len(texts), length)
+    if by_products:
+        by_group = queries.reshape(len(texts) * groups, -1, width)  # (n·G, H/G · length, d)
+        keys, values = keys.reshape(-1, length, width), values.reshape(-1, length, width)
+        scores = torch.baddbmm(query.new_empty(1), by_group, keys.transpose(1, 2), beta=0, alpha=scale)
+        scores.view(len(texts), -1, length).masked_fill_(~there[:, None], float("-inf"))
+        attended = torch.bmm(scores.softmax(-1), values).view(len(texts), heads, length, width)
+    else:
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=there[:, None, None], scale=scale, enable_gqa=True
+        )
+    out[plan["taken"]] = attended.transpose(1, 2).flatten(0, 1)[plan["filled"]]
+
+
+def _padded(tokens: int) -> int:
+    return -(-tokens // _SHORT_STEP) * _SHORT_STEP
+
+
+@lru_cache(maxsize=8)
+def _short_plan(texts: tuple[tuple[int, int], ...], length: int, device: torch.device) -> dict[str, Tensor]:
+    """How n texts are taken out of the row, padded to `length`, and put back; all layers of a forward pass share it.
+
+    `places` (n·length,) are the tokens to take, and `there` (n·length,) is False for padding. `filled` are the real
+    tokens' places among the padded ones, `taken` their places in the row. The host makes the plan, because `nonzero`
+    would wait for the device.
+    """
+    bounds = torch.tensor(texts)
+    at = bounds[:, :1] + torch.arange(length)  # (n, length)
+    there = at < bounds[:, 1:]
+    places = at.minimum(bounds[:, 1:] - 1)  # padding repeats the last token, and no token sees it
+    filled = there.flatten().nonzero()[:, 0]
+    plan = {"places": places.flatten(), "filled": filled, "taken": at[there], "there": there.flatten()}
+    return to_device(plan, device)
+
+
+def _scored(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """(H, S, d) for one text, with the scores of one block of queries in memory at a time.
+
+    With `softcap` the scores become softcap·tanh(score / softcap), as in Gemma 2; softmax sums in float32.
+    """
+    heads, length, width = query.shape
+    groups = key.shape[0]
+    by_group = query.view(groups, heads // groups, length, width)
+    out = torch.empty_like(by_group, memory_format=torch.contiguous_format)
+    reach = length if window is None else window
+    for start in range(0, length, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, length)
+        first, last = max(start - reach, 0), min(end + reach, length)
+        block = by_group[:, :, start:end].reshape(groups, -1, width)  # (G, H/G · queries, d)
+        keys = key[:, first:last].transpose(1, 2)
+        scores = torch.baddbmm(query.new_empty(1), block, keys, beta=0, alpha=scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if window is not None:
+            unseen = _window_mask(end - start, last - first, start - first, window, query.device)
+            scores.view(groups, -1, end - start, last - first).masked_fill_(unseen, float("-inf"))
+        attended = torch.bmm(scores.softmax(-1), value[:, first:last])
+        out[:, :, start:end] = attended.view(groups, -1, end - start, width)
+    return out.view(heads, length, width)
+
+
+@lru_cache(maxsize=8)
+def _window_mask(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool: True for a key that the query must not see; query 0 stands at key `offset`."""
+    at = torch.arange(queries, device=device)[:, None] + offset
+    return (at - torch.arange(keys, device=device)).abs() > window
+
+
+def _attend_differentiably(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """(T, H, d) of (H, T, d), with gradients and dropout: texts of about one length together, with scores in memory."""
+    heads, tokens, width = query.shape
+    groups = key.shape[0]
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(cu_seqlens.tolist()):
+        by_length.setdefault(_padded(end - start), []).append((start, end))
+    parts, places = [], []
+    for length, texts in by_length.items():
+        bounds = torch.tensor(texts, device=query.device)
+        at = bounds[:, :1] + torch.arange(length, device=query.device)  # (n, length)
+        there = at < bounds[:, 1:]
+        filled, taken = there.flatten().nonzero()[:, 0], at[there]
+        queries, keys, values = (
+            _spread_rows(part.transpose(0, 1), taken, filled, at.numel()).view(*at.shape, -1, width).transpose(1, 2)
+            for part in (query, key, value)
+        )  # (n, H or G, length, d)
+        by_group = queries.reshape(len(texts) * groups, -1, width)  # (n·G, H/G · length, d)
+        keys, values = keys.reshape(-1, length, width), values.reshape(-1, length, width)
+        scores = torch.baddbmm(query.new_empty(1), by_group, keys.transpose(1, 2), beta=0, alpha=scale)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        unseen = ~there[:, None, :]  # (n, 1 or queries, keys)
+        if window is not None and length > window + 1:
+            # Padding sees the whole text: a query that sees no key gives NaN, and makes every gradient NaN.
+            far = _window_mask(length, length, 0, window, query.device) & there[:, :, None]
+            unseen = unseen | far
+        scores = scores.view(len(texts), -1, unseen.shape[1], length).masked_fill(unseen[:, None], float("-inf"))
+        weights = F.dropout(scores.softmax(-1), dropout).view(len(texts) * groups, -1, length)
+        attended = torch.bmm(weights, values).view(len(texts), heads, length, width)
+        parts.append(_spread_rows(attended.transpose(1, 2).flatten(0, 1), filled, None, len(filled)))
+        places.append(taken)
+    return _spread_rows(torch.cat(parts), None, torch.cat(places), tokens)
+
+
+class _Spread(torch.autograd.Function):
+    """The rows `taken` of x, put at the rows `filled` of zeros (rows, …); None stands for all rows in order.
+
+    The gradient is the same operation with `taken` and `filled` exchanged. torch's gradient of indexing is much slower,
+    as it allows for repeated rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taken: Tensor | None, filled: Tensor | None, rows: int) -> Tensor:
+        ctx.rows, ctx.taken, ctx.filled = len(x), taken, filled
+        return _spread(x, taken, filled, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return _spread(gradients[0], ctx.filled, ctx.taken, ctx.rows), None, None, None
+
+
+_spread_rows: Callable[..., Tensor] = _Spread.apply
+
+
+def _spread(x: Tensor, taken: Tensor | None, filled: Tensor | None, rows: int) -> Tensor:
+    picked = x if taken is None else x[taken]
+    if filled is None:
+        return picked
+    out = x.new_zeros(rows, *x.shape[1:])
+    out[filled] = picked
+    return out
