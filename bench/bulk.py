@@ -131,7 +131,7 @@ class Alone:
         self.tokens += sum(map(len, rows))
         widths = torch.full((len(rows),), self.encoder.manifest.width)
         vectors = np.empty((len(rows), self.encoder.manifest.width), np.float32)
-        vectors[order] = shorten_and_normalize(pooled, widths).numpy()
+        vectors[order] = shorten_and_normalize(pooled, widths, torch.ones_like(widths, dtype=torch.bool)).numpy()
         return vectors
 
     def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:

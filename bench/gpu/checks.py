@@ -16,6 +16,7 @@ from bench.gpu.report import Report
 from model_store.build.self_test import TOLERANCE, compile_checked, largest_difference
 from model_store.encoder.attention import Layout, packed_sdpa, packed_torch_flash
 from model_store.encoder.pipeline import Pipeline, graph_sizes
+from model_store.encoder.pooling import Wanted
 from model_store.encoder.quantization import EmulatedFp8Linear, Fp8Linear
 
 # H query heads, G key/value heads, d head width
@@ -94,4 +95,4 @@ def captured_against_eager(report: Report) -> dict[str, Any]:
 def vectors_of(pipeline: Pipeline, rows: Sequence[Row], widths: Sequence[int] = ()) -> Tensor:
     """(B, D) as served, in full width if none is given."""
     full = [pipeline.encoder.manifest.width] * len(rows)
-    return torch.from_numpy(pipeline.launch(rows, widths or full).wait().copy())
+    return torch.from_numpy(pipeline.launch(rows, [Wanted(width) for width in widths or full]).wait().copy())

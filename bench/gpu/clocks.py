@@ -13,6 +13,7 @@ from torch import Tensor
 from bench.gpu.inputs import Row
 from bench.gpu.report import sync
 from model_store.encoder.pipeline import Pipeline
+from model_store.encoder.pooling import Wanted
 
 # What an event can tell apart.
 _GRAIN_SECONDS = 5e-7
@@ -48,11 +49,11 @@ def host_seconds(run: Callable[[], object]) -> float:
 
 def launch_seconds(pipeline: Pipeline, rows: Sequence[Row], rounds: int) -> tuple[list[float], list[float]]:
     """Times until vectors are there, and until `launch` returns, one batch at a time."""
-    widths = [pipeline.encoder.manifest.width] * len(rows)
+    wanted = [Wanted(pipeline.encoder.manifest.width)] * len(rows)
     whole, launched = [], []
     for _ in range(rounds + 2):
         began = time.perf_counter()
-        pending = pipeline.launch(rows, widths)
+        pending = pipeline.launch(rows, wanted)
         launched.append(time.perf_counter() - began)
         pending.wait()
         whole.append(time.perf_counter() - began)
@@ -64,7 +65,7 @@ def pipelined(pipeline: Pipeline, batches: Sequence[Sequence[Row]]) -> tuple[flo
     width = pipeline.encoder.manifest.width
     began, found, before = time.perf_counter(), [], None
     for batch in [*batches, None]:
-        pending = pipeline.launch(batch, [width] * len(batch)) if batch else None
+        pending = pipeline.launch(batch, [Wanted(width)] * len(batch)) if batch else None
         if before is not None:
             found.append(before.wait())
         before = pending

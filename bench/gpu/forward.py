@@ -24,8 +24,8 @@ from model_store.build.self_test import compile_checked, largest_difference
 from model_store.encoder.attention import implementation_name
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch, to_device
-from model_store.encoder.pipeline import Pipeline, forward, graph_sizes
-from model_store.encoder.pooling import pool
+from model_store.encoder.pipeline import Pipeline, finish_of, forward, graph_sizes
+from model_store.encoder.pooling import Wanted, pool
 from model_store.encoder.quantization import Quantization
 from model_store.shape import Shape
 
@@ -160,13 +160,14 @@ def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, flo
     """The device's time, the caller's and the host's, the rate and its share of the peak."""
     encoder = pipeline.encoder
     device, shape = encoder.device, shape_of(encoder)
-    batch, widths = PackedBatch.pack(rows, "mean"), torch.tensor([encoder.manifest.width] * len(rows))
+    batch = PackedBatch.pack(rows, "mean")
+    finish = finish_of([Wanted(encoder.manifest.width)] * len(rows), [1] * len(rows))
     replay = next((replay for replay in pipeline.replays if replay.serves(batch)), None)
     if replay is not None:
-        seconds = device_seconds(partial(replay.graph.replay, batch, widths), device)
+        seconds = device_seconds(partial(replay.graph.replay, batch, finish), device)
     else:
-        placed, cut_to = encoder.place(batch), to_device({"widths": widths}, device)["widths"]
-        seconds = device_seconds(partial(forward, encoder, placed, cut_to), device)
+        placed, finish = encoder.place(batch), to_device(finish, device)
+        seconds = device_seconds(partial(forward, encoder, placed, **finish), device)
     whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
     lengths = [len(row) for row in rows]
     flops = shape.linear_flops_per_token * sum(lengths) + shape.attention_flops(lengths)

@@ -1,7 +1,7 @@
-"""A few texts and their vectors, stored with the encoder: does it still give what it gave when it was built?
+"""Checks that an encoder gives the right vectors: against its own at build time, and against slower ways.
 
-The same texts decide at build time whether packed attention is right for the model at all: transformers' own
-padded forward, made bidirectional, must agree.
+A few texts and their vectors are stored with the encoder. At build time the same texts show whether packed attention
+is right for the model at all: transformers' own padded forward pass, made bidirectional, must agree.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from model_store.encoder.attention import newer_flash
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pipeline import Pipeline
+from model_store.encoder.pooling import Wanted
 from model_store.errors import UserError
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
@@ -32,16 +33,15 @@ CASES = (
     ("Retrieve semantically similar text:", "Größe und Maß – 東京 🙂"),
 )
 
-# 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
+# The 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
-
-# Token ids that every vocabulary has, three texts of different lengths.
+# Three texts of different lengths, of token ids that every vocabulary has.
 _CHECKED = [TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0) for length in (3, 24, 9)]
 
 
 class SelfTestError(UserError):
-    """The encoder does not compute what it should."""
+    """The encoder gives other vectors than it should."""
 
 
 def write_self_test(folder: Path) -> None:
@@ -63,7 +63,7 @@ def write_self_test(folder: Path) -> None:
 
 
 def self_test_difference(folder: Path) -> tuple[float, float]:
-    """Compute the stored cases again: the largest 1 − cosine to the stored vectors, and what is allowed."""
+    """Compute the stored cases again; returns the largest 1 − cosine to the stored vectors, and the largest allowed."""
     document = json.loads((folder / SELF_TEST_FILE).read_text())
     encoder, rows = _load(folder, document["cases"])
     stored = torch.tensor(document["vectors"])
@@ -71,15 +71,15 @@ def self_test_difference(folder: Path) -> tuple[float, float]:
 
 
 def largest_difference(left: Tensor, right: Tensor) -> float:
-    """The largest 1 − cosine between vectors of the same row, (B, D) each."""
+    """The largest 1 − cosine between vectors in the same place; both are (B, D)."""
     return float((1 - torch.cosine_similarity(left.double(), right.double(), dim=-1)).max())
 
 
 def check_attention(encoder: Encoder) -> None:
     """Compare a tiny packed forward with transformers' own on the encoder's device, before it serves.
 
-    That shows at once a neighbour that moves another text, a first token that does not see the last, a layer that
-    never calls attention and a kernel that is wrong on this device.
+    The comparison finds a text that changes its neighbour's vector, a first token that does not see the last, a layer
+    that never calls attention, and a kernel that is wrong on this device.
 
     Raises:
         SelfTestError: if they differ.
@@ -93,10 +93,10 @@ def check_attention(encoder: Encoder) -> None:
 
 
 def pack_checked(encoder: Encoder) -> None:
-    """Pack the weights where that helps, and see that the vectors stay what they are.
+    """Pack the weights if that makes products faster, and check that the vectors stay the same.
 
     Raises:
-        SelfTestError: if they do not.
+        SelfTestError: if they change.
     """
     before = _packed_vectors(encoder, _CHECKED)
     encoder.pack_weights()
@@ -104,9 +104,9 @@ def pack_checked(encoder: Encoder) -> None:
 
 
 def upgrade_flash_checked(encoder: Encoder) -> str:
-    """Put a later FlashAttention in the place of torch's own, where one is installed and gives the same vectors.
+    """Put a later FlashAttention in the place of torch's own, if one is installed and gives the same vectors.
 
-    Returns its name, or nothing if the kernel stays what it was.
+    Returns its name, or "" if torch's own kernel stays.
     """
     if encoder.kernel != "torch-flash":
         return ""
@@ -123,11 +123,11 @@ def upgrade_flash_checked(encoder: Encoder) -> str:
 
 
 def compile_checked(encoder: Encoder) -> None:
-    """Compile the layers, and see that the vectors stay what they are; else the layers stay as they are.
+    """Compile the layers, and check that the vectors stay the same; after an error the layers are as before.
 
     Raises:
-        SelfTestError: if they do not.
-        Exception: whatever the compiler raises.
+        SelfTestError: if the vectors change.
+        Exception: any error of the compiler.
     """
     before = _packed_vectors(encoder, _CHECKED)
     encoder.compile_layers()
@@ -139,30 +139,30 @@ def compile_checked(encoder: Encoder) -> None:
 
 
 def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
-    """See that each graph that was captured gives the vectors of the plain way.
+    """Check that each captured graph gives the vectors of the pipeline without graphs.
 
     Raises:
-        SelfTestError: if they do not.
+        SelfTestError: if one does not.
     """
-    widths = [plain.encoder.manifest.width] * len(_CHECKED)
-    expected = torch.from_numpy(plain.launch(_CHECKED, widths).wait())
+    wanted = [Wanted(plain.encoder.manifest.width)] * len(_CHECKED)
+    expected = torch.from_numpy(plain.launch(_CHECKED, wanted).wait())
     tokens = sum(map(len, _CHECKED))
     for replay in faster.replays:
         rows = _CHECKED if replay.graph.tokens >= tokens else _CHECKED[:1]
-        found = torch.from_numpy(Pipeline(plain.encoder, (replay,)).launch(rows, widths[: len(rows)]).wait())
+        found = torch.from_numpy(Pipeline(plain.encoder, (replay,)).launch(rows, wanted[: len(rows)]).wait())
         what = f"the forward pass captured for {replay.graph.tokens} tokens"
         _refuse_other(found, expected[: len(rows)], what, plain.encoder)
 
 
 def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> None:
     difference = largest_difference(left, right)
-    # Random tokens' vectors can lie closer to rounding than those of the texts that TOLERANCE was set for.
+    # Rounding can change the vectors of random tokens more than those of the texts that TOLERANCE was set for.
     if not difference <= 2 * TOLERANCE[encoder.dtype]:
         raise SelfTestError(f"{what} gives other vectors for this model (1 − cosine up to {difference:.1e})")
 
 
 def _load(folder: Path, cases: Sequence[Sequence[str]] = CASES) -> tuple[Encoder, list[TokenizedText]]:
-    from model_store.manifest import read_manifest  # pydantic, which checks of an encoder in memory do without
+    from model_store.manifest import read_manifest  # needs pydantic, and checks of an encoder in memory do not
 
     encoder = Encoder.load(folder, device="cpu", dtype=read_manifest(folder).dtype, attention="sdpa")
     tokenizer = TextTokenizer.load(folder, encoder.manifest)

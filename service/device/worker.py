@@ -29,6 +29,7 @@ from model_store.build.self_test import (
 from model_store.encoder.devices import choose_device
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pending, Pipeline, Replay, graph_sizes
+from model_store.encoder.pooling import Wanted
 from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.shape import Shape
 from model_store.text.tokenizer import TokenizedText
@@ -286,8 +287,8 @@ class EncoderWorker:
 
     def _launch(self, rows: list[EmbedRow], pipeline: Pipeline | None = None) -> Pending:
         try:
-            widths = [row.width if row.normalize else -row.width for row in rows]
-            return (pipeline or self._pipeline).launch([row.text for row in rows], widths)
+            wanted = [Wanted(row.width, row.normalize) for row in rows]
+            return (pipeline or self._pipeline).launch([row.text for row in rows], wanted)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 self._check_device()

@@ -24,6 +24,7 @@ import torch
 
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pending, Pipeline
+from model_store.encoder.pooling import Wanted
 from model_store.manifest import read_manifest
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
 from service.batching.contract import DevicePlan
@@ -75,7 +76,7 @@ class FaultyPipeline(Pipeline):
     chance: random.Random = field(default_factory=lambda: random.Random(int(os.environ.get("FAULTS_SEED", "0"))))
     refuses: threading.Event = field(default_factory=threading.Event)
 
-    def launch(self, rows: Sequence[TokenizedText], widths: Sequence[int]) -> Pending:
+    def launch(self, rows: Sequence[TokenizedText], wanted: Sequence[Wanted]) -> Pending:
         """As the real one, unless a mark or chance will have it otherwise."""
         due = time.perf_counter() + self.seconds_per_token * sum(map(len, rows))
         marks = [self._mark(row) for row in rows]
@@ -94,7 +95,7 @@ class FaultyPipeline(Pipeline):
             raise RuntimeError("a fault made on purpose")
         if OUT_OF_MEMORY in present or (company and OUT_OF_MEMORY_IN_COMPANY in present):
             raise torch.OutOfMemoryError("a fault made on purpose")
-        pending = super().launch(rows, widths)
+        pending = super().launch(rows, wanted)
         time.sleep(max(due - time.perf_counter(), 0.0))
         broken = [mark == NOT_FINITE or (company and mark == NOT_FINITE_IN_COMPANY) for mark in marks]
         if NOT_FINITE in present and not any(broken):

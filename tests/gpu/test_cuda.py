@@ -32,6 +32,7 @@ from model_store.encoder.devices import choose_device
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pipeline import Pipeline, graph_sizes
+from model_store.encoder.pooling import Wanted
 from model_store.encoder.quantization import EmulatedFp8Linear, Fp8Linear, Quantization
 from model_store.rope import readable_positions
 from tests.tiny import FAMILIES, normalized, random_rows, tiny_config, tiny_model
@@ -144,8 +145,8 @@ def test_captured_graphs_equal_the_plain_way(family: str, compiled: bool) -> Non
     check_same_vectors(plain, captured)
     for seed, lengths in enumerate(([1], [16], [5, 3, 2], [9, 60, 30], [8] * 20, [17] * 15, [200, 70])):
         rows = random_rows(lengths, seed)
-        widths = [64 if i % 2 else 21 for i in range(len(rows))]
-        found, expected = (torch.from_numpy(way.launch(rows, widths).wait().copy()) for way in (captured, plain))
+        wanted = [Wanted(64 if i % 2 else 21) for i in range(len(rows))]
+        found, expected = (torch.from_numpy(way.launch(rows, wanted).wait().copy()) for way in (captured, plain))
         assert largest_difference(found, expected) < 2 * TOLERANCE[torch.bfloat16]
         assert not found[0, 21:].any()
 

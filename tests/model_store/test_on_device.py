@@ -21,7 +21,8 @@ from model_store.encoder.attention_cpu import attend_each_text
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.merged_linear import merge_projections
 from model_store.encoder.packing import PackedBatch, to_device
-from model_store.encoder.pipeline import forward
+from model_store.encoder.pipeline import finish_of, forward
+from model_store.encoder.pooling import Wanted
 from model_store.rope import fix_frequencies
 from tests.cuda_stand_in import Gpus, install
 from tests.tiny import FAMILIES, random_rows, tiny_config
@@ -79,8 +80,8 @@ def assert_waits_for_nothing(on_device: Encoder) -> None:
         mode: Any = OneDevice
         with mode() if kernel == "torch-flash" else nullcontext():
             batch = on_device.place(PackedBatch.pack(random_rows(lengths), "mean"))
-            widths = to_device({"widths": torch.full((len(lengths),), 64)}, META)["widths"]
-            assert forward(on_device, batch, widths).device == META
+            finish = finish_of([Wanted(64)] * len(lengths), [1] * len(lengths))
+            assert forward(on_device, batch, **to_device(finish, META)).device == META
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 5.0), (16, 5.0)])

@@ -65,7 +65,7 @@ def test_filling_up_adds_a_text_of_filler_and_texts_of_no_tokens() -> None:
 
 def test_vectors_are_cut_first_and_have_length_1_then() -> None:
     vectors = torch.tensor([[3.0, 4.0, 12.0], [3.0, 4.0, 12.0], [0.0, 0.0, 0.0]])
-    finished = shorten_and_normalize(vectors, torch.tensor([2, 3, 3]))
+    finished = shorten_and_normalize(vectors, torch.tensor([2, 3, 3]), torch.tensor([True, True, True]))
     expected = [[0.6, 0.8, 0.0], [3 / 13, 4 / 13, 12 / 13], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(finished, torch.tensor(expected))
 
@@ -73,7 +73,7 @@ def test_vectors_are_cut_first_and_have_length_1_then() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_vector_that_is_not_finite_does_not_become_so(bad: float) -> None:
     vectors = torch.tensor([[1.0, bad, 2.0], [1.0, 1.0, 2.0]])
-    finished = shorten_and_normalize(vectors, torch.tensor([3, 3]))
+    finished = shorten_and_normalize(vectors, torch.tensor([3, 3]), torch.tensor([True, True]))
     assert finished.sum(1).isfinite().tolist() == [False, True]
 
 
@@ -92,9 +92,9 @@ def test_spans_get_vectors_of_their_own_beside_texts_that_have_one() -> None:
     assert [row.vectors for row in rows] == [1, 3, 1]
 
 
-def test_a_width_below_zero_leaves_the_length_alone() -> None:
+def test_a_vector_that_is_not_normalised_keeps_its_length() -> None:
     vectors = torch.tensor([[3.0, 4.0, 12.0]]).repeat(3, 1)
-    finished = shorten_and_normalize(vectors, torch.tensor([-3, 2, -2]))
+    finished = shorten_and_normalize(vectors, torch.tensor([3, 2, 2]), torch.tensor([False, True, False]))
     torch.testing.assert_close(finished, torch.tensor([[3.0, 4.0, 12.0], [0.6, 0.8, 0.0], [3.0, 4.0, 0.0]]))
 
 
