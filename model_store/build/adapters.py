@@ -33,14 +33,14 @@ class AdapterError(UserError):
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """One module's part: `a` of shape (r, in), `b` of shape (out, r), and the factor alpha/r (or alpha/√r)."""
+    """An adapter's update of one weight: `a` (r, in), `b` (out, r), and the factor alpha/r (or alpha/√r)."""
 
     a: Tensor
     b: Tensor
     scale: float
 
     def shape(self) -> tuple[int, int]:
-        """(out, in): the shape of the weight it is added to."""
+        """(out, in): the shape of the weight that the update is added to."""
         return self.b.shape[0], self.a.shape[1]
 
 
@@ -101,7 +101,7 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def merge_adapter(weight: Tensor, update: LowRankUpdate) -> Tensor:
-    """W + (alpha/r)·B·A in float32, added into `weight`, which must be float32; rounding is the caller's, once."""
+    """W + (alpha/r)·B·A, computed in place; `weight` must be float32, so that its caller rounds only once."""
     return weight.addmm_(update.b.float(), update.a.float(), alpha=update.scale)
 
 

@@ -55,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 
 class BuildError(UserError):
-    """A recipe whose parts don't make an encoder; the message names the part and the way out."""
+    """The parts of a recipe don't make an encoder; the message names the part and the way out."""
 
 
 def build_encoder(
@@ -64,7 +64,7 @@ def build_encoder(
     progress: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Build the encoder of a recipe in `folder`, which must not exist yet, be empty, or hold just that, whole.
+    """Build the encoder of a recipe in `folder`, which must not exist, be empty, or hold this very encoder, whole.
 
     Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
 
@@ -72,15 +72,15 @@ def build_encoder(
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
             behind, and the message says what to change.
     """
-    with _alone_with(folder):  # and whoever was alone with it before may have built it
+    with _alone_with(folder):  # the process that had the folder before may have built it
         return find_built(folder, recipe) or _build(recipe, folder, progress, shard_bytes)
 
 
 def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
     """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
 
-    A folder that holds the encoder of another recipe, or a damaged one, is replaced once the new one is whole. Of
-    several processes that ask at once one builds, and the others wait and find it there.
+    A folder with a damaged encoder, or with that of another recipe, is replaced once the new encoder is whole. If
+    several processes ask at once, one builds, and the others wait and find the encoder built.
     """
     if manifest := find_built(folder, recipe):
         return manifest
@@ -116,7 +116,7 @@ def _build(
 
 
 def _refuse_missing_stage(recipe: Recipe) -> None:
-    """Refuse a published second-stage adapter with no stage before it: nothing in its files says that one is needed."""
+    """Refuse a published second-stage adapter without its first stage: its own files don't say that it needs one."""
     first = _repository_name(recipe.adapters[0]) if recipe.adapters else ""
     for published in packaged_recipes().values():
         *before, last = [_repository_name(reference) for reference in published.adapters] or [""]
@@ -128,12 +128,12 @@ def _refuse_missing_stage(recipe: Recipe) -> None:
 
 
 def _repository_name(reference: str) -> str:
-    """The last part of a hub id or path, by which a local copy is known too."""
+    """The last part of a hub id or path: a local copy has the same."""
     return reference.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
 def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
-    """The encoder's tensor names and shapes, once the base (called `reference`) and adapters are known to fit them.
+    """The encoder's tensor names and shapes, after a check that the base (called `reference`) and adapters fit them.
 
     Raises:
         BuildError, AdapterError, UnsupportedArchitectureError: if they don't.
@@ -155,7 +155,7 @@ def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter])
 
 
 def _write_config(config: Any, dtype: str, folder: Path) -> None:
-    """config.json of the bare decoder, which transformers reads as bidirectional."""
+    """Write the bare decoder's config.json, which tells transformers that its attention is bidirectional."""
     config = config.from_dict(config.to_dict())
     for stale in ("auto_map", "_name_or_path", "quantization_config"):
         config.__dict__.pop(stale, None)
@@ -168,12 +168,12 @@ def _write_config(config: Any, dtype: str, folder: Path) -> None:
     config.save_pretrained(folder)
     path = folder / CONFIG_FILE
     written = json.loads(path.read_text())
-    written.pop("transformers_version", None)  # the embedding-space id covers this file, and no vector depends on it
+    written.pop("transformers_version", None)  # no vector depends on it, but the embedding-space id covers this file
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
 def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
-    """What sentence-transformers looks for: the one module that reads this folder, and the query instruction."""
+    """Write the files that sentence-transformers reads: the module for this folder, and the query instruction."""
     modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_TRANSFORMERS_MODULE}]
     settings = {
         "model_type": "SentenceTransformer",
@@ -194,7 +194,7 @@ def _write_weights(
     progress: Progress,
     shard_bytes: int,
 ) -> None:
-    """The merged tensors as safetensors shards, with an index where there are several."""
+    """Write the merged tensors as safetensors shards, with an index if there are several."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
     sizes = {name: torch.Size(shape).numel() * torch_dtype.itemsize for name, shape in shapes.items()}
     total, done = sum(sizes.values()), 0
@@ -211,7 +211,7 @@ def _write_weights(
             progress(done, total)
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the writer makes it private, and a server may run as somebody else
+        (folder / file).chmod(0o644)  # save_file makes it private, and a server may run as another user
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -224,7 +224,7 @@ def merged_tensor(
     """The base's tensor of that name with every adapter's update, rounded to `dtype` once.
 
     Raises:
-        BuildError: if it has another shape, or is not finite.
+        BuildError: if the base's tensor has another shape, or the merged one is not finite.
     """
     weight = checkpoint.tensor(name)
     if tuple(weight.shape) != shape:
@@ -296,7 +296,7 @@ def _describe(
 def base_name(base: Source, stages: Sequence[Source]) -> str:
     """The name that chooses the template: the MNTP repository's raw `_name_or_path`, else the base's.
 
-    As in the official library a base on the hub is called by its id, one in a folder by its own raw config.json.
+    As in the official library, a base on the hub is called by its id, and a base in a folder by its raw config.json.
     """
     for source in (*stages, *([base] if base.commit is None else [])):
         name = read_raw_config(source.folder).get("_name_or_path")
@@ -306,7 +306,7 @@ def base_name(base: Source, stages: Sequence[Source]) -> str:
 
 
 def _llm2vec_config(source: Source) -> dict[str, Any]:
-    """The official library's own settings file, where there is one beside the weights."""
+    """The settings in the official library's own file beside the weights; {} if there is no such file."""
     path = source.folder / "llm2vec_config.json"
     if not path.is_file():
         return {}
@@ -340,9 +340,9 @@ def _some(names: Collection[str]) -> str:
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the block ends well, and goes when it does not.
+    """A folder beside `folder`, which takes the place of `folder` if the block succeeds, and is removed if it fails.
 
-    What a build that was killed has left there goes first: there is no other at work now.
+    The remains of builds that were killed are removed first: the caller is alone with the folder.
     """
     prefix = f".{folder.name}-building-"
     for left in folder.parent.glob(f"{prefix}*"):
@@ -358,9 +358,10 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone_with(folder: Path) -> Iterator[None]:
-    """While no other process builds this folder: until one that does has ended, be it killed.
+    """Wait until no other process builds this folder, and keep others from it within the block.
 
-    The lock's file goes with it, so another may have it by the time that it is locked: then there is a newer one.
+    A process that is killed frees the lock. The lock's file is removed at the end, so a process that waited may lock a
+    file that is gone; it then tries again with the newer file.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.parent / f".{folder.name}.lock"

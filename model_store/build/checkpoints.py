@@ -1,7 +1,7 @@
-"""A base model's tensors, one at a time, whatever file format they are stored in.
+"""A base model's tensors, read one at a time from any of several file formats.
 
-Names are the bare decoder's (`layers.0.self_attn.q_proj.weight`). Reading a tensor costs that tensor's memory,
-not the model's. Files are only ever read as data: safetensors, torch files with weights_only, GGUF.
+Names are the bare decoder's (`layers.0.self_attn.q_proj.weight`). Reading a tensor costs the memory of that tensor,
+not of the model. Files are only ever read as data: safetensors, torch files with weights_only, GGUF.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model_store.build.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rop
 from model_store.errors import CheckpointError
 from model_store.json_text import read_json_object, unreadable
 
-# Under whatever wrapper.
+# Its stored name ends so, whatever stands before it.
 _OUTPUT_HEAD = "lm_head.weight"
 
 
@@ -39,7 +39,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def output_head(self) -> Tensor | None:
-        """The (V, D) weights of the output head, where they are stored; an encoder has no use for them."""
+        """The (V, D) weights of the output head, None if they are not stored; encoders don't need them."""
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -92,7 +92,7 @@ def _decoder_config(folder: Path) -> Any:
 
 @contextmanager
 def _named(path: Path, complaint: str) -> Iterator[None]:
-    """Names the file in errors of transformers and gguf, which raise a dozen unrelated types for what one holds."""
+    """Make any error name the file: transformers and gguf raise a dozen unrelated types for bad content."""
     try:
         yield
     except Exception as error:
@@ -100,12 +100,12 @@ def _named(path: Path, complaint: str) -> Iterator[None]:
 
 
 def _by_decoder_name(stored_names: Iterable[str]) -> dict[str, str]:
-    """Decoder name → stored name, for the tensors an encoder has a use for."""
+    """Decoder name → stored name, for the tensors that an encoder needs."""
     found: dict[str, str] = {}
     for stored in filter(is_encoder_tensor, stored_names):
         name = decoder_name(stored)
         if name in found:
-            raise CheckpointError(f"{stored} and {found[name]} are both {name}: leave out the one not to use")
+            raise CheckpointError(f"{stored} and {found[name]} are both {name}: remove one of them")
         found[name] = stored
     return found
 
@@ -175,7 +175,7 @@ class _GgufCheckpoint(Checkpoint):
             self.config = AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, trust_remote_code=False
             ).get_text_config()
-        # The file's quantisation ends here: what is stored is plain weights.
+        # The stored encoder has plain weights, so it must not say that they are quantised.
         self.config.__dict__.pop("quantization_config", None)
         with _named(path, f"makes no {self.config.model_type} decoder"):
             set_rope(self.config, reader)
@@ -185,7 +185,7 @@ class _GgufCheckpoint(Checkpoint):
         self._tensors = {}
         self._head: Any = None
         for tensor in reader.tensors:
-            # An unmapped tensor keeps its own name, so that the builder reports it; the output head is no encoder's.
+            # An unmapped tensor keeps its own name, so that the builder reports it. No encoder has an output head.
             name = decoder_name(mapped.get(tensor.name, tensor.name))
             if tensor.name == "output.weight":
                 self._head = tensor
@@ -226,12 +226,12 @@ def load_torch_file(path: Path) -> dict[str, Tensor]:
         complaint = "is cut short, or not a plain file of tensors (convert it to safetensors)"
         raise unreadable(path, complaint, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CheckpointError(f"{path} holds something else than named tensors: convert it to safetensors")
+        raise CheckpointError(f"{path} holds other things than named tensors: convert it to safetensors")
     return tensors
 
 
 def _shards(folder: Path, index_name: str, pattern: str) -> list[Path]:
-    """The files an index lists, or without an index the one file there is."""
+    """The weight files that an index lists; without an index the only weight file in the folder."""
     index = folder / index_name
     if not index.is_file():
         paths = [path for path in sorted(folder.glob(pattern)) if not path.name.startswith("adapter_")]

@@ -1,7 +1,7 @@
-"""RoPE as a GGUF file has it: llama.cpp's metadata and tensors become transformers' `rope_parameters`.
+"""The RoPE of a GGUF file: llama.cpp's metadata and tensors become transformers' `rope_parameters`.
 
-transformers itself reads the base frequency and nothing else. Whatever else moves RoPE is honoured here, or refused by
-name.
+transformers itself reads only the base frequency. This module reproduces everything else that changes RoPE, or refuses
+it by name.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from math import log
 from typing import Any
 
-# Divisors of the frequencies, one for each: for rows of any length, or for those up to and beyond the original context.
+# Tensors with a divisor for each frequency: for rows of any length, or for rows within and beyond the original context.
 _FREQUENCIES, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = (_FREQUENCIES, _SHORT, _LONG)
 
-# Metadata that llama.cpp computes nothing else with than without it, where it has this value (None: any value).
+# Metadata that changes nothing in llama.cpp as long as it has this value (None: any value).
 _WITHOUT_EFFECT = {
     "scaling.finetuned": None,
     "scaling.alpha": 0,
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
 
 
 def gguf_architecture(reader: Any) -> str:
-    """What llama.cpp calls the model's family."""
+    """llama.cpp's name for the model's family."""
     return str(reader.fields["general.architecture"].contents())
 
 
@@ -32,7 +32,7 @@ def set_rope(config: Any, reader: Any) -> None:
     """Give the configuration that transformers made of a GGUF file the RoPE that the file describes.
 
     Raises:
-        ValueError: naming the metadata that can't be honoured.
+        ValueError: naming the metadata that can't be reproduced.
     """
     prefix = f"{gguf_architecture(reader)}.rope."
     given = {
@@ -55,7 +55,7 @@ def set_rope(config: Any, reader: Any) -> None:
     for name, value in given.items():
         if name not in expected or expected[name] not in (None, value):
             raise ValueError(f"its metadata {prefix}{name}, {value!r}, moves RoPE in a way that is not reproduced")
-    # In a layer with a sliding window llama.cpp scales nothing where such layers have a base of their own.
+    # If layers with a sliding window have their own base, llama.cpp does not scale RoPE in them.
     parameters.update(rope_theta=base, **scaled)
     if "original_max_position_embeddings" in scaled and hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = scaled["original_max_position_embeddings"]
@@ -69,7 +69,7 @@ def _divisors(reader: Any) -> dict[str, list[float]]:
 
 
 def _scaled(given: dict[str, Any], divisors: dict[str, list[float]], positions: int) -> dict[str, Any]:
-    """What `rope_parameters` say of scaling; takes out of `given` what that honours."""
+    """The scaling as `rope_parameters`; takes the metadata that they reproduce out of `given`."""
     kind = given.pop("scaling.type", "linear")
     factor = given.pop("scaling.factor", 0) or given.pop("scale_linear", 0) or 1.0
     original = given.pop("scaling.original_context_length", positions)

@@ -1,6 +1,6 @@
-"""How far something is, on stderr: a bar on a terminal, and lines where there is none, as in a container's log.
+"""Progress on stderr: a bar on a terminal, and whole lines elsewhere, as in a container's log.
 
-tqdm draws a bar over the last one by a carriage return; what collects a log waits for the end of the line.
+tqdm ends its bar with a carriage return, to draw over it; but a collector of logs waits for the end of a line.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 LINE_SECONDS = 10.0
 
 
-class Lines(tqdm):  # type: ignore[type-arg]  # it takes none when it runs
-    """tqdm's bar as whole lines: one at the beginning, one at the end, and every `LINE_SECONDS` one between them."""
+class Lines(tqdm):  # type: ignore[type-arg]  # tqdm takes no type arguments at run time
+    """tqdm's bar as whole lines: one at the beginning, one every `LINE_SECONDS`, and one at the end."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._next_line = 0.0
-        # What tqdm itself writes around its bar goes nowhere.
+        # tqdm writes into a buffer that nobody reads; `display` prints the lines.
         super().__init__(*args, **{**options, "file": io.StringIO(), "ascii": True})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -39,5 +39,5 @@ class Lines(tqdm):  # type: ignore[type-arg]  # it takes none when it runs
 
 
 def bar_class() -> type[tqdm[Any]]:
-    """tqdm, or `Lines` where stderr is no terminal."""
+    """tqdm, or `Lines` if stderr is no terminal."""
     return tqdm if sys.stderr.isatty() else Lines

@@ -1,6 +1,6 @@
 """References to bases and adapters → folders on this disk.
 
-Never downloads Python files: a repository's remote code can't be run if it isn't here.
+Never downloads Python files: a repository's remote code that is not on this disk can't run.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from model_store.shape import Shape, known_configs
 
 DEMO = "demo:"
 
-# Adapters for it that come with this package, each a folder.
+# The package's own adapters for the demo model, each a folder.
 _DEMO_ADAPTERS = Path(__file__).parents[1] / "demo"
 
-# Weights in the order of preference; a repository often has the same ones in several formats.
+# Weights in the order of preference; a repository often has the same weights in several formats.
 _WEIGHTS = (
     re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"),
     re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin"),
@@ -37,12 +37,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 class SourceError(UserError):
-    """A reference that leads nowhere; the message names the way out."""
+    """A reference that can't be resolved; the message names the way out."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of files, and for a hub repository the commit they are of."""
+    """A folder of files; for a hub repository also the commit that they belong to."""
 
     reference: str
     folder: Path
@@ -76,10 +76,10 @@ def resolve(reference: str) -> Iterator[Source]:
 
 
 def config_folder(reference: str) -> Path:
-    """A folder with the config.json of a folder or a hub id, from which nothing else is fetched.
+    """The folder that holds the config.json of a folder or a hub id; nothing else is fetched from the hub.
 
     Raises:
-        SourceError: as `resolve`, and if it has no config.json.
+        SourceError: as `resolve` does, and if there is no config.json.
     """
     if Path(reference).expanduser().is_dir():
         folder = Path(reference).expanduser()
@@ -126,7 +126,7 @@ def _fetch(reference: str, only: str = "") -> Source:
             f"there is no repository {repository} on the hub, or HF_TOKEN may not see it; "
             "a local folder must exist under the name given"
         ) from error
-    except Exception as error:  # the hub's client lets its HTTP library's own errors through, whichever that is
+    except Exception as error:  # the hub's client also raises the errors of its HTTP library, which may change
         raise SourceError(
             f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
         ) from error
@@ -134,9 +134,9 @@ def _fetch(reference: str, only: str = "") -> Source:
 
 
 def wanted_files(names: list[str]) -> list[str]:
-    """What to fetch of a repository's files: its settings, its tokenizer, and its weights in one format.
+    """The files to fetch from a repository: its settings, its tokenizer, and its weights in one format.
 
-    Never Python files, and nothing from subfolders.
+    Python files and files in subfolders are never among them.
     """
     top = [name for name in names if "/" not in name]
     settings = [name for name in top if name.endswith((".json", ".model"))]
@@ -145,11 +145,11 @@ def wanted_files(names: list[str]) -> list[str]:
 
 
 def shape_of(reference: str) -> Shape:
-    """Of a packaged recipe's base, without a hub; else of a folder with a config.json, or of a hub id[@revision].
+    """The shape of a packaged recipe's base, found without the hub; of a folder with a config.json; or of a hub id.
 
     Raises:
-        SourceError: if there is no config.json to be had.
-        CheckpointError: if it describes no decoder.
+        SourceError: if no config.json can be found.
+        CheckpointError: if the config.json describes no decoder.
         UnsupportedArchitectureError: for a family that can't become an encoder.
     """
     if config := known_configs().get(reference):
@@ -161,5 +161,5 @@ def shape_of(reference: str) -> Shape:
     architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
     try:
         return Shape.read(AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict())
-    except Exception as error:  # transformers raises a dozen unrelated types for what a file may hold
+    except Exception as error:  # transformers raises a dozen unrelated types for bad content
         raise unreadable(path, f"describes no {model_type} decoder", error) from error

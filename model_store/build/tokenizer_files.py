@@ -1,8 +1,8 @@
-"""The tokenizer files that a stored encoder gets: those of its newest stage that has any, or of its base.
+"""The tokenizer files of a stored encoder: those of the newest stage that has any, or of the base.
 
-tokenizer.json is used as it is, but for what the official library's stack (transformers 4.44) changes after reading it:
-padding and truncation are off, and some tokenizer classes put special tokens around a text by the flags in
-tokenizer_config.json, whatever tokenizer.json says.
+tokenizer.json is used as it is, except for two changes that the official library's stack (transformers 4.44) makes
+after reading it: it turns padding and truncation off, and for some tokenizer classes the flags in tokenizer_config.json
+decide which special tokens stand around a text, whatever tokenizer.json says.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from model_store.text.tokenizer import TokenizerError, special_tokens_around
 _SETTINGS_FILE = "tokenizer_config.json"
 _OTHER_FILES = (_SETTINGS_FILE, "special_tokens_map.json")
 
-# Tokenizer classes that go by `add_bos_token` (true by default) and `add_eos_token` (false), and what they call these
-# tokens where no file does.
+# Tokenizer classes that follow the flags `add_bos_token` (true by default) and `add_eos_token` (false by default) → the
+# BOS and EOS that they use if no file names them.
 _BY_FLAGS = {
     "LlamaTokenizer": ("<s>", "</s>"),
     "CodeLlamaTokenizer": ("<s>", "</s>"),
     "GemmaTokenizer": ("<bos>", "<eos>"),
 }
 
-# Tokenizer classes that convert tokenizer.model in an older way, unless `legacy` is false.
+# Tokenizer classes that convert tokenizer.model in an older way unless `legacy` is false.
 _LEGACY = ("LlamaTokenizer",)
 
 
 def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str:
-    """Write the newest stage's tokenizer, or convert the base's; returns where it came from.
+    """Write the newest tokenizer, or convert the base's; returns the reference that it came from.
 
     Raises:
-        CheckpointError: if there is none, or a file of it can't be read.
+        CheckpointError: if there is no tokenizer, or one of its files can't be read.
     """
     for source in (*reversed(stages), base):
         if (source.folder / TOKENIZER_FILE).is_file():
@@ -64,9 +64,9 @@ def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str
 
 
 def _change(content: dict[str, Any], folder: Path, by_default: bool = False) -> dict[str, Any] | None:
-    """The tokenizer.json that the official stack works with, or None where that is what `content` says already.
+    """The tokenizer.json that the official stack works with, or None if `content` is that already.
 
-    With `by_default` the flags have their defaults even where the files name neither them nor a class.
+    With `by_default` the flags have their defaults even if the files name neither a flag nor a tokenizer class.
     """
     off = {"padding": None, "truncation": None}
     plain = {**content, **off}
@@ -81,7 +81,7 @@ def _change(content: dict[str, Any], folder: Path, by_default: bool = False) -> 
 
 
 def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str, Any] | None:
-    """The post-processor that the flags ask for, or None where tokenizer.json does the same or no flag counts."""
+    """The post-processor that the flags ask for; None if tokenizer.json does the same, or if the flags don't count."""
     settings = _settings(folder)
     kind = _class_of(settings, folder)
     said = by_default or settings.keys() & {"tokenizer_class", "add_bos_token", "add_eos_token"}
@@ -94,7 +94,7 @@ def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str,
         if special_tokens_around(tokenizer) == ([number for _, number in before], [number for _, number in after]):
             return None
     except TokenizerError:
-        pass  # it does something else, which the flags end
+        pass  # tokenizer.json does something else, and the flags replace it
     single = [*(f"{token}:0" for token, _ in before), "$A:0", *(f"{token}:0" for token, _ in after)]
     pair = [*single, *(f"{token}:1" for token, _ in before), "$B:1", *(f"{token}:1" for token, _ in after)]
     carrier = Tokenizer(models.BPE())
@@ -117,9 +117,9 @@ def _token(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], name: s
 
 
 def _as_legacy(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A converted tokenizer.json as the official stack converts it where `legacy` is on, as it is by default.
+    """A converted tokenizer.json as the official stack converts it with `legacy`, which is on by default.
 
-    A text then begins with "▁" after every special token in it, and not only at its own beginning.
+    "▁" then stands after every special token within a text, and not only at the beginning of the text.
     """
     settings = _settings(folder)
     if _class_of(settings, folder) not in _LEGACY or settings.get("legacy") is False:
@@ -131,7 +131,7 @@ def _as_legacy(content: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with the tokens that only the older special_tokens_map.json names."""
+    """tokenizer_config.json, completed by the tokens that only the older special_tokens_map.json names."""
     found: dict[str, Any] = {}
     for name in reversed(_OTHER_FILES):
         if (folder / name).is_file():
@@ -140,7 +140,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _class_of(settings: dict[str, Any], folder: Path) -> str:
-    """The tokenizer class, by its name for slow tokenizers; where none is named it goes by the family."""
+    """The tokenizer class, without the suffix Fast; the family's own class if no file names one."""
     named = settings.get("tokenizer_class")
     family = ARCHITECTURES.get(str(read_raw_config(folder).get("model_type")))
     return str(named or (family.tokenizer_class if family else "")).removesuffix("Fast")
@@ -170,7 +170,7 @@ def _convert(base: Source, folder: Path) -> None:
 
 
 def _copy_without_code(source: Path, target: Path) -> None:
-    """Byte for byte, but for an auto_map: a stored encoder names no remote code."""
+    """Copy byte for byte, except that an auto_map is left out: a stored encoder names no remote code."""
     content = read_json_object(source)
     if content.pop("auto_map", None) is None:
         shutil.copyfile(source, target)

@@ -1,4 +1,4 @@
-"""Is a stored encoder whole, and does it still compute what it computed when it was built?"""
+"""Checks that a stored encoder is whole, and still computes the vectors that it computed when it was built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model_store.manifest import Manifest, StoreError, changed_files, read_manif
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report; `problems` is empty where all is well."""
+    """One line of the report; `problems` is empty if all is well."""
 
     name: str
     found: str
@@ -23,7 +23,7 @@ class Check:
 
 
 def verify_encoder(folder: Path) -> list[Check]:
-    """Manifest, files, tensors and self-test, in that order; a check that an earlier one makes pointless is left out.
+    """Check manifest, files, tensors and self-test, in this order; a check that can't help any more is left out.
 
     Reads every byte of the folder and loads the model once.
     """

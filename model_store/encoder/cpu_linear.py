@@ -1,7 +1,8 @@
-"""Linear layers for CPUs with 16-bit products: weights packed once, an MLP's activation done within the product.
+"""Linear layers for CPUs with 16-bit products: weights packed once, an MLP's activation applied within the product.
 
-oneDNN packs a weight anew for each product unless it is given packed; and an activation on its own reads and writes
-again what the product just had at hand. Knows decoders' linear layers and gated MLPs; nothing of attention or files.
+oneDNN packs a weight for each product unless it gets the weight packed. A separate activation reads and writes once
+more the numbers that the product just had in cache. Knows decoders' linear layers and gated MLPs; nothing of attention
+or files.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 # T packed tokens, K inputs and N outputs of a layer
 
-# Rows that oneDNN packs for; it takes any other number as well.
+# oneDNN packs a weight for this number of rows; the packed weight serves any other number as well.
 _TYPICAL_ROWS = 512
 
 # transformers' names of activations → oneDNN's name and algorithm.
@@ -27,7 +28,7 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": ("gelu", "tanh"),
 }
 
-# A packed weight has a layout of its own, which torch.compile can't look at: it sees the weight's number in here.
+# torch.compile can't handle the layout of a packed weight, so a compiled layer holds the weight's number in this table.
 _weights: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _numbers = count()
 
@@ -54,7 +55,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedGatedMlp(nn.Module):
-    """down(activation(gate(x)) · up(x)) (Shazeer 2020), with the activation and the factor done within the products."""
+    """down(activation(gate(x)) · up(x)) (Shazeer 2020); the products apply the activation and the factor themselves."""
 
     def __init__(self, mlp: Any, activation: str) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class PackedGatedMlp(nn.Module):
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of packed weights are to be had, and gain something."""
+    """Whether this device multiplies packed weights of this dtype, and is faster with them."""
     bf16 = dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.mkldnn.is_available()
     return bool(bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -1,4 +1,4 @@
-"""Which device and which arithmetic an encoder gets, and why a GPU can't be used. Knows torch and the driver alone."""
+"""The choice of an encoder's device and arithmetic, and why a GPU can't be used. Knows only torch and the driver."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Major release of CUDA → the oldest branch of the driver that runs it (NVIDIA, "CUDA Compatibility", minor versions).
+# Major release of CUDA → the oldest driver branch that runs it (NVIDIA, "CUDA Compatibility", minor versions).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
-# GPUs multiply bfloat16 from this compute capability on; older ones emulate it, many times slower.
+# GPUs of this compute capability and later multiply bfloat16; older ones emulate it and are many times slower.
 BFLOAT16_CAPABILITY = (8, 0)
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -30,14 +30,14 @@ _OLD_CUDA_WAY_OUT = (
 
 
 class DeviceError(UserError):
-    """A device or dtype that this machine can't serve."""
+    """This machine can't compute on the device or in the dtype asked for."""
 
 
 def choose_device(asked: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where torch can't use one; otherwise a torch device name.
+    """The device of a torch device name; with `auto` the first GPU, or the CPU if torch can't use a GPU.
 
-    A CUDA device always has its index: streams, events and graphs belong to one GPU, and torch sets a current device by
-    its index alone.
+    A CUDA device always has an index: streams, events and graphs belong to one GPU, and torch needs the index to make
+    a device the current one.
 
     Raises:
         DeviceError: if that device is not on this machine or torch can't compute on it.
@@ -65,12 +65,12 @@ def choose_device(asked: str) -> torch.device:
 
 
 def all_gpus() -> list[str]:
-    """The CUDA devices that torch can use, by their names."""
+    """The names of the CUDA devices that torch can use."""
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def cuda_fault() -> str:
-    """Why torch can use no GPU here and the way out, without a full stop; empty where it can use one."""
+    """Why torch can use no GPU here and the way out, without a full stop; empty if it can use one."""
     if torch.cuda.is_available():
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -78,7 +78,10 @@ def cuda_fault() -> str:
 
 
 def explain_no_gpu(version: str, cuda: str | None, driver: str | None, visible: str | None) -> str:
-    """Why torch sees no GPU, by its version and CUDA release, the driver and CUDA_VISIBLE_DEVICES; empty if unknown."""
+    """Why torch sees no GPU, told from the four things that decide it; empty if they don't explain it.
+
+    `cuda` is the CUDA release that torch is built for, `visible` the value of CUDA_VISIBLE_DEVICES.
+    """
     if cuda is None:
         return (
             f"torch {version} is built without CUDA: install a build with CUDA (an image gets one where docker/wheels "
@@ -101,7 +104,7 @@ def explain_no_gpu(version: str, cuda: str | None, driver: str | None, visible: 
 
 
 def installed_driver() -> str | None:
-    """The version of the NVIDIA driver that this machine runs, such as 580.65.06; None without one."""
+    """The version of this machine's NVIDIA driver, such as 580.65.06; None without a driver."""
     try:
         found = re.search(r"\b(\d{3,}\.\d+(\.\d+)?)\b", _DRIVER_FILE.read_text())
     except OSError:
@@ -110,9 +113,10 @@ def installed_driver() -> str | None:
 
 
 def choose_dtype(asked: Dtype, device: torch.device, float16: bool = False) -> torch.dtype:
-    """`auto` is bfloat16 where the device multiplies it: GPUs of capability 8.0, CPUs with AVX-512-bf16 or AMX.
+    """The dtype asked for; with `auto` the one that suits the device and the model.
 
-    Elsewhere it is float32, or on a GPU float16 where `float16` says that the model's numbers fit into it.
+    `auto` is bfloat16 on devices that multiply it: GPUs of capability 8.0 and later, CPUs with AVX-512-bf16 or AMX.
+    Otherwise it is float16 on a GPU if `float16` says that the model's numbers fit into it, and else float32.
 
     Raises:
         DeviceError: if the device can't compute in the dtype asked for, or the model's numbers don't fit into it.
@@ -140,8 +144,10 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def has_kernels(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether a build of torch for `built`, such as sm_90, runs on a GPU: with code for it or older GPUs of its major
-    capability, or with PTX (compute_90) for any older one, which the driver compiles.
+    """Whether a build of torch runs on a GPU of this compute capability; `built` are its targets, such as sm_90.
+
+    Code runs on the GPU that it was built for and on later ones of the same major capability. The driver compiles PTX
+    (compute_90) for any later GPU.
     """
     for arch in built:
         kind, _, number = arch.partition("_")

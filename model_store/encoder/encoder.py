@@ -26,18 +26,17 @@ if TYPE_CHECKING:
 
 # T packed tokens, B texts, D width
 
-
 # A smaller batch gets a text of filler. Below about 12 rows an AMD CPU's float32 matrix products take another path, and
-# a short text would get other last bits alone (docs/fidelity.md); a compiled layer must never see one row only.
+# a short text alone would get other last bits (docs/fidelity.md). And a compiled layer must never see a single row.
 LEAST_TOKENS = 16
 
-# The attention kernels take a longest text of 1 for decoding; more than the true length costs nothing.
+# With a longest text of 1 the attention kernels assume decoding; a number above the true length costs nothing.
 _LEAST_LONGEST = 8
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The decoder with bidirectional attention, ready to encode."""
+    """A decoder with bidirectional attention on its device, ready to encode."""
 
     model: Any
     manifest: Manifest
@@ -54,16 +53,16 @@ class Encoder:
         attention: Kernel | Literal["auto"] = "auto",
         quantization: Quantization = "none",
     ) -> Encoder:
-        """Load a stored encoder; its weights take their size in memory once.
+        """Load a stored encoder; its weights are in memory only once.
 
         Raises:
             StoreError: if the folder is no stored encoder.
-            DeviceError: for a device that is not there, or a dtype that it can't compute in.
+            DeviceError: if the device does not exist, or can't compute in the dtype.
             AttentionError: if the attention kernel asked for can't serve this model on this device.
-            RopeError: if the folder was built to read texts for which its RoPE would depend on batch mates.
-            QuantizationError: if the device or the model can't do with the quantisation asked for.
+            RopeError: if the folder's longest texts would make a text's RoPE depend on its batch mates.
+            QuantizationError: if the device or the model does not allow the quantisation asked for.
         """
-        from model_store.manifest import read_manifest  # pydantic, which an encoder in memory does without
+        from model_store.manifest import read_manifest  # needs pydantic, and an encoder made in memory does not
 
         manifest = read_manifest(folder)
         on = choose_device(device)
@@ -88,7 +87,7 @@ class Encoder:
         attention: Kernel | Literal["auto"] = "auto",
         quantization: Quantization = "none",
     ) -> Encoder:
-        """An encoder of a bare decoder in memory, which is changed in place and goes to the device.
+        """An encoder of a bare decoder in memory; the decoder is changed in place and moved to the device.
 
         Raises:
             AttentionError, RopeError, QuantizationError: as `load` does.
@@ -97,15 +96,15 @@ class Encoder:
         kernel = choose_kernel(attention, device, dtype, model.config)
         model.set_attn_implementation(implementation_name(kernel))
         fix_frequencies(model, manifest.max_positions)
-        # On a CPU gate and up stay apart: with packed weights (cpu_linear) the activation is done within the products.
-        # One product for both took 6 to 21 % longer (AMD EPYC with AVX-512-bf16, 16 to 1024 tokens).
+        # On a CPU gate and up stay apart: with packed weights (cpu_linear) the products apply the activation, and one
+        # product for both took 6 to 21 % longer (AMD EPYC with AVX-512-bf16, 16 to 1024 tokens).
         merge_projections(model, device, gated=device.type == "cuda")
         quantize(model, quantization, device)
         return cls(model.eval().requires_grad_(False).to(device), manifest, device, dtype, kernel)
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> Tensor:
-        """Token vectors, shape (T, D) in the encoder's dtype, on its device; `batch` must be there too."""
+        """Token vectors, shape (T, D), in the encoder's dtype; they and `batch` are on the encoder's device."""
         output = self.model(
             input_ids=batch.token_ids[None],
             position_ids=batch.position_ids[None],
@@ -123,28 +122,28 @@ class Encoder:
         return pool(self.hidden(placed), placed)[: len(batch.cu_seqlens) - 1].cpu()
 
     def place(self, batch: PackedBatch) -> PackedBatch:
-        """A batch from the host, filled up, where `hidden` and `pool` want it; waits for nothing."""
+        """A batch of the host, filled up and moved to where `hidden` and `pool` need it; waits for nothing."""
         filled = batch.filled_up_to(LEAST_TOKENS)
         tensors = filled.tensors
-        # The loop over texts runs on the host, which would have to ask the device where they begin.
+        # The loop over texts runs on the host, which would have to wait for the device to learn where texts begin.
         if self.kernel == "sdpa":
             del tensors["cu_seqlens"]
         return replace(filled, **to_device(tensors, self.device))  # type: ignore[arg-type]
 
     def pack_weights(self) -> None:
-        """On a CPU with 16-bit products, have the linear layers' weights as its products want them; else do nothing."""
+        """On a CPU with 16-bit products, reorder the linear layers' weights for them; elsewhere do nothing."""
         if can_pack(self.device, self.dtype):
             pack_linears(self.model)
 
     def compile_layers(self) -> None:
-        """Have each layer compiled at the next use: one graph for all of a kind, for any number of tokens and texts.
+        """Compile each layer at its next use: layers of one kind share a graph for any number of tokens and texts.
 
-        The first batch then takes up to half a minute, or seconds where torch's compile cache has the layers.
+        The first batch then takes up to half a minute, or seconds if torch's compile cache has the layers.
         """
         for layer in self.model.layers:
             layer.compile(dynamic=True, fullgraph=True)
 
     def uncompile_layers(self) -> None:
-        """Back to what `load` gave."""
+        """Undo `compile_layers`."""
         for layer in self.model.layers:
             layer._compiled_call_impl = None

@@ -1,7 +1,7 @@
 """Linear layers that read the same input, as one matrix product: query, key and value; gate and up.
 
-A product with more outputs keeps a device busier, and an input is quantised once for all of them. transformers' modules
-stay as they are: each of the layers is replaced by one that takes its own outputs from the product that they share.
+A product with more outputs keeps a device busier, and its input is quantised only once. transformers' modules stay as
+they are: each of these layers is replaced by one that takes its own outputs from the shared product.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The linear layers of a decoder's layer that read one input, in the order in which transformers calls them.
+# The linear layers of one decoder layer that read the same input, in the order in which transformers calls them.
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATED = ("mlp.gate_proj", "mlp.up_proj")
 
 
 class SharedProduct(nn.Module):
-    """One linear layer whose outputs belong to several; the first that is called computes it for all."""
+    """One linear layer that computes the outputs of several; the first of them that is called computes all."""
 
     def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class SharedProduct(nn.Module):
         self._outputs: list[Tensor | None] = []
 
     def part(self, x: Tensor, number: int) -> Tensor:
-        """(…, K) → (…, N) of one of the layers; computed anew if the outputs at hand are of another input."""
+        """(…, K) → (…, N) of the layer with this number; computes the product if `x` is a new input."""
         if self._input is not x:
-            self._outputs = []  # what a forward pass left that failed midway
+            self._outputs = []  # free what a failed forward pass has left
             self._input, self._outputs = x, list(self.linear(x).split(self.sizes, dim=-1))
         found = self._outputs[number]
         self._outputs[number] = None
@@ -40,7 +40,7 @@ class SharedProduct(nn.Module):
 
 
 class PartOfProduct(nn.Module):
-    """nn.Linear, as a part of a product that others share; inference only."""
+    """nn.Linear as one part of a shared product; inference only."""
 
     def __init__(self, product: SharedProduct, number: int) -> None:
         super().__init__()
@@ -63,10 +63,10 @@ class PartOfProduct(nn.Module):
 
 
 def merge_projections(model: Any, device: torch.device, gated: bool) -> None:
-    """Merge them in each layer of a bare decoder, in place, on `device`; gate and up only where `gated`.
+    """Merge query, key and value in each layer of a bare decoder, in place, on `device`; with `gated` gate and up too.
 
-    Each layer's old weights are freed in turn, so it takes one layer's weights more while it lasts. Linear layers that
-    a family has in one already, and those of which only some have a bias, stay as they are.
+    Each layer's old weights are freed in turn, so the peak is one layer's weights above the model's. Linear layers that
+    a family has merged itself stay as they are, and so do those of which only some have a bias.
     """
     for layer in model.layers:
         for names in (_QKV, _GATED) if gated else (_QKV,):

@@ -1,4 +1,4 @@
-"""Several texts as one row of tokens, with no padding: what the encoder computes on."""
+"""Several texts as one row of tokens, with no padding: the only form of a batch that the encoder takes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from model_store.text.tokenizer import TokenizedText
 
 # T packed tokens, B texts, V vectors, P pooled tokens, K blocks of them
 
-# Pooled tokens are summed in blocks of so many, counted from the beginning of each text or span: a GPU sums each block
-# in a thread of its own, and the sum still does not depend on what else is in the batch.
+# Pooled tokens are summed in blocks of this many, counted from the beginning of each text or span. A GPU sums each
+# block in its own thread, and the sum still does not depend on the rest of the batch.
 BLOCK_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B texts end to end. `cu_seqlens` are the T-offsets where texts begin, and T itself at the end."""
+    """B texts end to end. `cu_seqlens` holds the offset in the row at which each text begins, and T at the end."""
 
     token_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, from 0 again for each text
@@ -31,7 +31,7 @@ class PackedBatch:
     pooling_weights: Tensor  # (P,) float32
     block_lengths: Tensor  # (K,) int64, pooled tokens of each block
     block_counts: Tensor  # (V,) int64, blocks of each vector
-    # (P,) int64, places in the row: where texts have spans, which may overlap. None where P is T: all tokens in order.
+    # (P,) int64, places in the row, for texts with spans, which may overlap. None for all T tokens in order.
     pooled_tokens: Tensor | None = None
 
     @classmethod
@@ -39,7 +39,7 @@ class PackedBatch:
         """Pack rows in their order, on the CPU.
 
         Raises:
-            ValueError: if there are no rows; a batch of nothing is a bug of the caller.
+            ValueError: if there are no rows, which is a bug of the caller.
         """
         if not rows:
             raise ValueError("a batch needs at least one text")
@@ -54,9 +54,10 @@ class PackedBatch:
         )
 
     def filled_up_to(self, tokens: int, texts: int = 0) -> PackedBatch:
-        """The same batch, made at least so large: by one more text of filler, and then by texts of no tokens.
+        """The same batch, with at least so many tokens and texts: one text of filler is added, then texts of no tokens.
 
-        Texts of no tokens have a vector of NaN. With `texts`, batches of so many tokens and texts have the same shapes.
+        A text of no tokens has a vector of NaN. With `texts` given, all batches filled up to the same numbers have the
+        same shapes.
         """
         have = len(self.token_ids)
         missing = max(tokens - have, 0)
@@ -75,7 +76,7 @@ class PackedBatch:
             return filled
         lengths, counts = _blocks([missing] * (missing > 0))
         counts += [0] * (len(ends) - len(counts))
-        # No batch of so many tokens and texts has more blocks than this.
+        # No batch of this many tokens and texts has more blocks than this.
         lengths += [0] * (tokens // BLOCK_TOKENS + texts - len(self.block_lengths) - len(lengths)) if texts else []
         return replace(
             filled,
@@ -86,19 +87,22 @@ class PackedBatch:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by their names."""
+        """The batch's tensors by their names."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _whole(rows: Sequence[TokenizedText], pooling: PoolingMode) -> dict[str, Any]:
-    """Each text pooled into one vector."""
+    """The pooling fields for texts without spans: one vector for each text."""
     weights = [token_weights(pooling, len(row), row.span_start) for row in rows]
     return _pooled(weights)
 
 
 def _spans(rows: Sequence[TokenizedText], pooling: PoolingMode) -> dict[str, Any]:
-    """Every span of every row, a row without any being one; each is weighed as if it were a text's pooled part."""
+    """The pooling fields for rows with spans: one vector for each span, weighted like the pooled part of a text.
+
+    A row without spans counts as one span.
+    """
     tokens, weights = [], []
     begin = 0
     for row in rows:
@@ -120,7 +124,7 @@ def _pooled(weights: Sequence[Any]) -> dict[str, Any]:
 
 
 def _blocks(pooled: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The lengths of all blocks, and how many of them each text or span has, by its number of pooled tokens."""
+    """The lengths of all blocks, and the number of blocks of each text or span; `pooled` are their pooled tokens."""
     lengths: list[int] = []
     for tokens in pooled:
         lengths += [BLOCK_TOKENS] * (tokens // BLOCK_TOKENS)
@@ -130,23 +134,23 @@ def _blocks(pooled: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def in_one_piece(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
-    """The bytes of small host tensors end to end, so that one copy takes all to the device; see `pieces_of`.
+    """The bytes of small host tensors end to end, so that one copy takes all of them to the device; see `pieces_of`.
 
-    Those with the widest numbers must come first, so that each begins where its numbers may. From pinned memory a copy
-    does not wait for the work that is queued on the device.
+    Tensors with the widest numbers must come first, so that each of them is aligned. A copy from pinned memory does not
+    wait for the work that is queued on the device.
     """
     out = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=pinned)
     return torch.cat([tensor.view(torch.uint8) for tensor in tensors], out=out)
 
 
 def pieces_of(piece: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the bytes that `in_one_piece` made, with the dtypes and lengths of the tensors that it was given."""
+    """Views of the bytes that `in_one_piece` made, with the dtypes and lengths of the tensors `like`."""
     parts = piece.split([tensor.nbytes for tensor in like])
     return [part.view(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Small host tensors of one dimension on a device, by one copy from pinned memory that waits for nothing."""
+    """Small one-dimensional host tensors on a device, by one copy from pinned memory that waits for nothing."""
     if device.type == "cpu":
         return tensors
     ordered = widest_first(tensors)
@@ -155,5 +159,5 @@ def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Ten
 
 
 def widest_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, those with the widest numbers first."""
+    """The same tensors, ordered from the widest numbers to the narrowest."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))

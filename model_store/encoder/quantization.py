@@ -1,8 +1,10 @@
 """The decoder's linear layers in 8-bit floats, for GPUs that multiply them: half the memory, more tokens a second.
 
-Opt-in, because the vectors move: they are near the bfloat16 ones, not equal to them, and have an embedding space of
-their own. Knows decoders and their linear layers; nothing of attention, files or requests. Its speed counts on
-torch.compile, which quantises an input in one kernel, and on merged layers (merged_linear), which share that input.
+It must be asked for, because the vectors move: they are near the bfloat16 vectors but not equal to them, and have their
+own embedding space. Its speed depends on torch.compile, which quantises an input in one kernel, and on merged layers
+(merged_linear), which share that input.
+
+Knows decoders and their linear layers; nothing of attention, files or requests.
 """
 
 from __future__ import annotations
@@ -23,21 +25,21 @@ Quantization = Literal["none", "fp8"]
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max  # 448
 
-# The kernel takes no other numbers of inputs and outputs.
+# The kernel needs multiples of this as numbers of inputs and outputs.
 _MULTIPLE = 16
 
 _WAY_OUT = "set LLM2VEC_QUANTIZATION=none"
 
 
 class QuantizationError(UserError):
-    """The model, its dtype or the device can't do with this quantisation."""
+    """The model, its dtype or the device does not allow this quantisation."""
 
 
 class Fp8Linear(nn.Module):
     """nn.Linear with weight and input in float8 e4m3 (Micikevicius et al. 2022), bfloat16 out; inference only.
 
-    The weight has one float32 scale for each output, fixed here; the input one for each token, found anew in each
-    forward and on the device, so that a token is scaled by its own numbers alone.
+    The weight has one float32 scale for each output, computed once. The input has one for each token, computed on the
+    device in each forward pass: a token's scale depends on its own numbers alone.
     """
 
     weight: Tensor  # (N, K) float8
@@ -45,7 +47,7 @@ class Fp8Linear(nn.Module):
     bias: Tensor | None  # (N,)
 
     def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        """From a layer on any device; takes 7 bytes a weight on `device` while this lasts, 1 afterwards.
+        """Quantise a layer on any device. Takes 7 bytes for each weight on `device` meanwhile, and 1 afterwards.
 
         Raises:
             QuantizationError: if a size of the layer is no multiple of 16.
@@ -65,7 +67,7 @@ class Fp8Linear(nn.Module):
 
     def product(self, x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """(T, K) float8 and its (T, 1) scales → (T, N) bfloat16."""
-        # Fast accumulation: sums stay in the tensor cores, which costs them a few bits that float8 lacks anyway.
+        # With fast accumulation sums stay in the tensor cores and lose a few bits, which float8 lacks anyway.
         out: Tensor = torch._scaled_mm(
             x8,
             self.weight.t(),
@@ -90,8 +92,8 @@ class EmulatedFp8Linear(Fp8Linear):
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """(R, K) → float8 (R, K) and float32 scales (R, 1), with x ≈ float8 · scale; a row's largest number becomes ±448.
 
-    Off by at most 1/16 of a number (3 bits after the leading one) or, near 0, scale / 1024. A row with a NaN or an
-    infinity gets a NaN as its scale or in it, so the product shows it.
+    The error is at most 1/16 of a number (3 bits after the leading one) or, near 0, scale / 1024. A row with NaN or
+    infinity gets NaN in its numbers or its scale, so the product shows it.
     """
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / _LARGEST).clamp(min=1e-12)
     # The quotient may be one float32 step above 448, which still rounds to 448.
@@ -99,12 +101,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize(model: Any, kind: Quantization, device: torch.device) -> None:
-    """Replace the linear layers of `model`, a bare decoder, in place and put them on `device`; the rest stays.
+    """Replace the linear layers of `model`, a bare decoder, by quantised ones on `device`; the rest stays as it is.
 
-    Called before the model itself goes to the device, only the small weights are ever there, and one large one.
+    Call this before the model goes to the device: then at most one large weight is on the device at a time.
 
     Raises:
-        QuantizationError: if the device, the model's dtype or a layer's size can't do with it.
+        QuantizationError: if the device, the model's dtype or a layer's size does not allow it.
     """
     if kind == "none":
         return
@@ -120,21 +122,21 @@ def quantize(model: Any, kind: Quantization, device: torch.device) -> None:
 
 
 def emulate_fp8(model: Any) -> None:
-    """As `quantize`, with the slow twin, on the device where the model is: for tests and benchmarks only."""
+    """Do as `quantize` with the slow twin, on the model's own device: for tests and benchmarks only."""
     replace_linears(model, lambda linear: EmulatedFp8Linear(linear, linear.weight.device))
 
 
 def replace_linears(model: Any, make: Callable[[nn.Linear], nn.Module], within: str = "") -> None:
-    """Put make(layer) in the place of each linear layer inside the decoder's layers; each old weight is freed in turn.
+    """Put make(linear) in the place of each linear layer inside the decoder's layers; each old weight is freed in turn.
 
-    `within` is a part of their names, such as ".mlp.", for some of them only.
+    Only layers whose names contain `within`, such as ".mlp.", are replaced.
     """
     for name in [name for name in _linears(model) if within in name]:
         model.set_submodule(name, make(model.get_submodule(name)))
 
 
 def _linears(model: Any) -> dict[str, nn.Linear]:
-    """By name; the embedding table and norms of a decoder are outside its layers or not linear."""
+    """The linear layers inside the decoder's layers, by name: not the embedding table, and no norm."""
     modules = model.layers.named_modules(prefix="layers")
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
@@ -148,7 +150,7 @@ def _require_sizes(name: str, linear: nn.Linear) -> None:
 
 
 def _require_kernel(device: torch.device) -> None:
-    """Try the kernel itself: GPUs new enough by their number have been without one in some builds of torch."""
+    """Try the kernel itself: some builds of torch lack it for GPUs whose compute capability is high enough."""
     needs = "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper and newer)"
     if device.type != "cuda":
         raise QuantizationError(f"{needs}, but the device is the {device.type}: {_WAY_OUT}")

@@ -1,7 +1,7 @@
 """OpenAI's token ids → text: clients such as LangChain send a text as the ids that tiktoken gave it.
 
-Needs neither tiktoken nor a network: the tokens lie in `openai_encodings`. It knows no merges, so it can't encode,
-and it can't tell which of the encodings a client used: most ids mean something in each.
+Needs neither tiktoken nor a network: the tokens lie in `openai_encodings`. It knows no merges, so it can't encode.
+And it can't tell which encoding a client used, because most ids have a token in each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model_store.errors import UserError
 
 OpenAIEncoding = Literal["cl100k_base", "o200k_base"]
 
-# Ids of their own, above the tokens' and not one after another (tiktoken 0.14.0, tiktoken_ext/openai_public.py).
+# Special tokens have ids above all others, with gaps between them (tiktoken 0.14.0, tiktoken_ext/openai_public.py).
 _SPECIAL_TOKENS: Mapping[OpenAIEncoding, Mapping[int, bytes]] = {
     "cl100k_base": {
         100257: b"<|endoftext|>",
@@ -43,14 +43,14 @@ class UnknownTokenId(UserError):
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Token `i` is `data[starts[i]:starts[i + 1]]`: 300,000 bytes objects would take ten times the room."""
+    """Token `i` is `data[starts[i]:starts[i + 1]]`; 300,000 bytes objects would take ten times the memory."""
 
     data: bytes
     starts: array[int]
 
 
 def missing_id(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> int | None:
-    """The first id that the encoding has no token for, if there is one. Loads nothing."""
+    """The first id that the encoding has no token for, None if there is no such id. Loads nothing."""
     count, special_tokens = _TOKENS[encoding], _SPECIAL_TOKENS[encoding]
     if min(token_ids, default=0) >= 0 and max(token_ids, default=0) < count:
         return None
@@ -60,8 +60,8 @@ def missing_id(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> int | None
 def decode(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> str:
     """The text of `token_ids`, as tiktoken's `decode` gives it. Safe to call from several threads at once.
 
-    A piece that was cut out of a longer text can begin or end inside a character: what is there of it becomes
-    U+FFFD. The first call for an encoding loads it: some 20 ms and 1 MB for cl100k_base, the double for o200k_base.
+    A piece that was cut out of a longer text can begin or end inside a character: the bytes of such a character become
+    U+FFFD. The first call for an encoding loads it: some 20 ms and 1 MB for cl100k_base, twice that for o200k_base.
 
     Raises:
         UnknownTokenId: at the first id that the encoding has no token for.
@@ -70,7 +70,7 @@ def decode(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> str:
 
 
 def decode_bytes(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> bytes:
-    """The bytes of `token_ids`, at most 128 for each, which need not be whole characters.
+    """The bytes of `token_ids`, at most 128 for each id; they need not be whole characters.
 
     Raises:
         UnknownTokenId: at the first id that the encoding has no token for.
@@ -91,7 +91,7 @@ def _pieces(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> Iterator[byte
             raise UnknownTokenId(encoding, token_id)
 
 
-@cache  # threads that are first together each load it, and get the same
+@cache  # several threads may load it at the same time at first, with the same result
 def _load(encoding: OpenAIEncoding) -> _Tokens:
     """The tokens as `openai_encodings/make.py` packed them."""
     packed = files("model_store.text").joinpath("openai_encodings", f"{encoding}.xz").read_bytes()

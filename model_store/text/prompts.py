@@ -1,6 +1,6 @@
-"""Prompts by name: the instructions LLM2Vec's published vectors were made with, from prompts.toml.
+"""Prompts by name: the instructions with which LLM2Vec's published vectors were made, from prompts.toml.
 
-Another instruction gives other vectors. A name says nothing of which models were trained with its instruction.
+Another instruction gives other vectors. A prompt's name does not say which models were trained with its instruction.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from model_store.errors import UserError
 
-# What is longer is no prompt's name, mistyped or not.
+# A longer name is not compared with the prompts' names: it is no mistyped one.
 _MOST_CHARACTERS = 200
 
 
 class UnknownPrompt(UserError):
-    """A name that no prompt has; `close` are names like it, the likest first."""
+    """A name that no prompt has; `close` are similar names, the most similar first."""
 
     def __init__(self, name: str, close: Sequence[str]) -> None:
         hint = f": did you mean {' or '.join(close)}?" if close else ""
@@ -28,12 +28,12 @@ class UnknownPrompt(UserError):
 
 
 class PromptsFileError(UserError):
-    """A file that holds no prompts."""
+    """A file that can't be read as prompts."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The instructions for the two sides, "" for none. Without the space before the text: the tokenizer puts it."""
+    """The instructions for the two sides, "" for none. They end without a space: the tokenizer adds it."""
 
     query: str
     document: str
@@ -45,11 +45,11 @@ def load_prompts() -> dict[str, Prompt]:
 
 
 def read_prompts(file: Path) -> dict[str, Prompt]:
-    """Prompts of one's own, written like the packaged ones.
+    """The prompts in a user's file, which is written like the packaged one.
 
     Raises:
-        PromptsFileError: if it is no such file, saying where.
-        OSError: if it can't be read.
+        PromptsFileError: if the file is written otherwise; the message says where.
+        OSError: if the file can't be read.
     """
     try:
         return _prompts(file.read_text(encoding="utf-8-sig"))
@@ -70,10 +70,10 @@ def _prompts(text: str) -> dict[str, Prompt]:
 
 
 def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:
-    """The prompt named `name`, in capitals or not.
+    """The prompt named `name`, whether in capitals or not.
 
     Raises:
-        UnknownPrompt: if there is none.
+        UnknownPrompt: if no prompt has this name.
     """
     if name in prompts:
         return prompts[name]

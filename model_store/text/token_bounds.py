@@ -1,6 +1,6 @@
-"""How many characters of a text one token can stand for at most: proof that a text is too long, without tokenizing it.
+"""The most characters that one token can stand for: they prove that a text is too long without tokenizing it.
 
-Only for tokenizers all of whose steps are known never to drop characters; the others have no bound.
+A tokenizer has this bound only if each of its steps is known never to drop characters.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 
-# Composition makes one character of at most four: U+1F82 is alpha and three marks.
+# Unicode composition joins at most four characters into one: U+1F82 is alpha and three marks.
 _COMPOSED = 4
 _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def characters_per_token(tokenizer: Tokenizer) -> int | None:
-    """A number that the characters of any text, white space at its end left out, over its tokens never exceed."""
+    """The most characters per token of any text, not counting white space at its end; None if there is no bound."""
     parts = json.loads(tokenizer.to_str())
     factor = _normalizer(parts["normalizer"])
     model, added = parts["model"], parts["added_tokens"]
     if factor is None or not _keeps_all(parts["pre_tokenizer"]) or not _knows_all(model, parts["pre_tokenizer"]):
         return None
-    if any(token["lstrip"] or token["rstrip"] for token in added):  # takes any amount of white space with it
+    if any(token["lstrip"] or token["rstrip"] for token in added):  # such a token takes in any amount of white space
         return None
     return factor * max(map(len, (*model["vocab"], *(token["content"] for token in added))))
 
@@ -34,7 +34,7 @@ def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _normalizer(normalizer: dict[str, Any] | None) -> int | None:
-    """How many characters of a text can become one; None where any number can."""
+    """The most characters of a text that can become one; None if there is no limit."""
     factor = 1
     for step in _steps(normalizer, "normalizers"):
         match step:
@@ -59,7 +59,7 @@ def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _knows_all(model: dict[str, Any], pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether every byte has a token, so that nothing is dropped or taken together for unknown."""
+    """Whether every byte has a token, so that no text is dropped or joined into one unknown token."""
     if model["type"] != "BPE":
         return False
     vocabulary = model["vocab"]

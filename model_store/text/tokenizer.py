@@ -1,4 +1,4 @@
-"""Text and instruction → token ids and the span that is pooled, exactly as LLM2Vec does it. No torch here.
+"""Text and instruction → token ids and the pooled span, exactly as in LLM2Vec. No torch here.
 
 The checkpoint's tokenizer.json is used as it is: transformers rebuilds some tokenizers and changes their ids.
 """
@@ -19,7 +19,7 @@ from model_store.text.token_bounds import characters_per_token
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
 
-# What a token of a row is of: what stands around every text, its instruction, or itself.
+# The part of a row that a token belongs to; special tokens and the template stand around every text.
 Part = Literal["special", "template", "instruction", "text"]
 
 
@@ -37,11 +37,11 @@ class TokenizerError(UserError):
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """One row for the encoder. The tokens from `span_start` to the end are pooled: never none of them.
+    """One row for the encoder. The tokens from `span_start` to the end are pooled; there is at least one.
 
-    `head` tokens stand before the text's own (special ones, template, instruction) and `tail` tokens after them.
-    `cut` says that the text had more tokens than the row has room for, and lost some; `emptied` that it lost all of
-    them. `spans`, where there are any, are pooled instead: ranges of tokens, each to a vector of its own.
+    `head` tokens (special ones, template, instruction) stand before the text's own tokens, and `tail` tokens after
+    them. `cut` says that the text lost tokens because it had more than the row has room for, and `emptied` that it lost
+    all of them. If there are `spans`, ranges of tokens, each of these is pooled to a vector instead.
     """
 
     token_ids: list[int]
@@ -57,15 +57,15 @@ class TokenizedText:
 
     @property
     def vectors(self) -> int:
-        """How many vectors it gets."""
+        """The number of vectors of this row."""
         return len(self.spans) or 1
 
     def room(self, most: int) -> int:
-        """Tokens of the text itself that fit into a row of `most`: not positive where the rest fills it."""
+        """How many of the text's own tokens fit into a row of `most`; not positive if the others fill the row."""
         return most - self.head - self.tail
 
     def shortened(self, most: int, keep: Literal["start", "end"] = "start") -> TokenizedText:
-        """The same row with no more than `most` tokens, for which the text alone gives up some; `keep` says which stay.
+        """The same row with at most `most` tokens: only the text's own are cut, and `keep` says which of them stay.
 
         Raises:
             ValueError: if no token of the text would be left.
@@ -79,7 +79,7 @@ class TokenizedText:
         return self._of(self.token_ids[kept], cut=True)
 
     def chunks(self, most: int) -> list[TokenizedText]:
-        """The text in rows of at most `most` tokens, all but the last full, each with all that stands around it.
+        """The text in rows of at most `most` tokens, all full but the last; each has all the tokens around the text.
 
         Raises:
             ValueError: if there is no room for the text.
@@ -90,7 +90,7 @@ class TokenizedText:
         return [self._of(self.token_ids[start : min(start + starts.step, end)], self.cut) for start in starts]
 
     def chunk_tokens(self, most: int) -> int:
-        """Tokens of all `chunks` together, counted without making them.
+        """The number of tokens in all `chunks` together, counted without making them.
 
         Raises:
             ValueError: if there is no room for the text.
@@ -114,7 +114,7 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class ReferenceLimits:
-    """The official library's way of cutting: a text to `doc_max_length` tokens word by word, a row to `max_length`."""
+    """The official library cuts a text to `doc_max_length` tokens, word by word, and a row to `max_length` tokens."""
 
     max_length: int
     doc_max_length: int
@@ -140,13 +140,13 @@ class TextTokenizer:
         self._reference = reference
         self._before, self._after = special_tokens_around(tokenizer)
         self._suffix_tokens = len(self._ids([template.suffix])[0])
-        # None, too, where it cuts texts itself.
+        # Also None if this tokenizer cuts texts, as no text is too long then.
         self.characters_per_token = None if reference else characters_per_token(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, reference: bool = False) -> TextTokenizer:
-        """The tokenizer of a stored encoder; with `reference` it cuts as the official library does, else never."""
-        from model_store.manifest import TOKENIZER_FILE  # pydantic, which rows alone do without
+        """The tokenizer of a stored encoder. With `reference` it cuts texts like the official library, else never."""
+        from model_store.manifest import TOKENIZER_FILE  # needs pydantic, and rows alone do not
 
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         limits = ReferenceLimits(manifest.max_length, manifest.doc_max_length) if reference else None
@@ -155,14 +155,14 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         """Rows for texts and their instructions ("" for none), in order.
 
-        The pooled span is counted, not located: it is as many tokens from the end as text + suffix has when
-        tokenized alone without special tokens. Where a merge runs across the border of instruction and text
-        that is a token or two off, and so are the official vectors.
+        The pooled span is counted, not located: it has as many tokens as text + suffix tokenized alone, without
+        special tokens. If a merge runs across the border of instruction and text, the span is a token or two off; so
+        it is in the official vectors.
 
-        A text can be given as this tokenizer's ids, with the special ones around it or without.
+        A text can also be given as this tokenizer's ids, with or without the special tokens around it.
 
         Raises:
-            TokenizationError: if a text has no tokens, or one that the model has no embedding for.
+            TokenizationError: if a text has no tokens, or a token that the model has no embedding for.
         """
         strings = [text for text in texts if isinstance(text, str)]
         if len(strings) < len(texts):
@@ -182,19 +182,19 @@ class TextTokenizer:
         ]
 
     def encode_nothing(self) -> TokenizedText:
-        """The row of an empty text: the special tokens and the template alone, or a space where there are neither."""
+        """The row of an empty text: only the special tokens and the template, or a space if there are neither."""
         around = self._ids([self._template.prefix + self._template.suffix])[0]
         row = [*self._before, *around, *self._after] or self._ids([" "])[0]
         tail = min(self._suffix_tokens + len(self._after), len(row))
         return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
 
     def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
-        """The row of a text, and for each of its tokens the characters of the text that it stands for: [start, end).
+        """The row of a text, and for each of its tokens the range [start, end) of the text's characters.
 
-        That range is empty for tokens that stand for none of them. Nothing is cut.
+        The range is empty for a token that stands for no character of the text. Nothing is cut.
 
         Raises:
-            TokenizationError: as `encode_batch`.
+            TokenizationError: as `encode_batch` does.
         """
         lead = self._template.prefix + self._lead(instruction)
         body = (text.rstrip() if self._template.strip else text) + self._template.suffix
@@ -205,17 +205,17 @@ class TextTokenizer:
         return row, [*[(0, 0)] * len(self._before), *characters, *[(0, 0)] * len(self._after)]
 
     def tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens as the vocabulary spells them."""
+        """The tokens in the vocabulary's spelling."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself; with U+FFFD where it is some of a character's bytes."""
+        """The text of each token by itself; U+FFFD stands for bytes that are only a part of a character."""
         return self._tokenizer.decode_batch([[token_id] for token_id in token_ids], skip_special_tokens=False)
 
     def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
-        """What each token of a row with this instruction is of; one across a border is of what comes after it.
+        """The part of each token of a row with this instruction; a token across a border belongs to the later part.
 
-        That is not always what is pooled: see `encode_batch`.
+        The pooled tokens are not always those of the text: see `encode_batch`.
         """
         prefix, before = self._template.prefix, len(self._before)
         lead = self._tokenizer.encode(prefix + self._lead(instruction), add_special_tokens=False)
@@ -276,7 +276,7 @@ class TextTokenizer:
             raise TokenizationError(f"there is no token {wrong}: this model's are 0 to {self._vocabulary - 1}", index)
 
     def _lead(self, instruction: str) -> str:
-        """An instruction and the space after it. One of white space alone is that space, unless the template strips."""
+        """An instruction and a space. White space alone becomes just that space, or nothing if the template strips."""
         if not instruction:
             return ""
         lead = f"{instruction.strip()} "
@@ -285,7 +285,7 @@ class TextTokenizer:
     def _row(
         self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True, emptied: bool = False
     ) -> TokenizedText:
-        """A row of the joined text's `ids`, of which the last `pooled` are the text's own."""
+        """A row of the joined text's `ids`; the last `pooled` of them are those of text and suffix."""
         suffix = self._suffix_tokens
         if self._reference and reference:
             room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
@@ -302,7 +302,7 @@ class TextTokenizer:
             raise TokenizationError(
                 f"the text contains {token!r}, which this model has no embedding for: remove it", index
             )
-        # A text that was cut to nothing: the official library then pools the whole row.
+        # The official library pools the whole row of a text that was cut to nothing.
         span_start = max(len(row) - pooled, 0) if self._skip_instruction and pooled else 0
         head = min(max(len(row) - pooled, 0), len(row) - 1)
         tail = min(suffix + len(self._after), len(row) - 1 - head)
@@ -311,7 +311,7 @@ class TextTokenizer:
     def _shorten(self, text: str) -> str:
         """The official loop (llm2vec 0.2.3, `LLM2Vec._convert_to_str`): drop words until the text is short enough.
 
-        A text without spaces is one word, and goes as a whole: its row is then marked as emptied.
+        A text without spaces is one word, and is dropped as a whole: its row is then marked as emptied.
         """
         if self._reference is None:
             return text

@@ -1,7 +1,7 @@
 """Makes the data files beside it: `python model_store/text/openai_encodings/make.py FILE.tiktoken...`.
 
-A FILE is tiktoken's own rank file of an encoding, under any name: its sha256, which tiktoken gives as
-`expected_hash`, says which one it is. Needs nothing but Python.
+A FILE is tiktoken's own rank file of an encoding, under any name: its sha256, tiktoken's `expected_hash`, tells which
+encoding it is of. Needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RANK_FILES = {
 
 
 def pack(ranks: bytes) -> bytes:
-    """A rank file's tokens in the order of their ids: a byte of length for each, then the bytes of all, xz'ed.
+    """A rank file's tokens in the order of their ids, xz'ed: one byte with the length of each, then the bytes of all.
 
     Raises:
         ValueError: if the ids are not 0, 1, 2, … or a token has no bytes or more than 255.
