@@ -21,7 +21,7 @@ class JSONSize(NamedTuple):
     containers: int
 
 
-def json_size(body: bytes, at_once: int = _AT_ONCE) -> JSONSize:
+def json_size(body: bytes | bytearray, at_once: int = _AT_ONCE) -> JSONSize:
     """The size of a JSON document; of what is no JSON any numbers, none too small for the values before the fault.
 
     Other threads run meanwhile: numpy lets go of the interpreter.

@@ -142,11 +142,15 @@ FIELD = {
 
 CASES = [
     *(
-        pytest.param(path, partial(make, FIELD[path]), id=f"{path} {name}")
+        pytest.param(path, partial(make, FIELD[path]), path == "/v1/embeddings", id=f"{path} {name}")
         for path in FIELD
         for name, make in OF_INPUTS.items()
     ),
-    *(pytest.param(path, make, id=f"{path} {name}") for path, cases in MORE.items() for name, make in cases.items()),
+    *(
+        pytest.param(path, make, True, id=f"{path} {name}")
+        for path, cases in MORE.items()
+        for name, make in cases.items()
+    ),
 ]
 
 
@@ -204,8 +208,8 @@ def longest_turn() -> Iterator[list[float]]:
         asyncio.Handle._run = run  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("path", "make"), CASES)
-async def test_the_worst_body_holds_nobody_up(path: str, make: Callable[[], bytes]) -> None:
+@pytest.mark.parametrize(("path", "make", "trace_memory"), CASES)
+async def test_the_worst_body_holds_nobody_up(path: str, make: Callable[[], bytes], trace_memory: bool) -> None:
     content = make()
     assert len(content) <= BODY
     server = Server()
@@ -223,7 +227,10 @@ async def test_the_worst_body_holds_nobody_up(path: str, make: Callable[[], byte
             gc.unfreeze()
         assert status in (200, 400, 404, 413, 422), status
         assert min(held) < MOST_HELD_SECONDS
-        print(f"held {min(held) * 1000:.1f} ms, {len(content)} bytes, {status}")
+        if status != 200:
+            assert size < 10_000
+        if not trace_memory:  # which is slow, and shown by another path with the same reader
+            return
         tracemalloc.start()
         try:
             await ask(server, path, content)
@@ -231,5 +238,3 @@ async def test_the_worst_body_holds_nobody_up(path: str, make: Callable[[], byte
         finally:
             tracemalloc.stop()
         assert most < BYTES_A_BYTE * len(content) + BYTES_BESIDE
-        if status != 200:
-            assert size < 10_000
