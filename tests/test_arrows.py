@@ -40,6 +40,11 @@ LEVELS: list[set[str]] = [
 ]
 BESIDE = {("service.ray", "service.bulk"), ("model_store.training", "model_store.evaluation")}
 
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
+
+# A list of declarations, one a line, reads better whole.
+LONG = {("metrics.py", "__init__")}
+
 # Who may know these libraries; whoever else needs what they do asks one of these rooms.
 LIBRARIES = {
     "fastapi": ("service.server", "service.api", "service.http"),
@@ -99,6 +104,16 @@ def test_every_room_has_its_level() -> None:
 def test_libraries_stay_in_their_rooms(library: str) -> None:
     knowing = {room(name) for name, path in ALL if any(one.split(".")[0] == library for one in imports(path))}
     assert knowing <= set(LIBRARIES[library])
+
+
+@pytest.mark.parametrize("path", [path for _, path in ALL], ids=str)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= MOST_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= MOST_LINES_OF_A_FUNCTION or (path.name, node.name) in LONG, node.name
 
 
 def test_only_the_command_knows_that_there_may_be_several_processes() -> None:
