@@ -69,9 +69,11 @@ bench-mixed: install
 bench-overload: install
 	$(BIN)/python -m bench.overload $(SAVE)
 
-# Ten minutes; see bench/soak.py.
+# Ten minutes; see tests/faults/soak.py.
 soak: install
-	$(BIN)/python -m bench.soak $(SAVE)
+	mkdir -p build
+	SOAK_SECONDS=600 SOAK_FIGURES=build/soak.json $(BIN)/pytest tests/faults/test_soak.py -k everybody -s
+	$(BIN)/python -m bench.report soak build/soak.json $(SAVE)
 
 # The browser in which tests/e2e/test_playground.py tries the page, on Debian and its like, as root; they skip without.
 browser:
@@ -107,7 +109,7 @@ peers:
 	bench/make_peers.sh
 
 fidelity-table: install
-	$(BIN)/python -m bench.fidelity --save
+	$(BIN)/python -m tests.fidelity.table --save
 
 # A static site, with nothing in it that is loaded from elsewhere. Warnings are errors.
 docs: install

@@ -1,16 +1,33 @@
-"""What every benchmark says about where it ran, and how it ends: one JSON object as the last line."""
+"""What every benchmark says about where it ran, and how it ends: one JSON object as the last line.
+
+    python -m bench.report [NAME FILE [--save]]
+
+prints the machine, or reports the figures that a test has left in a JSON file as those of a benchmark.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("llm2vec-service", "torch", "transformers", "sentence-transformers", "tokenizers")
+
+
+def options_of(about: str | None, model: bool = False) -> argparse.ArgumentParser:
+    """A benchmark's command line, with the options that most have."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if model:
+        parser.add_argument("--model", default="demo", help="a stored encoder or a recipe (default %(default)s)")
+    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    return parser
 
 
 def machine() -> dict[str, Any]:
@@ -34,8 +51,7 @@ def finish(name: str, result: dict[str, Any], save: bool) -> None:
     """Print the result as one line of JSON, and keep it in bench/results/ if asked to."""
     document = {"benchmark": name, "machine": machine(), **result}
     if save:
-        folder = Path(__file__).parent / "results"
-        (folder / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
+        (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))
 
 
@@ -55,3 +71,10 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return ran.stdout.strip()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        finish(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()), "--save" in sys.argv)
+    else:
+        print(json.dumps(machine()))

@@ -1,20 +1,17 @@
 """What a batching policy costs whom: short queries beside bulk requests, on a device that is only a cost model.
 
-    python -m bench.simulate [--seconds N] [--queries N] [--model 8B|1.3B|270M | --model fitted FLOOR BASE PER_TOKEN]
-                             [--loads …] [--seed N] [--save]
+    python -m bench.simulate [--seconds N] [--save]
+    python -m bench.simulate --table
 
-`lanes` is the server's own `service.batching.scheduling`; the others are what it is compared with. Bulk loads:
+The device is an H100 with an 8B model, 150 queries arrive a second, and the bulk loads are
 
-    published  a request of 2048 passages every 10 s, each done before the next: about three quarters of an 8B's H100
+    published  a request of 2048 passages every 10 s, each done before the next: about three quarters of the device
     saturated  three clients with such requests, each sending its next as soon as it has its answer
-    small      128 clients with 16 passages a request
-    unequal    saturated, but one client's passages are ten times shorter, and a fourth client asks for 16 at a time
-    long       three clients with 64 texts of 4096 to 8192 tokens a request
-    mixed      one of these, and one with 2048 passages
-    none       no bulk
 
-Then what `llm2vec-service plan` promises is held against the same policy, for a GPU's share of each of `PLANS`: other
-queries than it has seen itself, and bulk in requests of 2048 texts.
+`lanes` is the server's own `service.batching.scheduling`; the others are what it is compared with. Then what
+`llm2vec-service plan` promises is held against the same policy, for a GPU's share of each of `PLANS`: other queries
+than it has seen itself, and bulk in requests of 2048 texts. `--table` prints the kept figures of these plans, as
+docs/capacity.md has them.
 
 Simulated time only: a batch takes exactly what the cost model says and composing it takes nothing, so a lead can only
 cost here. Padding is ignored, which flatters the time window. Every policy meets the same requests of the same seed.
@@ -22,13 +19,13 @@ cost here. Padding is ignored, which flatters the time window. Every policy meet
 
 from __future__ import annotations
 
-import argparse
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
-from bench.report import finish
+from bench.report import RESULTS, finish, options_of
 from model_store.build.sources import shape_of
 from service.batching.cost_model import CostModel
 from service.batching.scheduling import Lane
@@ -37,13 +34,10 @@ from service.planning.plan import Asked, Bulk, Plan, Serving, spread
 from service.planning.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Policy, percentile, simulate
 from service.settings import TOKEN_BUDGET
 
-# Texts of the length that a server times itself with, in its defaults on an H100, as `llm2vec-service plan` has them.
-_BASES = {
-    "8B": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "1.3B": "princeton-nlp/Sheared-LLaMA-1.3B",
-    "270M": "demo:",
-}
-MODELS = {name: Plan(shape_of(base), gpu_named("h100-sxm"), Asked()).cost for name, base in _BASES.items()}
+_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+_SMALL = "princeton-nlp/Sheared-LLaMA-1.3B"
+_QUERIES_PER_SECOND = 150.0
+_SEED = 0
 
 _LINE = "{:40} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>6}"
 
@@ -51,29 +45,23 @@ _LINE = "{:40} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>6}"
 LOADS: dict[str, tuple[Client, ...]] = {
     "published": (Client(2048, (50, 225), period=10),),
     "saturated": (Client(2048, (50, 225)),) * 3,
-    "small": (Client(16, (100, 500)),) * 128,
-    "unequal": (Client(2048, (50, 225)),) * 2 + (Client(2048, (5, 22)), Client(16, (50, 225))),
-    "long": (Client(64, (4096, 8192)),) * 3,
-    "mixed": (Client(64, (4096, 8192)), Client(2048, (50, 225))),
-    "none": (),
 }
-
 
 _WEEK = 7 * 86400.0
 
 # Those of docs/capacity.md: a base, a GPU, and what is asked of it.
 PLANS: dict[str, tuple[str, str, Asked]] = {
-    "8B, 2,000 queries/s": (_BASES["8B"], "h100-sxm", Asked(serving=Serving(2000))),
-    "8B, 2,000 queries/s in 20 ms": (_BASES["8B"], "h100-sxm", Asked(serving=Serving(2000, p99=0.02))),
+    "8B, 2,000 queries/s": (_8B, "h100-sxm", Asked(serving=Serving(2000))),
+    "8B, 2,000 queries/s in 20 ms": (_8B, "h100-sxm", Asked(serving=Serving(2000, p99=0.02))),
     "8B, 10⁹ texts in a week beside 2,000 queries/s": (
-        _BASES["8B"],
+        _8B,
         "h100-sxm",
         Asked(Bulk(10**9, 256, _WEEK), Serving(2000)),
     ),
-    "8B on L4, 50 queries/s in 400 ms": (_BASES["8B"], "l4", Asked(serving=Serving(50, p99=0.4))),
-    "1.3B, 50,000 queries/s": (_BASES["1.3B"], "h100-sxm", Asked(serving=Serving(50_000))),
+    "8B on L4, 50 queries/s in 400 ms": (_8B, "l4", Asked(serving=Serving(50, p99=0.4))),
+    "1.3B, 50,000 queries/s": (_SMALL, "h100-sxm", Asked(serving=Serving(50_000))),
     "1.3B, 10⁹ texts in a week beside 50,000 queries/s": (
-        _BASES["1.3B"],
+        _SMALL,
         "h100-sxm",
         Asked(Bulk(10**9, 256, _WEEK), Serving(50_000)),
     ),
@@ -123,54 +111,41 @@ def policies(cost: CostModel) -> dict[str, Callable[[], Policy]]:
 
 def main() -> None:
     """Simulate and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--queries", type=float, default=150, help="a second")
-    parser.add_argument("--model", nargs="+", default=["8B"], help="a preset, or `fitted` and seconds")
-    parser.add_argument("--loads", nargs="+", choices=LOADS, default=["published", "saturated"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
+    parser = options_of(__doc__)
+    parser.add_argument("--seconds", type=float, default=120, help="simulated (default %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print the kept figures of the plans, as Markdown")
     options = parser.parse_args()
-    try:
-        cost = cost_model(*options.model)
-    except (KeyError, TypeError, ValueError):
-        parser.error(f"--model is one of {', '.join(MODELS)}, or `fitted` and three numbers")
-
+    if options.table:
+        print(plans_table(json.loads((RESULTS / "simulate.json").read_text())["plans"]))
+        return
+    # Texts of the length that a server times itself with, in its defaults.
+    cost = Plan(shape_of(_8B), gpu_named("h100-sxm"), Asked()).cost
     loads: dict[str, dict[str, dict[str, float | None]]] = {}
-    for load in options.loads:
+    for load, clients in LOADS.items():
         print(_LINE.format(load, "query p50", "p99 ms", "bulk p50", "p99", "max s", "tokens/s", "a batch", "jain"))
         loads[load] = {}
         for name, policy in policies(cost).items():
-            outcome = simulate(policy(), cost, options.queries, LOADS[load], options.seconds, options.seed)
+            outcome = simulate(policy(), cost, _QUERIES_PER_SECOND, clients, options.seconds, _SEED)
+            assert all(request.missing == 0 for request in outcome.requests), f"{name} lost or doubled an input"
             loads[load][name] = summary = outcome.summary()
             print(_LINE.format(name, *("-" if value is None else f"{value:g}" for value in summary.values())))
     plans = {
-        name: held_to_it(Plan(shape_of(base), gpu_named(gpu), asked), options.seconds, options.seed + 1)
+        name: held_to_it(Plan(shape_of(base), gpu_named(gpu), asked), options.seconds)
         for name, (base, gpu, asked) in PLANS.items()
     }
     print(plans_table(plans))
-    finish(
-        "simulate",
-        {
-            "model": {"name": options.model[0], **vars(cost)},
-            "seconds": options.seconds,
-            "queries_per_second": options.queries,
-            "seed": options.seed,
-            "loads": loads,
-            "plans": plans,
-        },
-        options.save,
-    )
+    about = {"seconds": options.seconds, "queries_per_second": _QUERIES_PER_SECOND, "seed": _SEED}
+    finish("simulate", {"model": {"name": "8B", **vars(cost)}, **about, "loads": loads, "plans": plans}, options.save)
 
 
-def held_to_it(plan: Plan, seconds: float, seed: int) -> dict[str, float]:
+def held_to_it(plan: Plan, seconds: float) -> dict[str, float]:
     """What a plan promises of one GPU, and what the policy makes of that GPU's share of the load."""
     bulk, serving, gpus = plan.asked.bulk, plan.asked.serving, plan.gpus
     assert serving is not None
     clients = (Client(2048, spread(bulk.tokens)),) * 2 if bulk else ()
     policy = Lanes(plan.batch_tokens, LEAD_SECONDS)
     share = serving.per_second / gpus
-    found = simulate(policy, plan.cost, share, clients, seconds, seed, spread(serving.tokens))
+    found = simulate(policy, plan.cost, share, clients, seconds, _SEED + 1, spread(serving.tokens))
     queries = found.tokens[QUERY]
     return {
         "gpus": gpus,
@@ -179,6 +154,7 @@ def held_to_it(plan: Plan, seconds: float, seed: int) -> dict[str, float]:
         "p99_ms_at_cap": plan.p99_at_cap * 1000,
         "p99_ms": percentile(found.queries, 99, 1000) or 0.0,
         "utilization_planned": round(plan.utilization, 3),
+        "utilization_cap": round(plan.utilization_cap, 3),
         "utilization": round(queries * plan.cost.per_token / found.seconds, 3),
         "bulk_tokens_per_second_planned": round(bulk.texts * bulk.tokens / bulk.within / gpus) if bulk else 0,
         "bulk_tokens_per_second": round((sum(found.batches) - queries) / found.seconds),
@@ -204,11 +180,6 @@ def plans_table(plans: dict[str, dict[str, float]]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def cost_model(name: str, *fitted: str) -> CostModel:
-    """A preset, or a model of three numbers."""
-    return CostModel(*map(float, fitted)) if name == "fitted" else MODELS[" ".join((name, *fitted))]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -10,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.documented import PAGE, run_again
-from bench.simulate import plans_table
 from service.metrics import Metrics
+from tests.documented import PAGE, run_again
 from tests.test_arrows import BESIDE, LEVELS
 
 ROOT = Path(__file__).parents[1]
@@ -64,12 +62,14 @@ def test_the_operations_page_names_series_that_there_are() -> None:
 def test_the_capacity_page_shows_what_its_commands_print() -> None:
     page = PAGE.read_text()
     assert page.count("$ llm2vec-service plan") >= 6
-    assert run_again(page) == page, "python -m bench.documented brings it up to date"
+    assert run_again(page) == page, "python -m tests.documented brings it up to date"
 
 
 def test_the_capacity_page_shows_the_simulation_that_is_kept() -> None:
-    kept = json.loads((ROOT / "bench" / "results" / "simulate.json").read_text())
-    assert plans_table(kept["plans"]) in PAGE.read_text()
+    command = [sys.executable, "-m", "bench.simulate", "--table"]
+    table = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert table.count("\n") >= 8
+    assert table in PAGE.read_text()
 
 
 def test_contributing_draws_the_arrows_that_are_checked() -> None:

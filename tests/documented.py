@@ -1,6 +1,6 @@
 """The commands of docs/capacity.md with what they print: runs them again and writes that down.
 
-    python -m bench.documented
+    python -m tests.documented
 
 A block that begins with `$ llm2vec-service` is one command, over several lines where these end with a backslash, and
 what it prints.

@@ -1,7 +1,7 @@
 """How near our vectors are to the official library's: the table in docs/fidelity.md.
 
-    python -m bench.fidelity          prints the table
-    python -m bench.fidelity --save   writes docs/fidelity.md
+    python -m tests.fidelity.table          prints the table
+    python -m tests.fidelity.table --save   writes docs/fidelity.md
 
 From the golden fixtures in tests/fidelity, on the CPU: family × pooling × truncation, in float32 and in bfloat16.
 """
@@ -9,13 +9,15 @@ From the golden fixtures in tests/fidelity, on the CPU: family × pooling × tru
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.report import machine
 from tests.fidelity.golden_set import FAMILIES, build_like, comparable, encode, golden, tokenize
 from tests.tiny import normalized
 
@@ -59,12 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    here = machine()
+    here = json.loads(subprocess.check_output([sys.executable, "-m", "bench.report"], text=True))
     about = f"{here['processor']}, torch {here['versions']['torch']}, transformers {here['versions']['transformers']}"
     lines = [row for family in FAMILIES for tensor in golden(family).truths() for row in rows(family, tensor)]
     page = _HEAD.format(machine=about) + "\n".join(lines) + "\n"
     if options.save:
-        (Path(__file__).parents[1] / "docs" / "fidelity.md").write_text(page)
+        (Path(__file__).parents[2] / "docs" / "fidelity.md").write_text(page)
     print(page)
 
 
