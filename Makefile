@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format browser bench-cpu bench-http bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test check format browser bench-cpu bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -63,6 +63,10 @@ bench-cpu: install
 bench-http: install
 	$(BIN)/python -m bench.http_path $(SAVE)
 
+# Needs about six cores.
+bench-front-ends: install
+	$(BIN)/python -m bench.front_ends $(SAVE)
+
 bench-mixed: install
 	$(BIN)/python -m bench.mixed $(SAVE)
 
@@ -94,6 +98,10 @@ bench-bulk: install
 
 # Needs the extra ray.
 bench-ray: install
+	mkdir -p build
+	$(BIN)/python -m tests.service.ray_replicas | tee build/ray_replicas.log
+	tail -n 1 build/ray_replicas.log >build/ray_replicas.json
+	$(BIN)/python -m bench.report ray_replicas build/ray_replicas.json $(SAVE)
 	$(BIN)/python -m bench.ray_serve $(SAVE)
 
 # On a machine with a GPU, at most nine minutes; see bench/gpu/__main__.py.
@@ -103,6 +111,14 @@ bench-gpu: install
 # Training steps, packed and padded in turn, on the demo encoder (make build).
 bench-train: install
 	$(BIN)/python -m bench.train $(SAVE)
+
+# fp8 and int8 beside bfloat16, on one core.
+bench-quantization: install
+	$(BIN)/python -m bench.quantization $(SAVE)
+
+# Memory that the build of a 1.3B model takes, in some minutes and gigabytes.
+bench-build-memory: install
+	$(BIN)/python -m bench.build_memory $(SAVE)
 
 # The environments of the servers that bench-cpu compares with, where they are installed: some minutes, some gigabytes.
 peers:

@@ -8,7 +8,6 @@ must have; the files that are mapped beside it, the kernel takes back when it ne
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import threading
@@ -17,22 +16,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
 
-from bench.report import finish
+from bench.gpu.inputs import config_of, known, trained_tokenizer
+from bench.report import finish, options_of
 from model_store.build.build import build_encoder
 from model_store.build.checkpoints import decoder_on_meta
 from model_store.recipe import recipe_from
-from tests.tiny import tiny_tokenizer
 
 _RANK = 16
 
 
 def main() -> None:
     """Build and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -73,11 +70,9 @@ def main() -> None:
 def write_base(folder: Path, layers: int) -> None:
     """A sharded bfloat16 checkpoint of random weights."""
     folder.mkdir()
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=layers, num_attention_heads=16
-    )
+    config = config_of(known("princeton-nlp/Sheared-LLaMA-1.3B"), layers)
     config.save_pretrained(folder)
-    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    trained_tokenizer().save(str(folder / "tokenizer.json"))
     weight_map = {}
     for name, tensor in decoder_on_meta(config).state_dict().items():
         values = torch.randn(tensor.shape) * 0.02 if tensor.dim() > 1 else torch.ones(tensor.shape)

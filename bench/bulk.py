@@ -12,7 +12,6 @@ job's last three shards are left out, since nothing is computed behind them.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -23,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,13 @@ import torch
 from numpy.typing import NDArray
 from pyarrow import parquet
 
-from bench.cpu import pack
-from bench.report import finish
+from bench.cpu import load_encoder, pack
+from bench.report import finish, options_of
+from bench.server import stored
 from bench.texts import sentences
-from model_store.encoder.encoder import Encoder
 from model_store.encoder.pooling import shorten_and_normalize
 from model_store.text.tokenizer import TextTokenizer
 from service.bulk.pipeline import SIZES
-from service.server.startup import prepare_store
 from service.settings import Settings
 
 # Of each shard's texts, as many are embedded by the encoder alone; and no fewer, if there are, since after a pause the
@@ -61,30 +59,23 @@ _LEAST_COSINE = 0.999
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, model=True)
     parser.add_argument("--texts", type=Path, help="a text a line, may be .gz; by default made of packaged sentences")
     parser.add_argument("--limit", type=int, default=100_000, help="of texts (default %(default)s)")
-    parser.add_argument("--rows-per-shard", type=int, help="by default a fiftieth of the texts, and at least 200")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", choices=("auto", "off"), default="auto")
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     texts = read_texts(options.texts, options.limit)
-    rows_per_shard = options.rows_per_shard or max(len(texts) // 50, 200)
-    settings = Settings(model=options.model)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.models_dir.expanduser() / "compiled"))
-    folder, _ = prepare_store(settings, lambda done, total: None)
-    alone = Alone.load(folder, options.dtype, options.compile == "auto")
+    rows_per_shard = max(len(texts) // 50, 200)
+    folder, _ = stored(options.model)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Settings().models_dir.expanduser() / "compiled"))
+    alone = Alone(folder)
     with tempfile.TemporaryDirectory(prefix="bench-bulk-") as scratch:
         path, out = Path(scratch) / "texts.txt", Path(scratch) / "out"
         path.write_text("".join(text + "\n" for text in texts))
         command = [sys.executable, "-m", "service", "embed", str(path), "--model", str(folder), "--out", str(out)]
-        command += ["--device", "cpu", "--dtype", options.dtype, "--rows-per-shard", str(rows_per_shard)]
-        result = run(command, {"LLM2VEC_COMPILE": options.compile}, out, texts, alone)
-    finish(
-        "bulk", {"model": folder.name, "dtype": options.dtype, "rows_per_shard": rows_per_shard, **result}, options.save
-    )
+        command += ["--device", "cpu", "--dtype", "bfloat16", "--rows-per-shard", str(rows_per_shard)]
+        result = run(command, out, texts, alone)
+    about = {"model": folder.name, "dtype": "bfloat16", "rows_per_shard": rows_per_shard}
+    finish("bulk", {**about, **result}, options.save)
 
 
 def read_texts(path: Path | None, limit: int) -> list[str]:
@@ -98,73 +89,55 @@ def read_texts(path: Path | None, limit: int) -> list[str]:
     return found
 
 
-@dataclass
 class Alone:
-    """The encoder without anything around it."""
+    """The encoder with nothing around it, its tokens and seconds so far, and how near the vectors held to it were."""
 
-    encoder: Encoder
-    tokenizer: TextTokenizer
-    tokens: int = 0
-    seconds: float = 0.0
-    least_cosine: float = 1.0
-    checked: int = 0
-
-    @classmethod
-    def load(cls, folder: Path, dtype: Any, compiled: bool) -> Alone:
-        """As the server has it."""
-        encoder = Encoder.load(folder, "cpu", dtype)
-        encoder.pack_weights()
-        if compiled:
-            encoder.compile_layers()
-        alone = cls(encoder, TextTokenizer.load(folder, encoder.manifest))
-        alone.embed(sentences()[:200])  # the first batches are not typical
-        return cls(encoder, alone.tokenizer)
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, D) vectors in the texts' order, with the time for batches alone."""
-        rows = self.tokenizer.encode_batch(texts, [""] * len(texts))
-        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
-        batches = list(pack([rows[place] for place in order], self.encoder.manifest.pooling))
-        began = time.perf_counter()
-        pooled = torch.cat([self.encoder.encode(batch) for batch in batches])
-        self.seconds += time.perf_counter() - began
-        self.tokens += sum(map(len, rows))
-        widths = torch.full((len(rows),), self.encoder.manifest.width)
-        vectors = np.empty((len(rows), self.encoder.manifest.width), np.float32)
-        vectors[order] = shorten_and_normalize(pooled, widths, torch.ones_like(widths, dtype=torch.bool)).numpy()
-        return vectors
+    def __init__(self, folder: Path) -> None:
+        self._encoder = load_encoder(folder)
+        self._tokenizer = TextTokenizer.load(folder, self._encoder.manifest)
+        self.least_cosine, self.checked = 1.0, 0
+        self.tokens, self.seconds = 0, 0.0
+        self._embed(sentences()[:200])  # the first batches are not typical
+        self.tokens, self.seconds = 0, 0.0
 
     def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
         """Embed the texts, and hold vectors to theirs."""
-        self.least_cosine = min(self.least_cosine, float((self.embed(texts) * vectors).sum(1).min()))
+        self.least_cosine = min(self.least_cosine, float((self._embed(texts) * vectors).sum(1).min()))
         self.checked += len(texts)
 
+    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(n, D) vectors in the texts' order, with the time for batches alone."""
+        rows = self._tokenizer.encode_batch(texts, [""] * len(texts))
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+        batches = pack([rows[place] for place in order], self._encoder.manifest.pooling)
+        began = time.perf_counter()
+        pooled = torch.cat([self._encoder.encode(batch) for batch in batches])
+        self.seconds += time.perf_counter() - began
+        self.tokens += sum(map(len, rows))
+        width = self._encoder.manifest.width
+        vectors = np.empty((len(rows), width), np.float32)
+        vectors[order] = shorten_and_normalize(pooled, torch.full((len(rows),), width)).numpy()
+        return vectors
 
-@dataclass
+
 class Command:
-    """The command, its clock stopped whenever it is."""
+    """The command in a process of its own; `seconds` is how long it has been running, in all its lives."""
 
-    command: Sequence[str]
-    environment: dict[str, str]
-    starts: int = 0
-    awake_seconds: float = 0.0
-    process: subprocess.Popen[str] = field(init=False)
-    _since: float = field(init=False)
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self.starts, self.seconds = 0, 0.0
+        self.start()
 
     def start(self) -> None:
         """Once more."""
         self.starts += 1
-        self.process = subprocess.Popen(self.command, env={**os.environ, **self.environment}, text=True)
+        self.process = subprocess.Popen(self._command)
         self._since = time.perf_counter()
-
-    def clock(self) -> float:
-        """Seconds that it has been running, of all its lives, while it does."""
-        return self.awake_seconds + time.perf_counter() - self._since
 
     def stop(self) -> None:
         """For a moment."""
-        self.awake_seconds = self.clock()
         self.process.send_signal(signal.SIGSTOP)
+        self.seconds += time.perf_counter() - self._since
 
     def go_on(self) -> None:
         """After `stop`."""
@@ -176,7 +149,7 @@ class Command:
         self.process.kill()
         status = self.process.wait()
         assert status == -signal.SIGKILL, f"the command ended with status {status} before it was killed"
-        self.awake_seconds = self.clock()
+        self.seconds += time.perf_counter() - self._since
 
 
 @dataclass
@@ -184,55 +157,44 @@ class Life:
     """The command from a start to its end: tokens and seconds behind the first shards, and the encoder's rate then."""
 
     shards: int = 0
-    began: float = 0.0
     tokens: int = 0
     seconds: float = 0.0
     alone: float = 0.0
 
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds
 
-
-def run(
-    command: Sequence[str], environment: dict[str, str], out: Path, texts: Sequence[str], alone: Alone
-) -> dict[str, Any]:
+def run(command: Sequence[str], out: Path, texts: Sequence[str], alone: Alone) -> dict[str, Any]:
     """The whole job; what came of it."""
     chance = random.Random(0)
-    job = Command(command, environment)
     kills = [round(share * len(texts)) for share in _KILLS_AT]
     killed_at: list[int] = []
     lives = [life := Life()]
-    alone_before = (0, 0.0)
+    began = (0.0, 0, 0.0)  # of this life, behind its first shards: the command's seconds, the encoder's tokens, seconds
     seen = 0
-    job.start()
+    job = Command(command)
     try:
-        while True:
-            shards = wait_for_shards(job, out, seen)
-            if len(shards) == seen:
-                break
+        while len(shards := wait_for_shards(job, out, seen)) > seen:
             job.stop()
-            finished = job.awake_seconds
-            for shard in shards[seen:]:
-                count = min(max(round(_SHARE * shard["rows"]), _LEAST_TEXTS), shard["rows"])
-                places = chance.sample(range(shard["rows"]), count)
+            new, seen = shards[seen:], len(shards)
+            for shard in new:
+                places = chance.sample(
+                    range(shard["rows"]), min(max(round(_SHARE * shard["rows"]), _LEAST_TEXTS), shard["rows"])
+                )
                 numbers, vectors = read_shard(out / shard["file"])
                 alone.check([texts[numbers[place]] for place in places], vectors[places])
             done = sum(shard["read"] for shard in shards)
-            life.shards += len(shards) - seen
-            if life.shards <= _BEGUN_AT_ONCE or not life.began:
-                life.began, alone_before = finished, (alone.tokens, alone.seconds)
+            life.shards += len(new)
+            if life.shards - len(new) < _BEGUN_AT_ONCE:
+                began = (job.seconds, alone.tokens, alone.seconds)
             elif done < len(texts) - _BEGUN_AT_ONCE * shards[0]["read"]:
-                life.tokens += sum(shard["tokens"] for shard in shards[seen:])
-                life.seconds = finished - life.began
-                life.alone = (alone.tokens - alone_before[0]) / (alone.seconds - alone_before[1])
-                print(f"{done:7} rows: {life.rate:7.0f} tokens/s, encoder alone {life.alone:7.0f}", flush=True)
-            seen = len(shards)
+                life.tokens += sum(shard["tokens"] for shard in new)
+                life.seconds = job.seconds - began[0]
+                life.alone = (alone.tokens - began[1]) / (alone.seconds - began[2])
+                rate = life.tokens / life.seconds
+                print(f"{done:7} rows: {rate:7.0f} tokens/s, encoder alone {life.alone:7.0f}", flush=True)
             job.go_on()
             if kills and done >= kills[0]:
                 kills.pop(0)
-                time.sleep(chance.uniform(0, finished / max(done, 1) * shards[-1]["rows"]))
+                time.sleep(chance.uniform(0, job.seconds / max(done, 1) * new[-1]["rows"]))
                 job.kill()
                 seen = len(shards_in(out))  # one more may have been written
                 killed_at.append(done)
@@ -297,7 +259,7 @@ def figures(lives: Sequence[Life], alone: Alone) -> dict[str, Any]:
         "embed_tokens_per_second": round(embed),
         "encoder_tokens_per_second": round(own),
         "ratio": round(embed / own, 3),
-        "ratios": [round(life.rate / life.alone, 3) for life in timed],
+        "ratios": [round(life.tokens / life.seconds / life.alone, 3) for life in timed],
         "rows_held_to_the_encoder": alone.checked,
         "least_cosine": round(alone.least_cosine, 6),
     }

@@ -17,8 +17,6 @@ is stopped, as the threads of some go on spinning after their last request. Meas
 
 from __future__ import annotations
 
-import argparse
-import os
 import signal
 import statistics
 import time
@@ -31,9 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.load import ask
-from bench.peers import available_peers, start_peer
-from bench.report import finish
+from bench.client import Answers, ask, percentiles, request_bytes
+from bench.gpu.clocks import packed_batches
+from bench.peers import MODEL, available_peers, start_peer
+from bench.report import finish, options_of
+from bench.server import serving, stored
 from bench.texts import mixed_texts
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.merged_linear import PartOfProduct
@@ -42,9 +42,6 @@ from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.pooling_modes import PoolingMode
 from model_store.shape import Shape
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
-from service.server.startup import prepare_store
-from service.settings import Settings
-from tests.e2e.process import ServerProcess
 
 # About what the server's calibration comes to here.
 _BATCH_TOKENS = 2048
@@ -67,8 +64,7 @@ _REPEATS = 3
 def main() -> None:
     """Measure and report."""
     peers = available_peers()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser = options_of(__doc__, model=True)
     parser.add_argument("--texts", type=int, default=96)
     parser.add_argument(
         "--rounds", type=int, default=3, help="of the first case over HTTP and all that is not; the rest once"
@@ -76,14 +72,11 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=("padded", "padded_sorted", *peers), help="compare with these only"
     )
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
     others = options.only or [*peers, "padded_sorted", "padded"]
 
-    folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
-    encoder = Encoder.load(folder)
-    encoder.pack_weights()
-    encoder.compile_layers()
+    folder, manifest = stored(options.model)
+    encoder = load_encoder(folder)
     texts = text_sets(options.texts)
     tokenizer = TextTokenizer.load(folder, manifest)
     rows = {name: tokenizer.encode_batch(some, [""] * len(some)) for name, some in texts.items()}
@@ -100,24 +93,25 @@ def main() -> None:
     result["merged projections"] = against_apart(folder, encoder, rows["mixed"])
     print("merged projections", result["merged projections"], flush=True)
     with ExitStack() as stack:
-        server = stack.enter_context(ServerProcess(folder, {"LLM2VEC_COMPILE": "auto"}))
-        urls = {"server": (f"{server.base_url}/v1", manifest.name)}
-        signals: dict[str, Callable[[int], object]] = {"server": server.process.send_signal}
+        servers = {"server": stack.enter_context(serving(folder, {}))}
         for name in others:
             if name in peers:
-                peer = stack.enter_context(start_peer(name, folder))
-                urls[name] = (peer.url, peer.model)
-                signals[name] = partial(os.killpg, peer.process_group)
-        over_http: dict[str, dict[str, Any]] = {name: {} for name in urls}
+                servers[name] = stack.enter_context(start_peer(name, folder))
+        over_http: dict[str, dict[str, Any]] = {name: {} for name in servers}
         vectors: dict[str, Any] = {}
 
         @contextmanager
         def awake(name: str) -> Iterator[None]:
-            signals[name](signal.SIGCONT)
+            servers[name].send(signal.SIGCONT)
             try:
                 yield
             finally:
-                signals[name](signal.SIGSTOP)
+                servers[name].send(signal.SIGSTOP)
+
+        def asked(name: str, requests: Sequence[Sequence[str]], clients: int) -> Answers:
+            model = manifest.name if name == "server" else MODEL
+            whole = [request_bytes(inputs, model) for inputs in requests]
+            return ask(servers[name].url, whole, clients, keeps=True)
 
         def run_http(name: str, case: str) -> float:
             kind, clients, at_once = _CASES[case]
@@ -126,17 +120,17 @@ def main() -> None:
             some = [f"{number}: {text}" for number, text in enumerate(some)]
             requests = [some[start : start + at_once] for start in range(0, len(some), at_once)]
             with awake(name):
-                answers = ask(*urls[name], requests, clients)
+                answers = asked(name, requests, clients)
             count = sum(map(len, tokenizer.encode_batch(some, [""] * len(some))))
             if case == _FIRST_CASE:
                 vectors[name] = np.concatenate(answers.vectors[: len(texts["mixed"])])
             rate = count / answers.seconds
-            over_http[name][case] = {"tokens_per_second": round(rate), **answers.percentiles()}
+            over_http[name][case] = {"tokens_per_second": round(rate), **percentiles(answers.latencies, (50, 95, 99))}
             return rate
 
         parts: dict[str, Callable[[], float]] = {
             "encoder": lambda: timed_encoder(encoder, rows["mixed"], tokens["mixed"]),
-            **{name: lambda name=name: run_http(name, _FIRST_CASE) for name in urls},  # type: ignore[misc]
+            **{name: lambda name=name: run_http(name, _FIRST_CASE) for name in servers},  # type: ignore[misc]
         }
         if padded is not None:
             parts["padded_sorted"] = lambda: timed(
@@ -146,10 +140,9 @@ def main() -> None:
                 tokens["mixed"],
                 lambda: [padded.encode(texts["mixed"][i : i + 32]) for i in range(0, len(texts["mixed"]), 32)],
             )
-        for name in urls:
-            ask(*urls[name], [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
-            signals[name](signal.SIGSTOP)
-            stack.callback(signals[name], signal.SIGCONT)  # or they could not end
+        for name in servers:
+            asked(name, [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
+            servers[name].send(signal.SIGSTOP)
         timed_encoder(encoder, rows["mixed"][:16], 1)
         gemm: list[float] = []
         for number in range(options.rounds):
@@ -158,16 +151,16 @@ def main() -> None:
                 rates.setdefault(name, []).append(parts[name]())
                 print(f"round {number + 1}: {name:14} {rates[name][-1]:8.0f} tokens/s", flush=True)
         with awake("server"):
-            result["lone"] = lone(encoder, rows["short"], urls["server"], texts["short"])
+            result["lone"] = lone(encoder, rows["short"], partial(asked, "server"), texts["short"])
         print("lone", result["lone"], flush=True)
         for case in _CASES:
-            for name in [name for name in urls if name != "infinity"]:  # slow, and no other in these cases
+            for name in [name for name in servers if name != "infinity"]:  # slow, and no other in these cases
                 if case not in over_http[name]:
                     run_http(name, case)
                 print(f"{case}: {name:10} {over_http[name][case]}", flush=True)
         for kind in ("short", "long"):
             result[f"encoder, {kind}"] = round(timed_encoder(encoder, rows[kind], tokens[kind]))
-        result["peak_memory_gb"] = {"server": peak_memory_gb(server.process.pid)}
+        result["peak_memory_gb"] = {"server": peak_memory_gb(servers["server"].process.pid)}
     shape = Shape.read(encoder.model.config.to_dict())
     linear = shape.linear_flops_per_token
     attention = shape.attention_flops(map(len, rows["mixed"])) / tokens["mixed"]
@@ -247,7 +240,7 @@ def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText])
 
 
 def lone(
-    encoder: Encoder, rows: Sequence[TokenizedText], url: tuple[str, str], texts: Sequence[str]
+    encoder: Encoder, rows: Sequence[TokenizedText], ask: Callable[..., Answers], texts: Sequence[str]
 ) -> dict[str, float]:
     """Milliseconds (p50) of short texts one at a time: the bare forward pass and the server, by turns."""
     bare, asked = [], []
@@ -258,8 +251,8 @@ def lone(
             encoder.encode(batch)
             seconds = time.perf_counter() - began
         bare.append(seconds)
-        ask(*url, [["again: " + text]], 1)
-        asked += ask(*url, [[text]], 1).latencies
+        ask([["again: " + text]], 1)
+        asked += ask([[text]], 1).latencies
     forward, request = (1000 * statistics.median(values) for values in (bare, asked))
     return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
 
@@ -282,15 +275,17 @@ def load_peer(folder: Path, encoder: Encoder) -> Any:
     return peer
 
 
-def pack(rows: Sequence[TokenizedText], pooling: PoolingMode) -> Iterator[PackedBatch]:
+def load_encoder(folder: Path) -> Encoder:
+    """As the server has it."""
+    encoder = Encoder.load(folder)
+    encoder.pack_weights()
+    encoder.compile_layers()
+    return encoder
+
+
+def pack(rows: Sequence[TokenizedText], pooling: PoolingMode) -> list[PackedBatch]:
     """Batches in the order of the rows, as full as the server would make them."""
-    batch: list[TokenizedText] = []
-    for row in rows:
-        if batch and sum(map(len, batch)) + len(row) > _BATCH_TOKENS:
-            yield PackedBatch.pack(batch, pooling)
-            batch = []
-        batch.append(row)
-    yield PackedBatch.pack(batch, pooling)
+    return [PackedBatch.pack(batch, pooling) for batch in packed_batches(rows, _BATCH_TOKENS)]
 
 
 def ratio(left: list[float], right: list[float]) -> float:

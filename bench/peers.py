@@ -1,8 +1,5 @@
 """Other embedding servers, started as their users would and asked over HTTP like ours.
 
-    with start_peer("vllm", model_folder) as peer:
-        httpx.post(f"{peer.url}/embeddings", json={"model": peer.model, "input": ["some text"]})
-
 Each runs in an environment of its own, made by bench/make_peers.sh. They read the stored encoder's own weights in
 bfloat16, attend in both directions as it does and pool the mean, though over BOS too: the same work, and vectors that
 are alike.
@@ -12,17 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+from bench.server import Server, free_port, running
 
 ENVIRONMENTS = Path(__file__).parents[1] / "build" / "peers"
 MODEL = "encoder"
@@ -30,16 +23,6 @@ MAX_LENGTH = 2048  # tokens: more than any text in bench/texts.py has
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 _CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
-
-@dataclass(frozen=True)
-class RunningPeer:
-    """A peer that answers: `url` + "/embeddings" takes what OpenAI's route does, with `model` as the model's name."""
-
-    name: str
-    url: str
-    process_group: int
-    model: str = MODEL
 
 
 @dataclass(frozen=True)
@@ -85,31 +68,15 @@ def available_peers() -> list[str]:
 
 
 @contextmanager
-def start_peer(name: str, model: Path, seconds: float = 300.0) -> Iterator[RunningPeer]:
-    """A peer that serves this stored encoder and is ready, until the block ends; an error shows the end of its log."""
+def start_peer(name: str, model: Path) -> Iterator[Server]:
+    """A peer that serves this stored encoder under the name MODEL and is ready, until the block is left."""
     peer, home = _PEERS[name], ENVIRONMENTS / name
     with tempfile.TemporaryDirectory(prefix=f"{name}-", ignore_cleanup_errors=True) as scratch:
-        folder = _write_for_peers(model, Path(scratch) / "model")
-        port = _free_port()
-        program, *arguments = peer.command(folder, port)
-        log = Path(scratch) / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [home / "bin" / program, *arguments],
-                env={**os.environ, "TMPDIR": scratch, "XDG_CACHE_HOME": scratch, **_OFFLINE, **peer.environment},
-                cwd=scratch,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            _wait_until_ready(process, f"http://127.0.0.1:{port}/health", seconds)
-            yield RunningPeer(name, f"http://127.0.0.1:{port}/v1", process.pid)
-        except Exception as error:
-            error.add_note(f"{name}'s log ends:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-60:]))
-            raise
-        finally:
-            _stop(process)
+        port = free_port()
+        program, *arguments = peer.command(_write_for_peers(model, Path(scratch) / "model"), port)
+        environment = {"TMPDIR": scratch, "XDG_CACHE_HOME": scratch, **_OFFLINE, **peer.environment}
+        with running([home / "bin" / program, *arguments], port, environment, "/health", Path(scratch)) as server:
+            yield server
 
 
 def _write_for_peers(model: Path, folder: Path) -> Path:
@@ -138,31 +105,3 @@ def _write_for_peers(model: Path, folder: Path) -> Path:
         for file in model.glob(pattern):
             (folder / file.name).symlink_to(file.resolve())
     return folder
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise RuntimeError(f"it ended with status {process.returncode} before it was ready")
-        with suppress(httpx.TransportError):
-            if httpx.get(url).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise RuntimeError(f"it was not ready after {seconds:.0f} s")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End it and every process that it started."""
-    for stop, seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 20.0)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, stop)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)

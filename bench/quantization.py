@@ -1,4 +1,4 @@
-"""What 8-bit layers cost in fidelity and give in speed, on a real encoder.
+"""What 8-bit layers cost in fidelity and give in speed on a CPU, on a real encoder; bench.gpu has them on a GPU.
 
     python -m bench.quantization [--model DIR|RECIPE] [--texts N] [--rounds N] [--sts FILE] [--pairs N] [--save]
 
@@ -8,21 +8,19 @@ Everybody encodes the same batches in turn, round by round; what counts are the 
     bfloat16          what the others are compared with
     fp8_emulated      model_store.encoder.quantization's slow twin: its vectors count, its speed is not measured
     fp8_emulated_mlp  the same in the MLPs only
-    fp8               the kernel, on a GPU that has it; there also compiled, beside bfloat16 compiled
-    float32           on a CPU, a ruler: how far bfloat16 itself is from it
-    int8_dynamic      on a CPU, torch.ao's: one scale for the whole input, one for each output of the weight
-    int8_rowwise      on a CPU, made as fp8 is: one scale for each token and each output, torch._int_mm
+    float32           a ruler: how far bfloat16 itself is from it
+    int8_dynamic      torch.ao's: one scale for the whole input, one for each output of the weight
+    int8_rowwise      made as fp8 is: one scale for each token and each output, torch._int_mm
     int8_rowwise_mlp  the same in the MLPs only
 
-On a CPU everybody computes on one core, and what counts is that core's time: other work on the machine then takes
-nothing from a kind that is made of many small steps. A quantisation is worth having if it is faster than bfloat16 and
+Everybody computes on one core, and what counts is that core's time: other work on the machine then takes nothing from a
+kind that is made of many small steps. A quantisation is worth having if it is faster than bfloat16 and
 no text's cosine is below 0.995. `product_us` is one product alone, with the largest layer's weight and 16 or 512
 tokens; it adds int8 weights with a bfloat16 input.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import time
@@ -35,49 +33,41 @@ import torch
 from torch import Tensor, nn
 
 from bench.cpu import pack, ratio
-from bench.report import finish
+from bench.report import finish, options_of
+from bench.server import stored
 from bench.texts import mixed_texts
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.quantization import (
     EmulatedFp8Linear,
-    QuantizationError,
     emulate_fp8,
-    quantize,
     replace_linears,
 )
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest
 from model_store.text.tokenizer import TextTokenizer
-from service.server.startup import prepare_store
-from service.settings import Settings
 
 # T packed tokens, K inputs and N outputs of a layer
 
 WORTH_COSINE = 0.995
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 LONE_QUERY = "how much protein should a female eat a day"
 PRODUCT_TOKENS = (16, 512)
 
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo")
+    parser = options_of(__doc__, model=True)
     parser.add_argument("--texts", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sts", type=Path, help="a file of scored pairs: tab-separated score, sentence1, sentence2")
     parser.add_argument("--pairs", type=int, default=200, help="so many of them, drawn at random")
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
     options = parser.parse_args()
 
-    folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
+    folder, manifest = stored(options.model)
     encoders = load_all(folder)
-    device = encoders["bfloat16"].device
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    batches = batches_of(folder, manifest, mixed_texts(options.texts), device)
-    lone = batches_of(folder, manifest, [LONE_QUERY], device)[0]
+    torch.set_num_threads(1)
+    batches = batches_of(folder, manifest, mixed_texts(options.texts))
+    lone = batches_of(folder, manifest, [LONE_QUERY])[0]
 
     bfloat16 = encode(encoders["bfloat16"], batches)
     cosines = {name: torch.cosine_similarity(encode(encoder, batches), bfloat16) for name, encoder in encoders.items()}
@@ -86,15 +76,12 @@ def main() -> None:
         del encoders[name]
     products = product_times(encoders["bfloat16"])
     rates, lone_ms = speeds(encoders, batches, lone, options.rounds)
-    if device.type == "cuda":
-        compiled_rates, compiled_ms = speeds(compiled(encoders), batches, lone, options.rounds)
-        rates, lone_ms = rates | compiled_rates, lone_ms | compiled_ms
     ratios = {name: ratio(found, rates["bfloat16"]) for name, found in rates.items()}
     finish(
         "quantization",
         {
             "model": manifest.name,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, one core",
+            "device": "cpu, one core",
             "texts": options.texts,
             "tokens": sum(len(batch.token_ids) for batch in batches),
             "cosine_to_bfloat16": {
@@ -109,7 +96,7 @@ def main() -> None:
             "worth_having": [
                 name
                 for name, found in cosines.items()
-                if name.startswith(("int8", "fp8")) and ratios.get(name, 0) > 1 and found.min() >= WORTH_COSINE
+                if name.startswith("int8") and ratios.get(name, 0) > 1 and found.min() >= WORTH_COSINE
             ],
         },
         options.save,
@@ -117,29 +104,25 @@ def main() -> None:
 
 
 def load_all(folder: Path) -> dict[str, Encoder]:
-    """Every kind that this machine can run, under the names above."""
+    """Every kind, under the names above."""
 
-    def load(dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Encoder:
-        return Encoder.load(folder, dtype=dtype)
+    def made(change: Callable[[nn.Module], object], dtype: Literal["bfloat16", "float32"] = "bfloat16") -> Encoder:
+        encoder = Encoder.load(folder, "cpu", dtype)
+        change(encoder.model)
+        return encoder
 
-    encoders = {"bfloat16": load(), "fp8_emulated": load(), "fp8_emulated_mlp": load()}
-    device = encoders["bfloat16"].device
-    emulate_fp8(encoders["fp8_emulated"].model)
-    replace_linears(encoders["fp8_emulated_mlp"].model, lambda linear: EmulatedFp8Linear(linear, device), ".mlp.")
-    if device.type == "cpu":
-        encoders |= {name: load() for name in ("int8_rowwise", "int8_rowwise_mlp")}
-        replace_linears(encoders["int8_rowwise"].model, Int8Linear)
-        replace_linears(encoders["int8_rowwise_mlp"].model, Int8Linear, ".mlp.")
-        encoders |= {name: load("float32") for name in ("float32", "int8_dynamic")}
-        replace_linears(encoders["int8_dynamic"].model, torch_dynamic_int8)
-        return encoders
-    fp8 = load()
-    try:
-        quantize(fp8.model, "fp8", device)
-    except QuantizationError as refusal:
-        print(refusal, flush=True)
-        return encoders
-    return encoders | {"fp8": fp8}
+    def emulated(linear: nn.Linear) -> nn.Module:
+        return EmulatedFp8Linear(linear, torch.device("cpu"))
+
+    return {
+        "bfloat16": made(lambda model: None),
+        "fp8_emulated": made(emulate_fp8),
+        "fp8_emulated_mlp": made(lambda model: replace_linears(model, emulated, ".mlp.")),
+        "int8_rowwise": made(lambda model: replace_linears(model, Int8Linear)),
+        "int8_rowwise_mlp": made(lambda model: replace_linears(model, Int8Linear, ".mlp.")),
+        "float32": made(lambda model: None, "float32"),
+        "int8_dynamic": made(lambda model: replace_linears(model, torch_dynamic_int8), "float32"),
+    }
 
 
 def encode(encoder: Encoder, batches: Sequence[PackedBatch]) -> Tensor:
@@ -156,8 +139,8 @@ def speeds(
     tokens = sum(len(batch.token_ids) for batch in batches)
     for number in range(rounds + 1):
         for name, encoder in encoders.items():
-            bulk = seconds(encoder.device, encode, encoder, batches)
-            queries = [seconds(encoder.device, encoder.encode, lone) for _ in range(10)]
+            bulk = seconds(encode, encoder, batches)
+            queries = [seconds(encoder.encode, lone) for _ in range(10)]
             if number:  # the first round warms up
                 rates[name].append(tokens / bulk)
                 lone_seconds[name] += queries
@@ -165,20 +148,11 @@ def speeds(
     return rates, {name: round(1000 * statistics.median(found), 2) for name, found in lone_seconds.items()}
 
 
-def compiled(encoders: dict[str, Encoder]) -> dict[str, Encoder]:
-    """The same encoders, each layer compiled in place."""
-    for encoder in encoders.values():
-        for layer in encoder.model.layers:
-            layer.compile(dynamic=True)
-    return {f"{name}_compiled": encoder for name, encoder in encoders.items()}
-
-
-def seconds(device: torch.device, run: Callable[..., object], *arguments: object) -> float:
-    """How long it takes: this process's time on a CPU, by the clock on the wall where a GPU works."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    began = clock()
+def seconds(run: Callable[..., object], *arguments: object) -> float:
+    """How long it takes of this process's time."""
+    began = time.process_time()
     run(*arguments)
-    return clock() - began
+    return time.process_time() - began
 
 
 class Int8Linear(nn.Module):
@@ -213,7 +187,7 @@ def torch_dynamic_int8(linear: nn.Linear) -> nn.Module:
     return made
 
 
-def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str], device: torch.device) -> list[PackedBatch]:
+def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str]) -> list[PackedBatch]:
     """The texts, without an instruction, in their order."""
     rows = TextTokenizer.load(folder, manifest).encode_batch(list(texts), [""] * len(texts))
     return list(pack(rows, manifest.pooling))
@@ -222,8 +196,6 @@ def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str], device: t
 @torch.inference_mode()
 def product_times(encoder: Encoder) -> dict[str, dict[str, float]]:
     """Microseconds of the fastest of some products with the largest layer's weight, by number of tokens."""
-    if encoder.device.type != "cpu":
-        return {}
     linears = [module for module in encoder.model.layers.modules() if isinstance(module, nn.Linear)]
     largest = max(linears, key=lambda linear: linear.weight.numel())
     rowwise = Int8Linear(largest)
@@ -244,7 +216,7 @@ def product_times(encoder: Encoder) -> dict[str, dict[str, float]]:
 
 def fastest(run: Callable[..., object], *arguments: Tensor) -> float:
     """Microseconds of the core; the least of 30, because others' work on the machine only adds."""
-    return round(1e6 * min(seconds(torch.device("cpu"), run, *arguments) for _ in range(30)))
+    return round(1e6 * min(seconds(run, *arguments) for _ in range(30)))
 
 
 def sts(
@@ -259,7 +231,7 @@ def sts(
     texts = [text for pair in pairs for text in (pair.first, pair.second)]
     found = {}
     for name, encoder in encoders.items():
-        batches = batches_of(folder, manifest, texts, encoder.device)
+        batches = batches_of(folder, manifest, texts)
         vectors = nn.functional.normalize(encode(encoder, batches), dim=1)
         found[name] = round(evaluate_sts(pairs, vectors.numpy()), 4)
     return found

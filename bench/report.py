@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+_CORES = len(os.sched_getaffinity(0))  # before a benchmark gives itself fewer
 _PACKAGES = ("llm2vec-service", "torch", "transformers", "sentence-transformers", "tokenizers")
 
 
@@ -40,7 +41,7 @@ def machine() -> dict[str, Any]:
             continue
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": _CORES,
         "python": platform.python_version(),
         "versions": versions,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),

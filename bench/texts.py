@@ -29,3 +29,14 @@ def mixed_texts(count: int, seed: int = 0) -> list[str]:
         else " ".join(generator.choice(pool) for _ in range(generator.randint(5, 20)))
         for _ in range(count)
     ]
+
+
+def distinct_texts(count: int) -> list[str]:
+    """Queries of 9 to 15 words as they follow each other in real sentences, no two alike."""
+    generator = random.Random(0)
+    words = " ".join(sentences()).split()
+    found: dict[str, None] = {}
+    while len(found) < count:
+        start = generator.randrange(len(words) - 15)
+        found[" ".join(words[start : start + generator.randint(9, 15)])] = None
+    return list(found)

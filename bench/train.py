@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import finish
+from bench.report import finish, options_of
 from bench.texts import mixed_texts, sentences
 from model_store.build.sources import Source
 from model_store.encoder.devices import choose_device, choose_dtype
@@ -32,12 +32,11 @@ DEMO = Path("~/.cache/llm2vec-service/demo").expanduser()
 
 def main() -> None:
     """Print a table, and one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options_of(__doc__)
     parser.add_argument("--base", type=Path, default=DEMO, help="a stored encoder (default %(default)s)")
     parser.add_argument("--texts", type=int, default=8, help="texts of a step, each taken twice (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="steps of each (default %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.3)
-    parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     device = choose_device("auto")
     dtype = choose_dtype("auto", device)

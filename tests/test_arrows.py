@@ -185,3 +185,9 @@ def test_files_of_texts_need_neither_parquet_nor_ray() -> None:
 
 def test_package_inits_are_empty() -> None:
     assert not [path for _, path in ALL if path.name == "__init__.py" and path.read_text()]
+
+
+@pytest.mark.parametrize(("package", "other"), [("bench", "tests"), ("tests", "bench")])
+def test_benches_and_tests_know_nothing_of_each_other(package: str, other: str) -> None:
+    knowing = {name for name, path in modules(package) if any(one.split(".")[0] == other for one in imports(path))}
+    assert not knowing

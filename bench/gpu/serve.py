@@ -8,16 +8,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.gpu.clocks import ms, packed_batches, pipelined
+from bench.gpu.clocks import packed_batches, pipelined
 from bench.gpu.inputs import SHAPES, Shape, random_encoder, store
 from bench.gpu.report import Report, lacks_packages
 from bench.gpu.start import NEEDS
@@ -38,7 +36,8 @@ def measure(report: Report, encoder: Encoder | None) -> None:
 
 def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     """Bulk, queries and both over HTTP, then the engine."""
-    from bench.http_path import Case, distinct_texts, load_in_process, request_bytes
+    from bench.client import Answers, ask, percentiles, requests_of
+    from bench.texts import distinct_texts
     from model_store.text.tokenizer import TextTokenizer
 
     seconds, inputs, queries = (1.0, 16, 8) if report.tiny else (5.0, 64, 64)
@@ -63,23 +62,27 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
         rows = TextTokenizer.load(folder, manifest).encode_batch(distinct, [""] * count)
         mean_tokens = sum(map(len, rows)) / count
 
-        def ask(kind: str, inputs: int, connections: int) -> Future[tuple[list[float], float]]:
-            requests = request_bytes(Case(width, "base64", inputs), texts[kind], manifest.name)
-            return clients.submit(load_in_process, port, requests, connections, seconds)
+        def latencies(answers: Answers) -> dict[str, float]:
+            return {"requests": len(answers.answers), **percentiles(answers.latencies, digits=3)}
+
+        def asked(kind: str, inputs: int, connections: int) -> Future[Answers]:
+            requests = requests_of(texts[kind], inputs, manifest.name)
+            return clients.submit(ask, f"http://127.0.0.1:{port}", requests, connections, seconds)
 
         try:
             port = wait_for(log, "listening", process, report.seconds_left)["port"]
             found: dict[str, Any] = {"ready": wait_for(log, "ready", process, report.seconds_left)}
             calibrated = found["calibrated"] = wait_for(log, "calibrated", process, 1.0)
             found["switches"] = [line for line in log.read_text().splitlines() if " is o" in line]
-            ask("query", 1, 4).result()
-            latencies, took = ask("bulk", inputs, 16).result()
-            rate = len(latencies) * inputs * mean_tokens / took
-            found[f"bulk {inputs} × 16"] = {"tokens_per_second": round(rate), **quantiles(latencies)}
-            latencies, took = ask("query", 1, queries).result()
-            found[f"queries × {queries}"] = {"per_second": round(len(latencies) / took), **quantiles(latencies)}
-            beside = ask("bulk", inputs, 16)
-            found["queries × 16 beside bulk"] = quantiles(ask("query", 1, 16).result()[0])
+            asked("query", 1, 4).result()
+            bulk = asked("bulk", inputs, 16).result()
+            rate = len(bulk.answers) * inputs * mean_tokens / bulk.seconds
+            found[f"bulk {inputs} × 16"] = {"tokens_per_second": round(rate), **latencies(bulk)}
+            lone = asked("query", 1, queries).result()
+            per_second = round(len(lone.answers) / lone.seconds)
+            found[f"queries × {queries}"] = {"per_second": per_second, **latencies(lone)}
+            beside = asked("bulk", inputs, 16)
+            found["queries × 16 beside bulk"] = latencies(asked("query", 1, 16).result())
             beside.result()
         except BaseException as error:
             error.add_note(f"the server's log ends:\n{log.read_text()[-3000:]}")
@@ -92,12 +95,6 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     batches = packed_batches(alone, calibrated["batch_tokens"])
     engine = sum(map(len, alone)) / min(pipelined(Pipeline(encoder), batches)[0] for _ in range(3))
     return {**found, "engine_tokens_per_second": round(engine), "http / engine": round(rate / engine, 3)}
-
-
-def quantiles(latencies: Sequence[float]) -> dict[str, float]:
-    """Of so many requests."""
-    median, slow = np.percentile(latencies, (50, 99))
-    return {"requests": len(latencies), "p50_ms": ms(median), "p99_ms": ms(slow)}
 
 
 def server_process(

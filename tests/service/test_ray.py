@@ -74,7 +74,7 @@ def test_ray_data_gives_the_vectors_of_embed(tmp_path: Path, encoder: Path) -> N
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_a_replica_that_is_killed_under_load_loses_no_request(encoder: Path) -> None:
-    printed = run("-m", "bench.ray_serve", "--model", encoder, "--requests", 150, "--only", "killed")
+    printed = run("-m", "tests.service.ray_replicas", "--model", encoder, "--requests", 150, "--only", "killed")
     found = json.loads(printed.splitlines()[-1])["killed"]
     assert found["undisturbed"]["answers"] == {"200": 150}
     assert found["counted"]["attempts"]["200"] == 150

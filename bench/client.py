@@ -1,0 +1,217 @@
+"""Clients of an embedding server, light enough to share a small machine with it, and what they saw.
+
+In a closed loop each connection sends its next request when it has the answer to its last. In an open loop requests
+arrive at random (Poisson), whatever was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+import orjson
+import uvloop
+
+UNSENT, LOST = 0, -1
+
+_READ_BYTES = 1 << 18
+_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a request: UNSENT for want of a free connection, LOST, or a status; and when, and after how long."""
+
+    status: int
+    asked: float
+    seconds: float = 0.0
+    body: bytes = b""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a closed loop in the order of the requests, and the seconds of all together."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def latencies(self) -> list[float]:
+        """Seconds of each request."""
+        return [answer.seconds for answer in self.answers]
+
+    @property
+    def vectors(self) -> list[np.ndarray[Any, Any]]:
+        """(n, D) of each request, where the bodies were kept."""
+        return [vectors_in(answer.body) for answer in self.answers]
+
+
+def percentiles(seconds: Sequence[float], which: Sequence[int] = (50, 99), digits: int = 1) -> dict[str, float]:
+    """In milliseconds, by names such as p50_ms; 0 of nothing."""
+    return {f"p{p}_ms": round(float(np.percentile(seconds or [0.0], p)) * 1000, digits) for p in which}
+
+
+def request_bytes(inputs: str | Sequence[str], model: str, encoding: str = "base64") -> bytes:
+    """A whole request to `/v1/embeddings`."""
+    body = orjson.dumps({"input": inputs, "model": model, "encoding_format": encoding})
+    head = (
+        "POST /v1/embeddings HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
+        "Connection: keep-alive\r\nUser-Agent: bench\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def requests_of(texts: Sequence[str], inputs: int, model: str, encoding: str = "base64") -> list[bytes]:
+    """Whole requests of so many inputs, each of other texts."""
+    starts = range(0, len(texts) - inputs + 1, inputs)
+    return [
+        request_bytes(texts[start] if inputs == 1 else texts[start : start + inputs], model, encoding)
+        for start in starts
+    ]
+
+
+def vectors_in(body: bytes) -> np.ndarray[Any, Any]:
+    """(n, D) from an answer in numbers or in base64."""
+    given = [item["embedding"] for item in orjson.loads(body)["data"]]
+    return np.stack(
+        [np.frombuffer(base64.b64decode(one), "<f4") if isinstance(one, str) else np.array(one) for one in given]
+    )
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One connection, for one request at a time. It keeps the answers' bodies if asked to, which costs a copy."""
+
+    def __init__(self, keeps: bool) -> None:
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._read = 0
+        self._pieces: list[bytes] = []
+        if keeps:
+            self.on_body = self._pieces.append
+        self._parser = httptools.HttpResponseParser(self)  # looks now for what it may call
+        self._transport: asyncio.Transport
+        self._answered: asyncio.Future[float] | None = None
+
+    @classmethod
+    async def open(cls, url: str, keeps: bool = False) -> Connection:
+        """A new one to the server at this address."""
+        parts = urlsplit(url)
+        loop = asyncio.get_running_loop()
+        return (await loop.create_connection(partial(cls, keeps), parts.hostname or "", parts.port or 80))[1]
+
+    async def ask(self, request: bytes) -> Answer:
+        """Send a request, and await its answer.
+
+        Raises:
+            ConnectionError: if the server hangs up.
+        """
+        self._answered = asyncio.get_running_loop().create_future()
+        asked = time.perf_counter()
+        self._transport.write(request)
+        ended = await self._answered
+        status = self._parser.get_status_code()
+        body = b"".join(self._pieces) if status == 200 else bytes(self._buffer[: self._read])
+        self._pieces.clear()
+        return Answer(status, asked, ended - asked, body)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by asyncio."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Called by asyncio."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Called by asyncio."""
+        self._read = nbytes
+        self._parser.feed_data(self._buffer[:nbytes])
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        if self._answered and not self._answered.done():
+            self._answered.set_result(time.perf_counter())
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by asyncio."""
+        if self._answered and not self._answered.done():
+            self._answered.set_exception(error or ConnectionError("the server hung up"))
+
+
+async def closed_loop(
+    url: str, requests: Iterable[bytes], connections: int, seconds: float = inf, keeps: bool = False
+) -> Answers:
+    """Ask each request once, or all over and over for so many seconds; at least once a connection.
+
+    Raises:
+        ExceptionGroup: for an answer that is not 200, or none.
+        TimeoutError: for an answer that does not come in time.
+    """
+    numbered = enumerate(requests if seconds == inf else itertools.cycle(requests))
+    found: dict[int, Answer] = {}
+    began = time.perf_counter()
+
+    async def work() -> None:
+        connection = await Connection.open(url, keeps)
+        for number, request in numbered:
+            found[number] = answer = await connection.ask(request)
+            if answer.status != 200:
+                raise RuntimeError(f"answered {answer.status}: {answer.body[:1000]!r}")
+            if time.perf_counter() >= began + seconds:
+                break
+        connection.close()
+
+    async with asyncio.timeout(None if seconds == inf else seconds + _PATIENCE_SECONDS), asyncio.TaskGroup() as tasks:
+        for _ in range(connections):
+            tasks.create_task(work())
+    return Answers([found[number] for number in sorted(found)], time.perf_counter() - began)
+
+
+def ask(url: str, requests: Iterable[bytes], connections: int, seconds: float = inf, keeps: bool = False) -> Answers:
+    """`closed_loop` on an event loop of its own, in this process or in a pool's."""
+    return uvloop.run(closed_loop(url, requests, connections, seconds, keeps))
+
+
+async def open_loop(
+    url: str, requests: Iterator[bytes], rate: float, seconds: float, connections: int, seed: int = 0
+) -> list[Answer]:
+    """So many requests a second at random, each on a free connection; what came of each, in no order."""
+    free = [await Connection.open(url) for _ in range(connections)]
+    chance = random.Random(seed)
+    found: list[Answer] = []
+    under_way: dict[asyncio.Task[None], float] = {}
+
+    async def one(connection: Connection, request: bytes) -> None:
+        found.append(replace(await connection.ask(request), body=b""))
+        free.append(connection)
+
+    due = time.perf_counter()
+    end = due + seconds
+    while (due := due + chance.expovariate(rate)) < end:
+        await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+        if free:
+            task = asyncio.create_task(one(free.pop(), next(requests)))
+            under_way[task] = due
+        else:
+            found.append(Answer(UNSENT, due))
+    if under_way:
+        await asyncio.wait(under_way, timeout=_PATIENCE_SECONDS)
+    found += [Answer(LOST, asked) for task, asked in under_way.items() if not task.done() or task.exception()]
+    for connection in free:
+        connection.close()
+    return found

@@ -1,0 +1,121 @@
+"""A server in a process of its own, as its users start it: this project's or another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from model_store.manifest import Manifest
+from service.server.process import prepare_store
+from service.settings import Settings
+
+_STOP_SECONDS = 20.0
+
+
+def stored(model: str) -> tuple[Path, Manifest]:
+    """The folder and the manifest of a stored encoder or of a recipe, which is built if need be."""
+    return prepare_store(Settings(model=model), lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers, and its log."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """Its address, without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def said(self, message: str) -> list[dict[str, Any]]:
+        """The lines so far, in a log of JSON lines, with a message."""
+        lines = self.log.read_text(errors="replace").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if f'"message":"{message}"' in line and line.endswith("}\n")]
+
+    def metric(self, name: str) -> float:
+        """One series' value."""
+        page = httpx.get(f"{self.url}/metrics").text
+        return float(next(row for row in page.splitlines() if row.startswith(name)).rpartition(" ")[2])
+
+    def send(self, given: signal.Signals) -> None:
+        """Send a signal to each of its processes."""
+        os.killpg(self.process.pid, given)
+
+
+@contextmanager
+def running(
+    command: Sequence[str | Path],
+    port: int,
+    environment: Mapping[str, str],
+    ready: str = "/readyz",
+    folder: Path | None = None,
+    seconds: float = 300.0,
+) -> Iterator[Server]:
+    """A server, once it is ready, until the block is left. An error gets the end of its log."""
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        server = Server(port, process, Path(log.name))
+        try:
+            _wait_until_ready(server, ready, seconds)
+            yield server
+        except Exception as error:
+            error.add_note("its log ends:\n" + "\n".join(server.log.read_text(errors="replace").splitlines()[-60:]))
+            raise
+        finally:
+            for stop in (signal.SIGCONT, signal.SIGTERM, signal.SIGKILL):
+                with suppress(ProcessLookupError):
+                    server.send(stop)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0 if stop is signal.SIGCONT else _STOP_SECONDS)
+
+
+@contextmanager
+def serving(model: Path, environment: Mapping[str, object], module: str = "service") -> Iterator[Server]:
+    """`llm2vec-service serve`, or a module that is a variation of it, with settings from `environment` alone."""
+    inherited = {name: "" for name in os.environ if name.startswith("LLM2VEC_")}
+    assert not inherited, f"unset {', '.join(inherited)}: a benchmark measures the defaults"
+    port = free_port()
+    command = [sys.executable, "-m", module, "serve", "--model", str(model), "--port", str(port)]
+    with running(command, port, {name: str(value) for name, value in environment.items()}) as server:
+        yield server
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(server: Server, path: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if server.process.poll() is not None:
+            raise RuntimeError(f"it ended with status {server.process.returncode} before it was ready")
+        with suppress(httpx.TransportError):
+            if httpx.get(server.url + path).status_code == 200:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"it was not ready after {seconds:.0f} s")
