@@ -99,8 +99,7 @@ bench-bulk: install
 # Needs the extra ray.
 bench-ray: install
 	mkdir -p build
-	$(BIN)/python -m tests.service.ray_replicas | tee build/ray_replicas.log
-	tail -n 1 build/ray_replicas.log >build/ray_replicas.json
+	$(BIN)/python -m tests.service.ray_replicas --out build/ray_replicas.json
 	$(BIN)/python -m bench.report ray_replicas build/ray_replicas.json $(SAVE)
 	$(BIN)/python -m bench.ray_serve $(SAVE)
 

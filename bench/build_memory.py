@@ -39,28 +39,25 @@ def main() -> None:
         recipe = recipe_from(
             "memory", base=str(folder / "base"), adapters=[str(folder / f"adapter-{n}") for n in (0, 1)]
         )
-        before, peak = anonymous_bytes(), [0]
-        merged: list[int] = []
-        watching = threading.Event()
+        seen, merged = [anonymous_bytes()], [0]
+        built = threading.Event()
 
         def watch() -> None:
-            while not watching.wait(0.02):
-                peak[0] = max(peak[0], anonymous_bytes())
+            while not built.wait(0.02):
+                seen.append(anonymous_bytes())
 
         threading.Thread(target=watch, daemon=True).start()
         began = time.perf_counter()
-        manifest = build_encoder(
-            recipe, folder / "encoder", lambda done, total: merged.append(peak[0]) if done == total else None
-        )
-        watching.set()
+        manifest = build_encoder(recipe, folder / "encoder", lambda *_: merged.append(max(seen)))
+        built.set()
         finish(
             "build_memory",
             {
                 "parameters": manifest.parameters,
                 "weights_gb": round(manifest.parameters * 2 / 1e9, 2),
-                "anonymous_gb_before": round(before / 1e9, 2),
+                "anonymous_gb_before": round(seen[0] / 1e9, 2),
                 "anonymous_gb_peak_while_merging": round(merged[-1] / 1e9, 2),
-                "anonymous_gb_peak": round(peak[0] / 1e9, 2),
+                "anonymous_gb_peak": round(max(seen) / 1e9, 2),
                 "seconds": round(time.perf_counter() - began),
             },
             options.save,

@@ -1,7 +1,7 @@
-"""Clients of an embedding server, light enough to share a small machine with it, and what they saw.
+"""Clients of an embedding server, light enough to share a small machine with it.
 
 In a closed loop each connection sends its next request when it has the answer to its last. In an open loop requests
-arrive at random (Poisson), whatever was answered.
+arrive at random (Poisson) and wait for no answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request: UNSENT for want of a free connection, LOST, or a status; and when, and after how long."""
+    """The outcome of a request: the status, or UNSENT if no connection was free, or LOST if no answer came.
+
+    `asked` is a time of `time.perf_counter`. `body` is empty unless it was asked for.
+    """
 
     status: int
     asked: float
@@ -41,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a closed loop in the order of the requests, and the seconds of all together."""
+    """The answers of a closed loop in the order of the requests, and the seconds that all took together."""
 
     answers: list[Answer]
     seconds: float
@@ -58,7 +61,7 @@ class Answers:
 
 
 def percentiles(seconds: Sequence[float], which: Sequence[int] = (50, 99), digits: int = 1) -> dict[str, float]:
-    """In milliseconds, by names such as p50_ms; 0 of nothing."""
+    """Percentiles in milliseconds, by names such as p50_ms; they are 0 where nothing was measured."""
     return {f"p{p}_ms": round(float(np.percentile(seconds or [0.0], p)) * 1000, digits) for p in which}
 
 
@@ -74,7 +77,7 @@ def request_bytes(inputs: str | Sequence[str], model: str, encoding: str = "base
 
 
 def requests_of(texts: Sequence[str], inputs: int, model: str, encoding: str = "base64") -> list[bytes]:
-    """Whole requests of so many inputs, each of other texts."""
+    """Whole requests of `inputs` texts each; no text is in two of them."""
     starts = range(0, len(texts) - inputs + 1, inputs)
     return [
         request_bytes(texts[start] if inputs == 1 else texts[start : start + inputs], model, encoding)
@@ -91,7 +94,7 @@ def vectors_in(body: bytes) -> np.ndarray[Any, Any]:
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One connection, for one request at a time. It keeps the answers' bodies if asked to, which costs a copy."""
+    """One connection, for one request at a time. To keep the bodies of the answers costs a copy of each."""
 
     def __init__(self, keeps: bool) -> None:
         self._buffer = memoryview(bytearray(_READ_BYTES))
@@ -111,7 +114,7 @@ class Connection(asyncio.BufferedProtocol):
         return (await loop.create_connection(partial(cls, keeps), parts.hostname or "", parts.port or 80))[1]
 
     async def ask(self, request: bytes) -> Answer:
-        """Send a request, and await its answer.
+        """Send a request and await its answer.
 
         Raises:
             ConnectionError: if the server hangs up.
@@ -156,7 +159,7 @@ class Connection(asyncio.BufferedProtocol):
 async def closed_loop(
     url: str, requests: Iterable[bytes], connections: int, seconds: float = inf, keeps: bool = False
 ) -> Answers:
-    """Ask each request once, or all over and over for so many seconds; at least once a connection.
+    """Send each request once, or all of them over and over for `seconds`.
 
     Raises:
         ExceptionGroup: for an answer that is not 200, or none.
@@ -190,7 +193,7 @@ def ask(url: str, requests: Iterable[bytes], connections: int, seconds: float = 
 async def open_loop(
     url: str, requests: Iterator[bytes], rate: float, seconds: float, connections: int, seed: int = 0
 ) -> list[Answer]:
-    """So many requests a second at random, each on a free connection; what came of each, in no order."""
+    """Send `rate` requests a second at random, each on a free connection. The answers are in no order."""
     free = [await Connection.open(url) for _ in range(connections)]
     chance = random.Random(seed)
     found: list[Answer] = []

@@ -20,8 +20,8 @@ from __future__ import annotations
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,7 @@ def main() -> None:
     tokens = {name: sum(map(len, some)) for name, some in rows.items()}
     padded = load_peer(folder, encoder) if {"padded", "padded_sorted"} & set(others) else None
     rates: dict[str, list[float]] = {}
-    result: dict[str, Any] = {
-        "model": manifest.name,
-        "dtype": "bfloat16",
-        "texts": len(texts["mixed"]),
-        "tokens": tokens,
-    }
-
+    result: dict[str, Any] = {"model": manifest.name, "dtype": "bfloat16", "texts": options.texts, "tokens": tokens}
     result["merged projections"] = against_apart(folder, encoder, rows["mixed"])
     print("merged projections", result["merged projections"], flush=True)
     with ExitStack() as stack:
@@ -100,18 +94,13 @@ def main() -> None:
         over_http: dict[str, dict[str, Any]] = {name: {} for name in servers}
         vectors: dict[str, Any] = {}
 
-        @contextmanager
-        def awake(name: str) -> Iterator[None]:
-            servers[name].send(signal.SIGCONT)
-            try:
-                yield
-            finally:
-                servers[name].send(signal.SIGSTOP)
-
         def asked(name: str, requests: Sequence[Sequence[str]], clients: int) -> Answers:
-            model = manifest.name if name == "server" else MODEL
-            whole = [request_bytes(inputs, model) for inputs in requests]
-            return ask(servers[name].url, whole, clients, keeps=True)
+            """By a server that is awake for as long."""
+            whole = [request_bytes(inputs, manifest.name if name == "server" else MODEL) for inputs in requests]
+            servers[name].send(signal.SIGCONT)
+            answers = ask(servers[name].url, whole, clients, keeps=True)
+            servers[name].send(signal.SIGSTOP)
+            return answers
 
         def run_http(name: str, case: str) -> float:
             kind, clients, at_once = _CASES[case]
@@ -119,8 +108,7 @@ def main() -> None:
             # No text twice, or a server that computes equal ones once would be measured by that.
             some = [f"{number}: {text}" for number, text in enumerate(some)]
             requests = [some[start : start + at_once] for start in range(0, len(some), at_once)]
-            with awake(name):
-                answers = asked(name, requests, clients)
+            answers = asked(name, requests, clients)
             count = sum(map(len, tokenizer.encode_batch(some, [""] * len(some))))
             if case == _FIRST_CASE:
                 vectors[name] = np.concatenate(answers.vectors[: len(texts["mixed"])])
@@ -133,16 +121,13 @@ def main() -> None:
             **{name: lambda name=name: run_http(name, _FIRST_CASE) for name in servers},  # type: ignore[misc]
         }
         if padded is not None:
+            batches = [texts["mixed"][start : start + 32] for start in range(0, options.texts, 32)]
             parts["padded_sorted"] = lambda: timed(
                 tokens["mixed"], lambda: padded.encode(texts["mixed"], batch_size=32)
             )
-            parts["padded"] = lambda: timed(
-                tokens["mixed"],
-                lambda: [padded.encode(texts["mixed"][i : i + 32]) for i in range(0, len(texts["mixed"]), 32)],
-            )
+            parts["padded"] = lambda: timed(tokens["mixed"], lambda: [padded.encode(batch) for batch in batches])
         for name in servers:
             asked(name, [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
-            servers[name].send(signal.SIGSTOP)
         timed_encoder(encoder, rows["mixed"][:16], 1)
         gemm: list[float] = []
         for number in range(options.rounds):
@@ -150,8 +135,7 @@ def main() -> None:
             for name in [part for part in parts if part in ("encoder", "server") or part in others]:
                 rates.setdefault(name, []).append(parts[name]())
                 print(f"round {number + 1}: {name:14} {rates[name][-1]:8.0f} tokens/s", flush=True)
-        with awake("server"):
-            result["lone"] = lone(encoder, rows["short"], partial(asked, "server"), texts["short"])
+        result["lone"] = lone(encoder, rows["short"], partial(asked, "server"), texts["short"])
         print("lone", result["lone"], flush=True)
         for case in _CASES:
             for name in [name for name in servers if name != "infinity"]:  # slow, and no other in these cases
@@ -251,8 +235,7 @@ def lone(
             encoder.encode(batch)
             seconds = time.perf_counter() - began
         bare.append(seconds)
-        ask([["again: " + text]], 1)
-        asked += ask([[text]], 1).latencies
+        asked += ask([["again: " + text], [text]], 1).latencies[1:]
     forward, request = (1000 * statistics.median(values) for values in (bare, asked))
     return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
 

@@ -130,7 +130,7 @@ def check(server: Server, case: Case, requests: Sequence[bytes]) -> None:
 
 
 def look(server: Server) -> dict[str, Any]:
-    """What the server says of its event loop since the last time."""
+    """The longest stall of the server's event loop since the last look, and its CPU seconds so far."""
     count = len(server.said("event loop"))
     server.process.send_signal(signal.SIGUSR1)
     while len(lines := server.said("event loop")) == count:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from bench.server import Server, free_port, running
@@ -21,61 +21,38 @@ ENVIRONMENTS = Path(__file__).parents[1] / "build" / "peers"
 MODEL = "encoder"
 MAX_LENGTH = 2048  # tokens: more than any text in bench/texts.py has
 
-_OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-_CORES = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-
-
-@dataclass(frozen=True)
-class _Peer:
-    command: Callable[[Path, int], list[str]]
-    environment: dict[str, str]
-
-
-def _vllm(folder: Path, port: int) -> list[str]:
-    return [
-        *("vllm", "serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL),
-        *("--runner", "pooling", "--dtype", "bfloat16", "--max-model-len", str(MAX_LENGTH)),
-        *("--uvicorn-log-level", "warning"),
-    ]
-
-
-def _infinity(folder: Path, port: int) -> list[str]:
-    return [
-        *("infinity_emb", "v2", "--host", "127.0.0.1", "--port", str(port), "--url-prefix", "/v1"),
-        *("--model-id", str(folder), "--served-model-name", MODEL, "--engine", "torch", "--device", "cpu"),
-        *("--dtype", "bfloat16", "--batch-size", "32", "--no-bettertransformer", "--no-compile"),
-        *("--no-model-warmup", "--log-level", "warning"),
-    ]
-
-
-_PEERS = {
-    "vllm": _Peer(
-        _vllm,
-        {
-            # left to itself it keeps one core free for its scheduler, which is half of a machine with two
-            "VLLM_CPU_OMP_THREADS_BIND": _CORES,
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-        },
-    ),
-    "infinity": _Peer(_infinity, {"INFINITY_ANONYMOUS_USAGE_STATS": "0"}),
+_COMMANDS = {
+    "vllm": "vllm serve {folder} --host 127.0.0.1 --port {port} --served-model-name {name} --runner pooling "
+    "--dtype bfloat16 --max-model-len {length} --uvicorn-log-level warning",
+    "infinity": "infinity_emb v2 --model-id {folder} --host 127.0.0.1 --port {port} --served-model-name {name} "
+    "--url-prefix /v1 --engine torch --device cpu --dtype bfloat16 --batch-size 32 --no-bettertransformer --no-compile "
+    "--no-model-warmup --log-level warning",
+}
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "INFINITY_ANONYMOUS_USAGE_STATS": "0",
+    # Left to itself vLLM keeps one core free for its scheduler, which is half of a machine with two.
+    "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
 }
 
 
 def available_peers() -> list[str]:
     """The peers whose environments bench/make_peers.sh has made here."""
-    return [name for name in _PEERS if (ENVIRONMENTS / name / ".installed").is_file()]
+    return [name for name in _COMMANDS if (ENVIRONMENTS / name / ".installed").is_file()]
 
 
 @contextmanager
 def start_peer(name: str, model: Path) -> Iterator[Server]:
     """A peer that serves this stored encoder under the name MODEL and is ready, until the block is left."""
-    peer, home = _PEERS[name], ENVIRONMENTS / name
     with tempfile.TemporaryDirectory(prefix=f"{name}-", ignore_cleanup_errors=True) as scratch:
-        port = free_port()
-        program, *arguments = peer.command(_write_for_peers(model, Path(scratch) / "model"), port)
-        environment = {"TMPDIR": scratch, "XDG_CACHE_HOME": scratch, **_OFFLINE, **peer.environment}
-        with running([home / "bin" / program, *arguments], port, environment, "/health", Path(scratch)) as server:
+        port, folder = free_port(), shlex.quote(str(_write_for_peers(model, Path(scratch) / "model")))
+        command = shlex.split(_COMMANDS[name].format(folder=folder, port=port, name=MODEL, length=MAX_LENGTH))
+        command[0] = str(ENVIRONMENTS / name / "bin" / command[0])
+        environment = {"TMPDIR": scratch, "XDG_CACHE_HOME": scratch, **_ENVIRONMENT}
+        with running(command, port, environment, "/health", Path(scratch)) as server:
             yield server
 
 

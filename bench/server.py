@@ -1,4 +1,4 @@
-"""A server in a process of its own, as its users start it: this project's or another's."""
+"""A server in a process of its own, as its users start it: that of this project or another one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
+from urllib.request import urlopen
 
 from model_store.manifest import Manifest
 from service.server.process import prepare_store
@@ -32,7 +31,7 @@ def stored(model: str) -> tuple[Path, Manifest]:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers, and its log."""
+    """A running server and its log."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -44,14 +43,15 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def said(self, message: str) -> list[dict[str, Any]]:
-        """The lines so far, in a log of JSON lines, with a message."""
+        """The lines with this message so far, where the log is of JSON lines."""
         lines = self.log.read_text(errors="replace").splitlines(keepends=True)
         return [json.loads(line) for line in lines if f'"message":"{message}"' in line and line.endswith("}\n")]
 
     def metric(self, name: str) -> float:
         """One series' value."""
-        page = httpx.get(f"{self.url}/metrics").text
-        return float(next(row for row in page.splitlines() if row.startswith(name)).rpartition(" ")[2])
+        with urlopen(f"{self.url}/metrics") as page:
+            rows = page.read().decode().splitlines()
+        return float(next(row for row in rows if row.startswith(name)).rpartition(" ")[2])
 
     def send(self, given: signal.Signals) -> None:
         """Send a signal to each of its processes."""
@@ -67,11 +67,15 @@ def running(
     folder: Path | None = None,
     seconds: float = 300.0,
 ) -> Iterator[Server]:
-    """A server, once it is ready, until the block is left. An error gets the end of its log."""
+    """A server that is ready, until the block is left. An exception gets the end of the log as a note.
+
+    Its environment is this process's without settings of the service, and `environment`.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLM2VEC_")}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
+            env={**inherited, **environment},
             cwd=folder,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -94,9 +98,7 @@ def running(
 
 @contextmanager
 def serving(model: Path, environment: Mapping[str, object], module: str = "service") -> Iterator[Server]:
-    """`llm2vec-service serve`, or a module that is a variation of it, with settings from `environment` alone."""
-    inherited = {name: "" for name in os.environ if name.startswith("LLM2VEC_")}
-    assert not inherited, f"unset {', '.join(inherited)}: a benchmark measures the defaults"
+    """`llm2vec-service serve`, or a module that varies it. `environment` has the settings."""
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--model", str(model), "--port", str(port)]
     with running(command, port, {name: str(value) for name, value in environment.items()}) as server:
@@ -104,7 +106,7 @@ def serving(model: Path, environment: Mapping[str, object], module: str = "servi
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -114,8 +116,7 @@ def _wait_until_ready(server: Server, path: str, seconds: float) -> None:
     while time.monotonic() < end:
         if server.process.poll() is not None:
             raise RuntimeError(f"it ended with status {server.process.returncode} before it was ready")
-        with suppress(httpx.TransportError):
-            if httpx.get(server.url + path).status_code == 200:
-                return
+        with suppress(OSError), urlopen(server.url + path, timeout=10):  # any status but a good one is an OSError too
+            return
         time.sleep(0.1)
     raise RuntimeError(f"it was not ready after {seconds:.0f} s")

@@ -47,24 +47,16 @@ LOADS: dict[str, tuple[Client, ...]] = {
     "saturated": (Client(2048, (50, 225)),) * 3,
 }
 
-_WEEK = 7 * 86400.0
+_IN_A_WEEK = Bulk(10**9, 256, 7 * 86400.0)
 
 # Those of docs/capacity.md: a base, a GPU, and what is asked of it.
 PLANS: dict[str, tuple[str, str, Asked]] = {
     "8B, 2,000 queries/s": (_8B, "h100-sxm", Asked(serving=Serving(2000))),
     "8B, 2,000 queries/s in 20 ms": (_8B, "h100-sxm", Asked(serving=Serving(2000, p99=0.02))),
-    "8B, 10⁹ texts in a week beside 2,000 queries/s": (
-        _8B,
-        "h100-sxm",
-        Asked(Bulk(10**9, 256, _WEEK), Serving(2000)),
-    ),
+    "8B, 10⁹ texts in a week beside 2,000 queries/s": (_8B, "h100-sxm", Asked(_IN_A_WEEK, Serving(2000))),
     "8B on L4, 50 queries/s in 400 ms": (_8B, "l4", Asked(serving=Serving(50, p99=0.4))),
     "1.3B, 50,000 queries/s": (_SMALL, "h100-sxm", Asked(serving=Serving(50_000))),
-    "1.3B, 10⁹ texts in a week beside 50,000 queries/s": (
-        _SMALL,
-        "h100-sxm",
-        Asked(Bulk(10**9, 256, _WEEK), Serving(50_000)),
-    ),
+    "1.3B, 10⁹ texts in a week beside 50,000 queries/s": (_SMALL, "h100-sxm", Asked(_IN_A_WEEK, Serving(50_000))),
 }
 
 

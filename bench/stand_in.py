@@ -33,7 +33,7 @@ _STALL_TICK_SECONDS = 0.001
 
 
 class ReadyWorker:
-    """Gives vectors that were ready before, to one batch at a time."""
+    """Stands in for `EncoderWorker`; any arguments will do."""
 
     device, dtype, kernel = "none", "float32", "none"
 
@@ -60,7 +60,7 @@ class ReadyWorker:
 
 
 class Stalls:
-    """Watches the event loop that it is made on."""
+    """Measures the event loop on which it is made."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

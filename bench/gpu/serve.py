@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench.gpu.clocks import packed_batches, pipelined
-from bench.gpu.inputs import SHAPES, Shape, random_encoder, store
+from bench.gpu.inputs import SHAPES, random_encoder, store
 from bench.gpu.report import Report, lacks_packages
 from bench.gpu.start import NEEDS
-from bench.texts import mixed_texts
+from bench.texts import distinct_texts, mixed_texts
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pipeline
+from model_store.text.tokenizer import TextTokenizer
 
 _SERVER_NEEDS = f"{NEEDS} fastapi opentelemetry uvicorn httptools pybase64 uvloop"
 
@@ -37,24 +36,14 @@ def measure(report: Report, encoder: Encoder | None) -> None:
 def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     """Bulk, queries and both over HTTP, then the engine."""
     from bench.client import Answers, ask, percentiles, requests_of
-    from bench.texts import distinct_texts
-    from model_store.text.tokenizer import TextTokenizer
+    from bench.server import free_port, running
 
     seconds, inputs, queries = (1.0, 16, 8) if report.tiny else (5.0, 64, 64)
-    shape = SHAPES[report.shapes]["1.3B"]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(2, context) as clients:
         clients.map(time.sleep, (0.2, 0.2))  # both processes start beside the server's
-        # Everything about the stored encoder is real but its weights.
-        folder, width = Path(scratch) / "encoder", shape[1]["hidden_size"]
-        sizes = {"max_positions": 8192, "vocabulary": shape[1]["vocab_size"], "width": width}
-        manifest = store(SHAPES["tiny"]["1.3B"], folder).model_copy(update=sizes)
-        log = Path(scratch) / "log"
-        log.touch()
-        process = context.Process(
-            target=server_process, args=(shape, report.device, folder, manifest, report.compile, report.tiny, log)
-        )
-        process.start()
+        folder = Path(scratch) / "encoder"
+        manifest = store(SHAPES["tiny"]["1.3B"], folder)
         # No two alike: the server computes equal texts that wait together only once.
         count = 1024 if report.tiny else 8192
         distinct = [f"{number} {text}" for number, text in enumerate(mixed_texts(count))]
@@ -62,18 +51,20 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
         rows = TextTokenizer.load(folder, manifest).encode_batch(distinct, [""] * count)
         mean_tokens = sum(map(len, rows)) / count
 
+        def asked(kind: str, inputs: int, connections: int) -> Future[Answers]:
+            requests = requests_of(texts[kind], inputs, manifest.name)
+            return clients.submit(ask, server.url, requests, connections, seconds)
+
         def latencies(answers: Answers) -> dict[str, float]:
             return {"requests": len(answers.answers), **percentiles(answers.latencies, digits=3)}
 
-        def asked(kind: str, inputs: int, connections: int) -> Future[Answers]:
-            requests = requests_of(texts[kind], inputs, manifest.name)
-            return clients.submit(ask, f"http://127.0.0.1:{port}", requests, connections, seconds)
-
-        try:
-            port = wait_for(log, "listening", process, report.seconds_left)["port"]
-            found: dict[str, Any] = {"ready": wait_for(log, "ready", process, report.seconds_left)}
-            calibrated = found["calibrated"] = wait_for(log, "calibrated", process, 1.0)
-            found["switches"] = [line for line in log.read_text().splitlines() if " is o" in line]
+        port = free_port()
+        about = [str(folder), str(port), report.shapes, str(report.device), "auto" if report.compile else "off"]
+        command = [sys.executable, "-m", "bench.gpu.serve", *about]
+        with running(command, port, {}, seconds=report.seconds_left) as server:
+            (ready,), (calibrated,) = server.said("ready"), server.said("calibrated")
+            found: dict[str, Any] = {"ready": ready, "calibrated": calibrated}
+            found["switches"] = [line for line in server.log.read_text().splitlines() if " is o" in line]
             asked("query", 1, 4).result()
             bulk = asked("bulk", inputs, 16).result()
             rate = len(bulk.answers) * inputs * mean_tokens / bulk.seconds
@@ -84,51 +75,39 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
             beside = asked("bulk", inputs, 16)
             found["queries × 16 beside bulk"] = latencies(asked("query", 1, 16).result())
             beside.result()
-        except BaseException as error:
-            error.add_note(f"the server's log ends:\n{log.read_text()[-3000:]}")
-            raise
-        finally:
-            process.terminate()
-            process.join(30)
-            process.kill()
     alone = rows[: 64 if report.tiny else 1024]
     batches = packed_batches(alone, calibrated["batch_tokens"])
     engine = sum(map(len, alone)) / min(pipelined(Pipeline(encoder), batches)[0] for _ in range(3))
     return {**found, "engine_tokens_per_second": round(engine), "http / engine": round(rate / engine, 3)}
 
 
-def server_process(
-    shape: Shape, device: torch.device, folder: Path, manifest: Any, compiled: bool, tiny: bool, log: Path
-) -> None:
-    """The real server and its real worker, but for where the encoder comes from."""
-    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), sys.stderr.fileno())
+def main(folder: str, port: str, shapes: str, device: str, compiled: Literal["auto", "off"]) -> int:
+    """The server's process: everything is real, the worker too, but for where the encoder comes from."""
     import service.device.worker
     import service.server.process
-    import service.server.startup
+    from model_store.manifest import read_manifest
     from service.settings import Settings
 
-    if device.type == "cpu":
+    shape, tiny = SHAPES[shapes]["1.3B"], shapes == "tiny"
+    # Everything about the stored encoder is real but its weights.
+    sizes = {"max_positions": 8192, "vocabulary": shape[1]["vocab_size"], "width": shape[1]["hidden_size"]}
+    manifest = read_manifest(Path(folder)).model_copy(update=sizes)
+    if device == "cpu":
         torch.set_num_threads(1)
-    vars(service.device.worker)["Encoder"] = SimpleNamespace(load=lambda *_: random_encoder(shape, device))
-    service.server.startup.prepare_store = lambda settings, progress: (folder, manifest)
+    made = SimpleNamespace(load=lambda *_: random_encoder(shape, torch.device(device)))
+    vars(service.device.worker)["Encoder"] = made
+    service.server.process.prepare_store = lambda settings, progress: (Path(folder), manifest)
     settings = Settings(
-        model=str(folder),
-        port=0,
-        device=str(device),
-        compile="auto" if compiled else "off",
+        model=folder,
+        port=int(port),
+        device=device,
+        compile=compiled,
         cuda_graphs="off" if tiny else "auto",  # step 1 tries them, and to capture tiny shapes on a CPU takes minutes
         max_tokens_per_request=1 << 20,
         max_queued_tokens=1 << 23,
     )
-    sys.exit(service.server.process.serve(settings, lambda done, total: None))
+    return service.server.process.serve(settings, lambda done, total: None)
 
 
-def wait_for(log: Path, message: str, process: Any, seconds: float) -> dict[str, Any]:
-    """The first line with a message in a log of JSON lines."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and process.is_alive():
-        lines = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-        if found := next((line for line in lines if line.get("message") == message), None):
-            return dict(found)
-        time.sleep(0.1)
-    raise TimeoutError(f"the server did not say {message!r}")
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]

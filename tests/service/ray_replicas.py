@@ -1,6 +1,6 @@
 """The server on Ray Serve with two replicas: what happens when one is killed, and when there are more or fewer.
 
-    python -m tests.service.ray_replicas [--model DIR|RECIPE] [--requests 400] [--only killed|scaled]
+    python -m tests.service.ray_replicas [--model DIR|RECIPE] [--requests 400] [--only killed|scaled] --out FILE
 
 killed  Clients in closed loop ask two replicas. When a third of the answers are there, one replica is killed (SIGKILL).
         What each attempt came to is counted: an answer, an error after which a client may come again (429 or 5xx), or a
@@ -10,7 +10,7 @@ killed  Clients in closed loop ask two replicas. When a third of the answers are
 scaled  Many clients ask one replica until there are two, by the tokens that wait, and then nobody asks until there is
         one again.
 
-Ray starts on this machine, with as much of it as it finds. The last line is a JSON object of the figures.
+Ray starts on this machine, with as much of it as it finds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -45,7 +46,10 @@ from service.server.process import prepare_store
 from service.settings import Settings
 
 _CLIENTS = 8
-_TEXT = "The river ran past the mill, and the mill ground the corn of the valley for the people of the town."
+_WORDS = (
+    "the river ran past a mill and ground corn of every valley for people in town who ate bread at night while "
+    "engineers built bridges between distant cities under heavy rain that kept children awake until early morning"
+)
 _HEAL_SECONDS = 240.0
 
 # Of the part that scales.
@@ -64,16 +68,19 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--requests", type=int, default=400, help="of each part, 4 texts each (default %(default)s)")
     parser.add_argument("--only", choices=("killed", "scaled"))
+    parser.add_argument("--out", type=Path, required=True, help="a file for the figures, as JSON")
     options = parser.parse_args()
     folder, manifest = prepare_store(Settings(model=options.model), lambda done, total: None)
-    requests = [[f"{number}.{part}: {_TEXT}" for part in range(4)] for number in range(options.requests)]
+    chance = random.Random(0)
+    texts = [f"{number}: {' '.join(chance.choices(_WORDS.split(), k=20))}" for number in range(4 * options.requests)]
+    requests = [texts[start : start + 4] for start in range(0, len(texts), 4)]
     result: dict[str, Any] = {"model": manifest.name, "requests": len(requests), "clients": _CLIENTS}
     with ray_cluster() as port:
         for name, part in (("killed", killed), ("scaled", scaled)):
             if options.only in (None, name):
                 result[name] = part(folder, manifest.name, port, requests)
                 print(name, result[name], flush=True)
-    print(json.dumps(result))
+    options.out.write_text(json.dumps(result))
 
 
 @contextmanager

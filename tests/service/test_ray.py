@@ -73,9 +73,10 @@ def test_ray_data_gives_the_vectors_of_embed(tmp_path: Path, encoder: Path) -> N
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_a_replica_that_is_killed_under_load_loses_no_request(encoder: Path) -> None:
-    printed = run("-m", "tests.service.ray_replicas", "--model", encoder, "--requests", 150, "--only", "killed")
-    found = json.loads(printed.splitlines()[-1])["killed"]
+def test_a_replica_that_is_killed_under_load_loses_no_request(tmp_path: Path, encoder: Path) -> None:
+    options = ["--model", encoder, "--requests", 150, "--only", "killed", "--out", tmp_path / "figures.json"]
+    run("-m", "tests.service.ray_replicas", *options)
+    found = json.loads((tmp_path / "figures.json").read_text())["killed"]
     assert found["undisturbed"]["answers"] == {"200": 150}
     assert found["counted"]["attempts"]["200"] == 150
     assert found["counted"]["lost"] == found["counted"]["wrong"] == 0

@@ -29,6 +29,7 @@ POLICIES = {
     LANES_2048: lambda: Lanes(2048),
     AHEAD: lambda: Lanes(2048, inf),
     LATE: lambda: Lanes(2048, LEAD_SECONDS),
+    "efficient": lambda: Lanes(COST.efficient_tokens(), LEAD_SECONDS),
 }
 LOADS = {
     "small": (Client(16, (100, 500)),) * 128,
