@@ -116,7 +116,9 @@ class Alone:
         self.tokens += sum(map(len, rows))
         width = self._encoder.manifest.width
         vectors = np.empty((len(rows), width), np.float32)
-        vectors[order] = shorten_and_normalize(pooled, torch.full((len(rows),), width)).numpy()
+        vectors[order] = shorten_and_normalize(
+            pooled, torch.full((len(rows),), width), torch.ones(len(rows), dtype=torch.bool)
+        ).numpy()
         return vectors
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.request import urlopen
 
 from model_store.manifest import Manifest
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 _STOP_SECONDS = 20.0

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from service.batching.batcher import DevicePlan
+from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector
@@ -90,7 +90,7 @@ def main() -> int:
         return engine_main(ReadyWorker)
 
     import service.device.worker  # torch with all its objects, which the garbage collector walks as in real use
-    import service.server.process
+    import service.server.startup
     from service import cli
     from service.processes import supervisor
 
@@ -101,7 +101,7 @@ def main() -> int:
 
         return prepared
 
-    for module in (service.server.process, supervisor):
+    for module in (service.server.startup, supervisor):
         vars(module)["prepare_store"] = wide(vars(module)["prepare_store"])
     vars(service.device.worker)["EncoderWorker"] = ReadyWorker
     supervisor.supervise = partial(supervisor.supervise, engine="bench.stand_in")

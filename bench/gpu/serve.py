@@ -85,6 +85,7 @@ def main(folder: str, port: str, shapes: str, device: str, compiled: Literal["au
     """The server's process: everything is real, the worker too, but for where the encoder comes from."""
     import service.device.worker
     import service.server.process
+    import service.server.startup
     from model_store.manifest import read_manifest
     from service.settings import Settings
 
@@ -96,7 +97,7 @@ def main(folder: str, port: str, shapes: str, device: str, compiled: Literal["au
         torch.set_num_threads(1)
     made = SimpleNamespace(load=lambda *_: random_encoder(shape, torch.device(device)))
     vars(service.device.worker)["Encoder"] = made
-    service.server.process.prepare_store = lambda settings, progress: (Path(folder), manifest)
+    service.server.startup.prepare_store = lambda settings, progress: (Path(folder), manifest)
     settings = Settings(
         model=folder,
         port=int(port),

@@ -42,7 +42,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from service.ray.ray_serve import deployment
-from service.server.process import prepare_store
+from service.server.startup import prepare_store
 from service.settings import Settings
 
 _CLIENTS = 8

@@ -15,7 +15,8 @@ import pytest
 from model_store.build.sources import shape_of
 from service.batching.cost_model import CostModel
 from service.batching.scheduling import Lane
-from service.planning.plan import Asked, Plan, gpu_named
+from service.planning.gpus import gpu_named
+from service.planning.plan import Asked, Plan
 from service.planning.simulation import LEAD_SECONDS, Client, Input, Lanes, Policy, simulate
 
 ROOT = Path(__file__).parents[2]
