@@ -1,8 +1,9 @@
-"""Runs what waits in batches on the device, one queue for all requests.
+"""Computes the inputs that wait, in batches on the device, from one queue for all requests.
 
-A batch leaves when the device is free, or about to be where it can queue one behind another; what arrives meanwhile
-makes up the next, so there is no delay to tune. Which inputs go is the choice of `scheduling`. Knows nothing of HTTP,
-text, tensors or torch: rows are things with a length in tokens and a key that equal rows share.
+A batch leaves as soon as the device is free, or is about to be free where batches can queue behind each other. The
+inputs that arrive meanwhile make up the next batch, so there is no delay to tune. `scheduling` chooses the inputs of a
+batch. This module knows nothing of HTTP, text, tensors or torch: a row has a length in tokens and a key that equal rows
+share.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from service.errors import (
 from service.logs import log
 from service.metrics import Metrics
 
-# Rows between two turns of the event loop: a millisecond's work.
+# Rows handled between two turns of the event loop: a millisecond's work.
 _ROWS_AT_ONCE = 128
 
-# What a client that finds too much queued is told to wait, at least and at most.
+# The shortest and the longest wait that a refused client is told.
 _RETRY_SECONDS = (1.0, 60.0)
 
 
@@ -77,15 +78,15 @@ class MicroBatcher(Generic[Row, Vector]):
         caller: int = 0,
         admitted: bool = False,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order, each from whatever batch it fitted into.
+        """The rows' vectors, in the order of the rows. The rows may be computed in different batches.
 
-        A row that waits already in the same lane is computed once for both. Cancelling this drops the rows that are
-        still queued and that nobody else waits for; so does its time running out while any of them is. Interactive
-        callers take turns. What is `admitted` is queued whatever waits.
+        A row that already waits in the same lane is computed once for both requests. Cancelling this call, or reaching
+        its timeout while any of its rows is queued, drops the queued rows that no other request waits for. Interactive
+        callers take turns. With `admitted`, the rows are queued even if the lane is full.
 
         Raises:
-            Overloaded: if the lane would hold more than `max_queued_tokens` with them, and holds some; none is queued.
-            DeadlineExceeded: if its time ran out.
+            Overloaded: if the lane is not empty and the rows would take it past `max_queued_tokens`; none is queued.
+            DeadlineExceeded: if the timeout is reached while any row is queued.
             EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
             Unavailable: if the batcher has ended.
         """
@@ -105,7 +106,7 @@ class MicroBatcher(Generic[Row, Vector]):
         deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
             await self._enqueue(request, rows, lane, caller, awaited)
-            if self._ended and not request.done.done():  # meanwhile, and nobody will see what was queued after that
+            if self._ended and not request.done.done():  # it ended meanwhile, and nothing empties the queue any more
                 raise Unavailable("the server can't compute any more")
             await request.done
             return [answer for answer in request.answers if answer is not None]
@@ -134,7 +135,7 @@ class MicroBatcher(Generic[Row, Vector]):
         caller: int,
         awaited: list[Input[Row, Vector]],
     ) -> None:
-        """Queue a request's rows as one, and add to `awaited` what it waits for."""
+        """Queue a request's rows together, and add the inputs that it waits for to `awaited`."""
         now = time.perf_counter()
         new: list[Input[Row, Vector]] = []
         left = sum(map(len, rows))
@@ -155,34 +156,34 @@ class MicroBatcher(Generic[Row, Vector]):
                     item.waiting.append((request, index))
                     if lane == "interactive" and item.queued and caller not in item.callers:
                         item.callers += (caller,)
-                        new.append(item)  # it goes at the turn of whichever caller comes first
+                        new.append(item)  # it is computed at the turn of whichever of its callers comes first
                 else:
                     item = Input(row, lane, [(request, index)], len(row), now, (caller,))
                     self._known[lane, row.key] = item
                     self._count(item, 1)
                     new.append(item)
                 awaited.append(item)
-        finally:  # whatever ends this, another request may wait for one of these by now
+        finally:  # even after an error: another request may already wait for one of these inputs
             self._arriving[lane] -= left
             self._queue.add(new, lane, caller)
             self._arrival.set()
-            self.on_room()  # rows that were known already take none
+            self.on_room()  # rows that were already known take no room
 
     async def probe(self, row: Row) -> None:
-        """Compute a row, whatever waits, to see that the device still does.
+        """Compute a row, even if the lane is full, to see that the device still works.
 
         Raises:
-            EncodingError, Unavailable: if it does not.
+            EncodingError, Unavailable: if the device does not.
         """
         await self.submit([row], admitted=True)
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """See whether a lane has room for so many tokens more, behind those that wait and `ahead` that are to come.
+        """Check that a lane has room for more tokens, behind those that wait and `ahead` that will come first.
 
         Each lane has a queue of its own, so that bulk can't keep queries out.
 
         Raises:
-            Overloaded: if it has not.
+            Overloaded: if the lane has no room.
             Unavailable: if the batcher has ended.
         """
         if self._ended:
@@ -195,7 +196,7 @@ class MicroBatcher(Generic[Row, Vector]):
         return Overloaded(self.queued_in(lane), self.retry_seconds())
 
     def retry_seconds(self) -> float:
-        """What a client that finds no room is told to wait."""
+        """How long a refused client is told to wait."""
         least, most = _RETRY_SECONDS
         return min(max(self.backlog_seconds(), least), most)
 
@@ -214,11 +215,11 @@ class MicroBatcher(Generic[Row, Vector]):
         return self._queued[lane][1] + self._arriving[lane]
 
     def backlog_seconds(self) -> float:
-        """How long the device needs for what waits and what it is at, at its present speed."""
+        """Seconds that the device needs, at its present speed, for its current batches and the tokens that wait."""
         return self._pace.backlog_seconds(self._plan.cost, self.queued_tokens) if self._plan else 0.0
 
     async def run(self, plan: DevicePlan) -> None:
-        """Batch and run, for ever. When this ends, whatever the reason, everything that waits is told.
+        """Form and run batches for ever. When this ends, for any reason, every input that waits gets an error.
 
         Raises:
             DeviceLost: if the device hangs, or can't compute any more.
@@ -255,12 +256,12 @@ class MicroBatcher(Generic[Row, Vector]):
             for item in self._known.values():
                 item.fail(error)
             self._queue = Queue()
-            self.on_room()  # to learn that there will be none
+            self.on_room()  # those who wait for room learn that there will be none
 
     async def _wait_for_device(self, running: set[asyncio.Task[None]], at_once: int, lead_seconds: float) -> None:
-        """Until a batch composed now would not wait for the device long, nor the device for the batch.
+        """Wait for the moment to compose the next batch: just before the device is free.
 
-        Composing any earlier would let a query that arrives meanwhile miss it.
+        A query that arrives after the composing misses the batch, so the batch is composed no earlier than needed.
         """
         while running:
             if len(running) < at_once:
@@ -283,10 +284,10 @@ class MicroBatcher(Generic[Row, Vector]):
     async def _compute(
         self, batch: list[Input[Row, Vector]], plan: DevicePlan, whole: bool = True, again: bool = True
     ) -> None:
-        """Run a batch and answer it; one that fails is run again in halves, down to the input that is to blame.
+        """Run a batch and answer its inputs. A failed batch is run again in halves, down to the input that is to blame.
 
-        So is, alone and once, an input that gets no finite vector, if `again`. What is not the `whole` batch that was
-        composed says nothing about the token budget.
+        With `again`, an input that gets no finite vector is run once more, alone. Only a `whole` batch, as it was
+        composed, tells anything about the token budget.
         """
         tokens = sum(item.tokens for item in batch)
         given = self._pace.give(plan.cost, tokens)
@@ -298,7 +299,7 @@ class MicroBatcher(Generic[Row, Vector]):
                 item.fail(lost)
             raise
         except Exception as error:
-            failure = error.with_traceback(None)  # which could hold what fills the device's memory
+            failure = error.with_traceback(None)  # the traceback could hold the tensors that fill the device's memory
         except BaseException:
             for item in batch:
                 self._end(item)
@@ -321,10 +322,10 @@ class MicroBatcher(Generic[Row, Vector]):
         await self._after_failure(batch, plan, failure, again)
 
     async def _in_time(self, rows: list[Row], expected_seconds: float) -> Sequence[Vector | EncodingError]:
-        """What the device gives for a batch.
+        """The device's results for a batch.
 
         Raises:
-            DeviceLost: if it takes so long that it must hang.
+            DeviceLost: if the batch takes so long that the device must hang.
         """
         limit = stuck_after(expected_seconds, self._stuck_batch_seconds)
         try:
@@ -336,7 +337,7 @@ class MicroBatcher(Generic[Row, Vector]):
             raise DeviceLost(f"the device hangs: a batch of {len(rows)} inputs took over {limit:.0f} s") from error
 
     def _budget(self, change: Callable[[], None]) -> None:
-        """Change the token budget in use by its policy, and tell of it."""
+        """Change the token budget by its policy, and report a change in the metrics and the log."""
         before = self._memory.tokens
         change()
         if self._memory.tokens != before:
@@ -403,13 +404,13 @@ class MicroBatcher(Generic[Row, Vector]):
         inputs_tokens[1] += sign * item.tokens
 
     def _unqueue(self, item: Input[Row, Vector]) -> None:
-        """The input goes into a batch, or nobody wants it any more."""
+        """Note that the input has left the queue: it goes into a batch, or no request wants it any more."""
         if item.queued:
             item.queued = False
             self._count(item, -1)
 
     def _end(self, item: Input[Row, Vector]) -> None:
-        """No later request can share this input's vector."""
+        """Forget the input: no later request can share its vector."""
         if self._known.get((item.lane, item.row.key)) is item:
             del self._known[item.lane, item.row.key]
 
@@ -422,7 +423,7 @@ class MicroBatcher(Generic[Row, Vector]):
 
 
 def _raise_failure(running: set[asyncio.Task[None]]) -> None:
-    """Forget the batches that have ended. One that fails answers its inputs itself; anything else ends the batcher."""
+    """Forget the batches that have ended, and raise the error of a batch that must end the batcher."""
     for task in [task for task in running if task.done()]:
         running.discard(task)
         task.result()

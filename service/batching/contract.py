@@ -1,4 +1,4 @@
-"""What the batcher asks of others and what it promises: the plan of a device, what is computed, the batcher's face."""
+"""The types that the batcher shares with others: the row, the device's plan, the result and the batcher's interface."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ class Batchable(Protocol):
 
     @property
     def key(self) -> bytes:
-        """The same for rows that get the same vector."""
+        """Rows with the same key get the same vector."""
 
     def __len__(self) -> int:
-        """Its tokens."""
+        """The number of its tokens."""
 
 
 Row = TypeVar("Row", bound=Batchable)
 RowIn = TypeVar("RowIn", contravariant=True)
 Vector = TypeVar("Vector")
 
-# What a batch gives for each row, in order: its vector, or the error of that row alone.
+# Computes a batch. The result holds for each row, in order, its vector or the error of that row alone.
 RunBatch = Callable[[list[Row]], Awaitable[Sequence[Vector | EncodingError]]]
 
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What warm-up found out about the device.
+    """The measurements of the device that warm-up made.
 
-    `lead_seconds` is how long before the device is free the next batch must be composed so that it never waits; 0 where
-    batches can't be queued behind each other.
+    The next batch must be composed `lead_seconds` before the device is free, so that the device never waits for it. The
+    value is 0 where batches can't be queued behind each other.
     """
 
     cost: CostModel
@@ -45,7 +45,7 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Computed(Generic[Vector]):
-    """One input's vector, how long it waited for its batch and how long the batch took; no time if it was there."""
+    """One input's vector, how long it waited for its batch and how long the batch took. Both are 0 from the cache."""
 
     vector: Vector
     queue_seconds: float = 0.0
@@ -56,7 +56,7 @@ class Recent(Protocol[Vector]):
     """A memory of vectors, such as `service.batching.vector_cache.VectorCache`."""
 
     def get(self, key: bytes) -> Vector | None:
-        """The vector, if it is remembered."""
+        """The vector of this key, or None."""
 
     def put(self, key: bytes, vector: Vector) -> None:
         """Remember a vector."""
@@ -74,13 +74,13 @@ class Batcher(Protocol[RowIn, Vector]):
         """Whether a device's last batch failed."""
 
     on_room: Callable[[], None]
-    """Called whenever a lane may have more room than before, and when there will never be any again."""
+    """Called whenever a lane may have more room than before, and when there will never be room again."""
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """See whether a lane has room for so many tokens, behind those that wait and `ahead` that are to come.
+        """Check that a lane has room for this many tokens, behind those that wait and `ahead` that will come first.
 
         Raises:
-            Overloaded: if it has not.
+            Overloaded: if the lane has no room.
             Unavailable: if nothing computes any more.
         """
 
@@ -94,17 +94,17 @@ class Batcher(Protocol[RowIn, Vector]):
         timeout_seconds: float | None = None,
         caller: int = 0,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. Cancelling it drops what is still queued. Interactive callers take turns.
+        """The rows' vectors, in order. Cancelling this drops the rows still queued. Interactive callers take turns.
 
         Raises:
-            Overloaded: if too much is queued; nothing is computed.
-            DeadlineExceeded: if some was still queued when the time was over.
+            Overloaded: if the queue has no room for the rows; nothing is computed.
+            DeadlineExceeded: if some rows were still queued when the time was over.
             EncodingError: the first of the rows' own errors, with its index.
             Unavailable: if nothing computes any more.
         """
 
     async def probe(self, row: RowIn) -> None:
-        """Compute a row wherever the last batch failed, whatever waits there.
+        """Compute a row on each device whose last batch failed, even if the queue there is full.
 
         Raises:
             EncodingError, Unavailable: if that fails too.

@@ -1,8 +1,8 @@
-"""How long a batch of T tokens takes, from a few measurements: what the batcher plans with.
+"""How long a batch of T tokens takes, estimated from a few measurements. The batcher plans with it.
 
-t(T) = max(floor, base + T·per_token). Below the crossover the device reads its weights once whatever T is, so tokens
-are free; above it they are multiplied, at a constant rate, after a constant cost for each batch. (Williams, Waterman &
-Patterson 2009, "Roofline".) No torch here, and no clock.
+t(T) = max(floor, base + T·per_token). Below the crossover the time is that of reading the weights once, whatever T is,
+so further tokens are free. Above it the time is that of the multiplications: a constant cost for each batch, then a
+constant rate. (Williams, Waterman & Patterson 2009, "Roofline".) No torch here, and no clock.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# How near to the highest rate a batch should come.
+# The share of the highest rate that a batch should reach.
 EFFICIENCY = 0.97
 
-# A batch this many times the crossover is well in the compute-bound part, where mixed lengths can't drop out of it.
+# A batch this many times the crossover stays compute-bound, also when its texts have mixed lengths.
 _CROSSOVERS = 4
 
-# A device so slow that this takes longer than a batch should is used as well as it can be.
+# Batches get no smaller than this, even on a device that needs longer for it than a batch should take.
 _LEAST_BATCH_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds: of the smallest batch, of any batch before its tokens, and of each token."""
+    """Seconds of the smallest batch (`floor`), of any batch before its tokens (`base`), and of each token."""
 
     floor: float
     base: float
     per_token: float
 
     def seconds(self, tokens: int) -> float:
-        """How long a batch of so many tokens takes."""
+        """How long a batch of this many tokens takes."""
         return max(self.floor, self.base + tokens * self.per_token)
 
     @property
     def crossover_tokens(self) -> float:
-        """Up to here further tokens cost no time."""
+        """The batch size up to which further tokens cost no time."""
         return max(self.floor - self.base, 0.0) / self.per_token
 
     @property
     def tokens_per_second(self) -> float:
-        """What the device comes near to in large batches."""
+        """The rate that the device approaches in large batches."""
         return 1 / self.per_token
 
     def efficient_tokens(self) -> int:
@@ -49,24 +49,24 @@ class CostModel:
         return round(max(_CROSSOVERS * self.crossover_tokens, amortized))
 
     def tokens_within(self, seconds: float) -> int:
-        """The largest batch that takes no longer than this; 0 if even the smallest does."""
+        """The largest batch that takes no longer than this; 0 if even the smallest takes longer."""
         return int((seconds - self.base) / self.per_token) if seconds >= self.floor else 0
 
     def least_tokens_worth(self, computed: int, saved_seconds: float) -> int:
-        """The smallest batch that is worth filling up to `computed` tokens, where computing just so many saves time."""
+        """The smallest batch worth padding to `computed` tokens, where a batch of that size saves `saved_seconds`."""
         limit = self.seconds(computed) - saved_seconds
         return math.ceil((limit - self.base) / self.per_token) if limit > self.floor else 0
 
     def batch_tokens(self, seconds: float, token_budget: int) -> int:
-        """Tokens at which a batch is full enough: large enough to be efficient, quick enough to wait for."""
+        """Tokens at which a batch is full: large enough to be efficient, and quick enough to wait for."""
         quick = min(self.efficient_tokens(), self.tokens_within(seconds))
         return min(max(quick, _LEAST_BATCH_TOKENS), token_budget)
 
 
 def fit(measured: Mapping[int, float]) -> CostModel:
-    """The model nearest to measured seconds by tokens, in least squares of the relative error.
+    """Fit the model to measured seconds by tokens, by least squares of the relative error.
 
-    Each way to split the measurements into a flat part and a rising one is tried.
+    It tries each way to split the measurements into a flat part and a rising part.
 
     Raises:
         ValueError: for fewer than two measurements, or times that do not rise with the tokens at all.
@@ -82,7 +82,7 @@ def fit(measured: Mapping[int, float]) -> CostModel:
 
 
 def _fit_split(points: list[tuple[int, float]], flat: int) -> CostModel:
-    """The first `flat` points as a constant, a line of least relative error through the others."""
+    """Fit a constant to the first `flat` points, and the line of least relative error to the others."""
     rising = points[flat:]
     # Minimise Σ (a/t + b·T/t − 1)², a line in 1/t and T/t.
     uu = sum(1 / took**2 for _, took in rising)

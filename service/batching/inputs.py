@@ -13,7 +13,7 @@ from service.errors import EncodingError
 
 @dataclass(eq=False)
 class Request(Generic[Vector]):
-    """A request's answers, and the future that has them all once none is missing."""
+    """A request's answers, and the future that is done when none of them is missing."""
 
     answers: list[Computed[Vector] | None]
     missing: int
@@ -21,14 +21,14 @@ class Request(Generic[Vector]):
     since: float
 
     def set(self, index: int, computed: Computed[Vector]) -> None:
-        """Answer one of its rows."""
+        """Set the answer of one of its rows."""
         self.answers[index] = computed
         self.missing -= 1
         if not self.missing and not self.done.done():
             self.done.set_result(None)
 
     def fail(self, index: int, error: Exception) -> None:
-        """End it with the error of one of its rows."""
+        """End the request with the error of one of its rows."""
         if not self.done.done():
             self.done.set_exception(error.at(index) if isinstance(error, EncodingError) else error)
 
@@ -42,12 +42,12 @@ class Input(Generic[Row, Vector]):
     waiting: list[tuple[Request[Vector], int]]
     tokens: int
     since: float
-    callers: tuple[int, ...]  # in whose turns it is
+    callers: tuple[int, ...]  # the callers in whose turns it may be computed
     queued: bool = True
 
     @property
     def wanted(self) -> bool:
-        """Whether it is still to be computed."""
+        """Whether it still has to be computed."""
         return self.queued and self.awaited
 
     @property
@@ -56,12 +56,12 @@ class Input(Generic[Row, Vector]):
         return any(not request.done.done() for request, _ in self.waiting)
 
     def set(self, vector: Vector, given: float, ended: float) -> None:
-        """Answer all that wait, each with its own times: some may have come long after the first, or after `given`."""
+        """Answer each waiting request with its own times: some may have come long after the first, or after `given`."""
         for request, index in self.waiting:
             begun = max(given, request.since)
             request.set(index, Computed(vector, begun - request.since, ended - begun))
 
     def fail(self, error: Exception) -> None:
-        """End all that wait with its error."""
+        """End all waiting requests with the input's error."""
         for request, index in self.waiting:
             request.fail(index, error)

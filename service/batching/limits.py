@@ -10,7 +10,7 @@ from service.settings import BATCH_SECONDS, DEFAULT_MAX_INPUT_TOKENS, PREFIX, TO
 
 
 class Limits:
-    """The settings' token limits, settled for one model and device type.
+    """The token limits of the settings, with the defaults for one model and device type filled in.
 
     Raises:
         StartupError: for limits that contradict each other or the model, naming what to change.
@@ -35,10 +35,10 @@ class Limits:
                 f"batch_tokens is {settings.batch_tokens} but token_budget is {self.token_budget}: lower "
                 f"{PREFIX}BATCH_TOKENS or raise {PREFIX}TOKEN_BUDGET to at least {settings.batch_tokens}"
             )
-        self.batch_tokens = settings.batch_tokens  # None is for the calibration to find
+        self.batch_tokens = settings.batch_tokens  # None: the calibration finds it
         self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
 
     def for_batches(self, cost: CostModel) -> BatchLimits:
-        """The limits of a batch on a device that is so fast."""
+        """The limits of a batch on a device with this cost model."""
         full = self.batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
         return BatchLimits(full, self.token_budget)

@@ -1,4 +1,4 @@
-"""Room in a queue, and the line of those who wait for it. Knows nothing of what is queued."""
+"""Room in a queue, and the line of those who wait for room. It knows nothing of the queue's content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def has_room(tokens: int, waiting: int, most: int | None) -> bool:
-    """Whether so many tokens may join those that wait. Where none wait, one request goes in, however large."""
+    """Whether this many tokens may join those that wait. An empty queue takes one request of any size."""
     return most is None or not waiting or waiting + tokens <= most
 
 
@@ -25,7 +25,7 @@ class _Place:
 
 
 class Line:
-    """First come, first served: only the first in the line tries, once whenever there may be room. Nobody overtakes.
+    """First come, first served: whenever there may be room, only the first in the line tries. Nobody overtakes.
 
     A small request waits behind a large one that does not fit yet: otherwise small ones would keep it out for ever.
     """
@@ -34,17 +34,17 @@ class Line:
         self._places: list[_Place] = []
 
     def is_before(self, since: float) -> bool:
-        """Whether anyone waits who came earlier."""
+        """Whether somebody in the line arrived before this time."""
         return bool(self._places) and self._places[0].since < since
 
     async def wait(self, since: float, attempt: Callable[[], T], seconds: float) -> T:
-        """The result of the first attempt that finds room; none is made before the line is called.
+        """The result of the first attempt that finds room. Attempts begin when the line is next called.
 
-        `since` is the time of arrival, so that who joins a second time stands where it stood before.
+        `since` is the time of arrival: a request that joins a second time gets its old place.
 
         Raises:
             TimeoutError: if there is no room in time.
-            Exception: what the attempt raises, except Overloaded.
+            Exception: any error of the attempt, except Overloaded.
         """
         loop = asyncio.get_running_loop()
         place = _Place(since, loop.create_future())
@@ -62,11 +62,11 @@ class Line:
         finally:
             was_first = self._places[0] is place
             self._places.remove(place)
-            if was_first:  # whatever ended its wait: the next one may need less room
+            if was_first:  # even after an error: the next one may need less room
                 self.call()
 
     def call(self) -> None:
-        """There may be room: the first in the line tries."""
+        """Let the first in the line try, as there may be room."""
         if self._places and not self._places[0].turn.done():
             self._places[0].turn.set_result(None)
 

@@ -1,10 +1,10 @@
 """Which inputs make up the next batch: a pure policy over two lanes. No event loop, no clock, no torch.
 
-Small requests go first, in a lane of their own. Their callers take turns, one input each, and what a caller sends goes
-strictly in order: a caller with a thousand of them delays another's by one. Bulk requests share what is left by deficit
-round robin (Shreedhar & Varghese 1995): each in turn may send `quantum` tokens more, so one of 2048 inputs delays
-another by its share and not by its length. While bulk waits, the small ones take three quarters of a batch at most, and
-the next bulk input has its place, so that neither lane can starve the other.
+Small requests go first, in a lane of their own. Their callers take turns, one input each, and the inputs of one caller
+keep their order: a caller with a thousand inputs delays another's by one. Bulk requests share the rest of a batch by
+deficit round robin (Shreedhar & Varghese 1995): each in turn may send `quantum` tokens more, so a request of 2048
+inputs delays another by its share and not by its length. While bulk waits, the small requests take at most three
+quarters of a batch, and the next bulk input keeps its place, so that neither lane can starve the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ LANES: tuple[Lane, ...] = ("interactive", "bulk")
 
 INTERACTIVE_SHARE = 0.75
 
-# Turns of bulk requests in a batch: more is fairer within a batch, fewer keeps a request's inputs together.
+# Turns of bulk requests in a batch. More turns are fairer within a batch; fewer keep a request's inputs together.
 _TURNS_IN_A_BATCH = 8
 
-# Fewer inputs that nobody wants any more are not worth a look at the whole queue.
+# The queue is cleaned only when it holds more unwanted inputs than this: cleaning reads all of it.
 _LEAST_FORGOTTEN = 256
 
 
@@ -44,7 +44,7 @@ Item = TypeVar("Item", bound=Schedulable)
 class BatchLimits:
     """Tokens at which a batch is full enough to go, and tokens that it must never exceed.
 
-    Only the first input of a lane may take a batch past the former, so that one longer than a batch goes too.
+    Only the first input of a lane may take a batch past `batch_tokens`, so that an input longer than a batch goes too.
     """
 
     batch_tokens: int
@@ -58,7 +58,7 @@ class BatchLimits:
 
 @dataclass(eq=False)
 class Flow(Generic[Item]):
-    """Inputs that go in order: a caller's small ones, or a bulk request's and the tokens that it may still send."""
+    """Inputs that keep their order: one caller's small inputs, or a bulk request's with the tokens it may yet send."""
 
     items: deque[Item]
     caller: int | None = None
@@ -66,14 +66,14 @@ class Flow(Generic[Item]):
 
 
 class Turns(Generic[Item]):
-    """Flows that take turns; a new one is last."""
+    """Flows that take turns; a new flow goes last."""
 
     def __init__(self) -> None:
         self._flows: deque[Flow[Item]] = deque()
         self._by_caller: dict[int, Flow[Item]] = {}
 
     def add(self, items: list[Item], caller: int | None = None) -> None:
-        """Inputs that go after all others of their caller; without one, in a flow of their own."""
+        """Add inputs after all others of their caller; without a caller, in a flow of their own."""
         if caller is not None and (flow := self._by_caller.get(caller)) is not None:
             flow.items.extend(items)
         elif items:
@@ -82,7 +82,7 @@ class Turns(Generic[Item]):
                 self._by_caller[caller] = flow
 
     def first(self) -> Flow[Item] | None:
-        """The flow whose turn it is, its first input wanted; what is before it is forgotten."""
+        """The flow whose turn it is, once the unwanted inputs before its first wanted one are forgotten."""
         while self._flows:
             flow = self._flows[0]
             while flow.items and not flow.items[0].wanted:
@@ -95,7 +95,7 @@ class Turns(Generic[Item]):
         return None
 
     def pass_on(self) -> None:
-        """It is the next flow's turn."""
+        """Give the turn to the next flow."""
         self._flows.rotate(-1)
 
     def heads(self) -> list[Item]:
@@ -116,7 +116,7 @@ class Turns(Generic[Item]):
 
 @dataclass(eq=False)
 class Queue(Generic[Item]):
-    """What waits, by lane. Inputs that nobody wants any more stay for a while: see `drop`."""
+    """The inputs that wait, by lane. Inputs that nobody wants any more stay for a while: see `drop`."""
 
     interactive: Turns[Item] = field(default_factory=Turns)
     bulk: Turns[Item] = field(default_factory=Turns)
@@ -124,14 +124,14 @@ class Queue(Generic[Item]):
     _unwanted: int = 0
 
     def add(self, items: list[Item], lane: Lane, caller: int = 0) -> None:
-        """Queue inputs of one request of a caller's."""
+        """Queue inputs of one request."""
         if lane == "interactive":
             self.interactive.add(items, caller)
         else:
             self.bulk.add(items)
 
     def drop(self, unwanted: int) -> None:
-        """So many inputs more are not wanted. They are forgotten once they could be half of what is held.
+        """Note that this many more inputs are unwanted. They are forgotten once they could be half of the queue.
 
         Until then `take_batch` passes them over when it meets them.
         """
@@ -142,7 +142,7 @@ class Queue(Generic[Item]):
             self.bulk.forget_unwanted()
 
     def heads(self, lane: Lane) -> list[Item]:
-        """The inputs that are next in a lane: the oldest ones of it are among them."""
+        """The first input of each flow in a lane; the lane's oldest input is among them."""
         return (self.interactive if lane == "interactive" else self.bulk).heads()
 
     def __bool__(self) -> bool:
@@ -150,15 +150,16 @@ class Queue(Generic[Item]):
 
 
 def take_batch(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
-    """Take the next batch off the queue. Empty only if nothing that waits is wanted."""
+    """Take the next batch off the queue. The batch is empty only if no waiting input is wanted."""
     small = _take_interactive(queue, limits)
     return small + _take_bulk(queue, limits, sum(item.tokens for item in small))
 
 
 def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
-    """Small ones in turn, until their share is full or the next bulk input would lose its place.
+    """Take small inputs in turn, until their share is full or the next bulk input would lose its place.
 
-    Where that input leaves no place for even one of them, they wait once, and come first the next time.
+    If that bulk input leaves no place for even one small input, the small ones wait for one batch and go first in the
+    next.
     """
     taken: list[Item] = []
     tokens = 0
@@ -166,7 +167,7 @@ def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
     long = bulk.items[0].tokens if bulk else 0
     full = limits.batch_tokens
     if bulk:
-        # Beside an input longer than a batch the share is of the batch that results.
+        # Beside an input longer than a batch, the share is that of the larger batch that results.
         share = long * INTERACTIVE_SHARE / (1 - INTERACTIVE_SHARE) if long > full else full * INTERACTIVE_SHARE
         full = int(share)
     reserved = 0 if queue.interactive_passed_over else long
@@ -182,7 +183,7 @@ def _take_interactive(queue: Queue[Item], limits: BatchLimits) -> list[Item]:
 
 
 def _take_bulk(queue: Queue[Item], limits: BatchLimits, tokens: int) -> list[Item]:
-    """Bulk requests in turn, after so many tokens of the other lane."""
+    """Take bulk inputs in turn, after this many tokens of the other lane."""
     taken: list[Item] = []
     while (flow := queue.bulk.first()) is not None:
         length = flow.items[0].tokens
@@ -190,7 +191,7 @@ def _take_bulk(queue: Queue[Item], limits: BatchLimits, tokens: int) -> list[Ite
             flow.credit += limits.quantum
             queue.bulk.pass_on()
             continue
-        # After credit: an input whose turn has not come does not end the batch for those whose turn it is.
+        # This comes after the credit: an input whose turn has not come does not end the batch for the other requests.
         if tokens and tokens + length > (limits.batch_tokens if taken else limits.token_budget):
             break
         taken.append(flow.items.popleft())

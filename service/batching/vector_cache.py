@@ -1,4 +1,4 @@
-"""Recent vectors by what was embedded, so that texts asked for again and again cost nothing. Off unless given room."""
+"""Recent vectors by their row's key, so that texts that come again and again cost nothing. Off by default."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-# What an entry takes beside its key and vector: the dictionary's slot, and the objects' own headers.
+# Memory of an entry beside its key and vector: the dictionary's slot, and the objects' own headers.
 _ENTRY_BYTES = 256
 
 
 class VectorCache:
-    """The vectors used last, within so many bytes. For one thread."""
+    """The most recently used vectors, within a number of bytes. For one thread only."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
@@ -20,17 +20,19 @@ class VectorCache:
         self._vectors: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
 
     def get(self, key: bytes) -> NDArray[np.float32] | None:
-        """The vector, if it is remembered; it is the newest then."""
+        """The vector of this key, or None. It then counts as the newest."""
         vector = self._vectors.get(key)
         if vector is not None:
             self._vectors.move_to_end(key)
         return vector
 
     def put(self, key: bytes, vector: NDArray[np.float32]) -> None:
-        """Remember a vector, and forget those unused for longest where it takes too much room."""
+        """Remember a vector, and forget the least recently used ones if the room is exceeded."""
         if key in self._vectors:
             return
-        self._vectors[key] = vector.copy()  # a batch's vectors share one array, which one of them would keep
+        self._vectors[key] = (
+            vector.copy()
+        )  # a batch's vectors share one array, and one vector would keep all of it in memory
         self._bytes += self._size(key, vector)
         while self._bytes > self._most_bytes:
             self._bytes -= self._size(*self._vectors.popitem(last=False))

@@ -1,4 +1,4 @@
-"""The backend of one process: a worker before a device, and the batcher that feeds it. No HTTP, no torch."""
+"""The backend of one process: a worker with its device, and the batcher that feeds it. No HTTP, no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.version import VERSION
 
 
 class Worker(Protocol):
-    """What `service.device.worker.EncoderWorker` does; another one can stand in where no model is needed."""
+    """The interface of `service.device.worker.EncoderWorker`. A fake can take its place where no model is needed."""
 
     @property
     def device(self) -> str:
@@ -34,7 +34,7 @@ class Worker(Protocol):
         """The attention kernel in use, once started."""
 
     async def start(self, limits: Limits) -> DevicePlan:
-        """Load and warm up; what batches are to be like."""
+        """Load and warm up. Returns the plan that batches follow."""
 
     async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
         """A vector or an error for each row."""
@@ -60,14 +60,14 @@ class LocalBackend:
         )
         metrics.max_queued_tokens.set(settings.max_queued_tokens)
         self._start_seconds = settings.start_seconds
-        self.busy = False  # whether a thread of the worker is at something that may never end
+        self.busy = False  # whether a thread of the worker does something that may never end
 
     async def start(self) -> dict[str, object]:
         """Load and warm up.
 
         Raises:
-            DeviceLost: if that takes too long.
-            Exception: whatever the worker's start does.
+            DeviceLost: if the start takes too long.
+            Exception: any error of the worker's start.
         """
         worker = self._worker
         self.busy = True
@@ -79,14 +79,14 @@ class LocalBackend:
                 raise DeviceLost(f"loading and warm-up took over {self._start_seconds} s") from error
             self.busy = False
             raise
-        self.busy = False  # not so where it was cancelled: the thread goes on
+        self.busy = False  # it stays True after a cancellation: the thread goes on
         model, pooling = self._model
         info = self._metrics.build_info
         info.labels(VERSION, model, worker.device, worker.dtype, pooling).set(1)
         return {"device": worker.device, "dtype": worker.dtype, "attention": worker.kernel}
 
     async def run(self) -> None:
-        """Batch and run, for ever.
+        """Form and run batches, for ever.
 
         Raises:
             DeviceLost: if the device hangs, or can't compute any more.
@@ -100,11 +100,11 @@ class LocalBackend:
     def stop(self) -> None:
         """End the worker's threads, unless one still loads or waits for a device that hangs.
 
-        Such a thread ends with the process, which must not wait for it: see `busy`.
+        Such a thread ends with the process. The process must not wait for it: see `busy`.
         """
         if not self.busy:
             self._worker.stop()
 
     async def metrics_page(self) -> bytes:
-        """This process is the whole server."""
+        """The metrics of this process, which is the whole server."""
         return self._metrics.page()

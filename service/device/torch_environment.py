@@ -1,16 +1,16 @@
-"""What torch reads from the environment when it is loaded, as a server wants it; whatever is set already stays."""
+"""Sets the environment variables that torch reads when it is loaded. A variable that is already set stays."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Most processes that one engine compiles with; torch starts one for each core of the machine, up to 32, and keeps them.
+# The most processes that one engine compiles with. By default torch starts and keeps one for each core, up to 32.
 _COMPILE_PROCESSES = 4
 
 
 def set_torch_defaults(models_dir: Path, engines: int = 1) -> None:
-    """For a process that will load torch, and those that it starts: so many engines on this machine."""
+    """Set the defaults for this process and its children. `engines` is the number of engines on this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
         # Compiled layers are kept beside the encoders they belong to, so that only the first start waits for them.

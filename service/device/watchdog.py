@@ -1,7 +1,8 @@
-"""How a process ends whose device hangs.
+"""Ends a process whose device hangs.
 
-A thread that waits for such a device can't be interrupted or joined: everybody who waits is answered, then the process
-goes without it, with a status that makes whatever started it start it again. Knows nothing of HTTP, batches or torch.
+A thread that waits for such a device can't be interrupted or joined. So everybody who waits is answered, then the
+process ends without that thread, with status 1, so that its manager starts it again. It knows nothing of HTTP, batches
+or torch.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import os
 import sys
 import threading
 
-# What the answers to those who wait, and an orderly end, are given before the process goes.
+# The time for the last answers and an orderly end, before the process is ended.
 GRACE_SECONDS = 5.0
 
 
 def end_within(seconds: float) -> None:
-    """End this process with status 1 if it still runs then, whatever its threads are at."""
+    """End this process with status 1 if it still runs after this time, whatever its threads do."""
     timer = threading.Timer(seconds, end_now)
     timer.daemon = True
     timer.start()

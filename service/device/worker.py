@@ -1,6 +1,6 @@
-"""The only thread that gives work to the device: loading, warm-up and packed batches; a second one takes results.
+"""One thread gives all work to the device: loading, warm-up and packed batches. A second thread takes the results.
 
-If `run_batch` raises, the whole batch failed. Knows nothing of HTTP, text or queues.
+If `run_batch` raises, the whole batch failed. This module knows nothing of HTTP, text or queues.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from service.logs import log, unexplained
 from service.metrics import Metrics
 from service.settings import Settings, Switch
 
-# Batches timed at the start, in tokens, of texts no longer than this, for as long as this.
+# The batches timed at the start, in tokens; the longest text in them; and the time that they may take together.
 _TIMED_TOKENS = (16, 64, 256, 1024, 4096, 16384)
 _TIMED_TEXT_TOKENS = 128
 _TIMING_SECONDS = 4.0
 
-# What a thread's wake-up and a timer's grain may add to the host's time for a batch.
+# The time that a thread's wake-up and a timer's grain may add to the host's time for a batch.
 _SLACK_SECONDS = 1e-3
 
-# The forward pass is captured for batches of up to the first of these tokens, and up to the next as long as the host
-# takes at least this share of a batch's time to give it to the device.
+# The forward pass is captured for batches of up to the first of these sizes. The next size is captured too, as long as
+# the host needs at least this share of a batch's time to give it to the device.
 _GRAPH_TOKENS = (512, 1024, 2048, 4096)
 _HOST_BOUND = 0.8
 
@@ -66,7 +66,7 @@ _NEWEST = 0.1
 
 
 class EncoderWorker:
-    """An encoder behind one thread of its own."""
+    """An encoder with a device thread of its own."""
 
     def __init__(self, folder: Path, settings: Settings, metrics: Metrics) -> None:
         self._folder = folder
@@ -79,11 +79,11 @@ class EncoderWorker:
         self._of_late = dict.fromkeys(("seconds", "flops", "tokens"), 0.0)
 
     async def start(self, limits: Limits) -> DevicePlan:
-        """Load the encoder, check it, speed it up and time it; on CUDA see that the whole token budget fits.
+        """Load the encoder, check it, speed it up and time it. On CUDA also check that the whole token budget fits.
 
         Raises:
             ValueError: a DeviceError, AttentionError, SelfTestError or StoreError that says what to change.
-            StartupError: if what is switched on can't be had here.
+            StartupError: if a fast path is switched on that can't work here.
             OutOfMemory: if the token budget does not fit beside the weights.
         """
         loop = asyncio.get_running_loop()
@@ -91,9 +91,9 @@ class EncoderWorker:
         return await loop.run_in_executor(self._device_thread, self._start, limits)
 
     async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
-        """A float32 vector of the row's width and of length 1 for each row, or the row's own error.
+        """For each row a float32 vector of the row's width, or the row's own error.
 
-        Several may be under way; the device takes them in the order of the calls.
+        Several calls may run at once; the device takes their batches in the order of the calls.
 
         Raises:
             OutOfMemory: if the batch needs more device memory than there is.
@@ -111,12 +111,12 @@ class EncoderWorker:
             raise
 
     def stop(self) -> None:
-        """Let the threads end after the batches they are at."""
+        """Let the threads end after their current batches."""
         self._device_thread.shutdown(wait=True, cancel_futures=True)
         self._result_thread.shutdown(wait=True, cancel_futures=True)
 
     def _use_device(self) -> torch.device:
-        """Make the device this thread's current one, which its streams, events and graphs belong to."""
+        """Make the device this thread's current device: the thread's streams, events and graphs belong to it."""
         device = choose_device(self._settings.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -126,7 +126,8 @@ class EncoderWorker:
         settings, metrics = self._settings, self._metrics
         began = time.perf_counter()
         device = self._use_device()
-        # Sums that are rounded to 16 bits on the way depend on how a product is split, and so on its number of rows.
+        # If partial sums were rounded to 16 bits, they would depend on how a product is split, and so on its number of
+        # rows.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         encoder = Encoder.load(self._folder, str(device), settings.dtype, settings.attention, settings.quantization)
@@ -154,10 +155,10 @@ class EncoderWorker:
         return plan
 
     def _switch_on(self, name: str, switch: Switch, lacks: str, turn_on: Callable[[], None]) -> None:
-        """Turn a fast path on; where it was not asked for by name, whatever it lacks leaves it off.
+        """Turn a fast path on. With the setting `auto`, it stays off if it lacks anything or fails.
 
         Raises:
-            StartupError: if it was asked for and can't be had.
+            StartupError: if the setting is `on` and the fast path can't work.
         """
         if switch == "off":
             return
@@ -189,7 +190,7 @@ class EncoderWorker:
         compile_checked(self._pipeline.encoder)
 
     def _capture(self, cost: CostModel, limits: Limits) -> None:
-        """Capture graphs, see that they give the same vectors, and keep those that save time, each where it does."""
+        """Capture graphs, check that they give the same vectors, and keep each where it saves time."""
         plain = self._pipeline
         captured = plain.with_graphs(graph_sizes(self._host_bound_up_to(limits)))
         check_same_vectors(plain, captured)
@@ -203,7 +204,7 @@ class EncoderWorker:
         self._pipeline = Pipeline(plain.encoder, tuple(faster))
 
     def _host_bound_up_to(self, limits: Limits) -> int:
-        """The largest batch, in tokens, that the host may take longer to give to the device than that to compute it."""
+        """The largest batch, in tokens, whose time may be spent mostly in the host's launches and not on the device."""
         most = _GRAPH_TOKENS[0]
         for tokens in _GRAPH_TOKENS[1:]:
             if tokens > limits.token_budget:
@@ -215,7 +216,7 @@ class EncoderWorker:
         return min(most, limits.token_budget)
 
     def _calibrate(self, limits: Limits) -> CostModel:
-        """How long batches take, from a few of them."""
+        """Time a few batches and fit the cost model to them."""
         measured: dict[int, float] = {}
         left = _TIMING_SECONDS
         for tokens in _TIMED_TOKENS:
@@ -227,7 +228,7 @@ class EncoderWorker:
             left -= time.perf_counter() - began
         try:
             return fit(measured)
-        except ValueError:  # too little is allowed, or the device too small a thing, to see a rate
+        except ValueError:  # the limits allow too few sizes, or the model is too small, to see a rate
             tokens, seconds = max(measured.items())
             return CostModel(seconds, 0.0, seconds / tokens)
 
@@ -246,7 +247,7 @@ class EncoderWorker:
         return DevicePlan(cost, batch_limits, self._lead_seconds(batch_limits.batch_tokens, limits.max_input_tokens))
 
     def _time(self, tokens: int, longest: int, pipeline: Pipeline | None = None) -> float:
-        """Seconds for a batch of about so many tokens, the better of two after one that does not count."""
+        """Seconds for a batch of about this many tokens: the better of two runs, after one that does not count."""
         rows = self._example(tokens, longest)
 
         def once() -> float:
@@ -258,13 +259,13 @@ class EncoderWorker:
         return min(once(), once())
 
     def _lead_seconds(self, tokens: int, longest: int) -> float:
-        """How long the host is at giving a full batch to the device; 0 where it computes it itself."""
+        """Seconds that the host needs to give a full batch to the device; 0 where the device is the CPU."""
         if self._pipeline.encoder.device.type == "cpu":
             return 0.0
         return self._launch_seconds(tokens, longest)[0] + _SLACK_SECONDS
 
     def _launch_seconds(self, tokens: int, longest: int) -> tuple[float, float]:
-        """Seconds until the device has been given a batch of about so many tokens, and until its vectors are there."""
+        """Seconds until a batch of about this many tokens is launched, and until its vectors are there."""
         rows = self._example(tokens, min(_TIMED_TEXT_TOKENS, longest))
         launched, whole = [], []
         for _ in range(5):
@@ -276,7 +277,7 @@ class EncoderWorker:
         return statistics.median(launched), statistics.median(whole)
 
     def _example(self, tokens: int, longest: int) -> list[EmbedRow]:
-        """A batch of about so many tokens, of texts of at most so many, all different."""
+        """A batch of about `tokens` tokens, whose texts have at most `longest` tokens and are all different."""
         encoder = self._pipeline.encoder
         width, vocabulary = encoder.manifest.width, encoder.model.get_input_embeddings().num_embeddings
         each = min(tokens, longest)
@@ -293,14 +294,14 @@ class EncoderWorker:
             if not is_out_of_memory(error):
                 self._check_device()
                 raise
-        # Not within the handler: until it is left, the error's traceback holds all that filled the memory.
+        # Not within the handler: inside it, the error's traceback holds the tensors that filled the memory.
         self._metrics.oom.inc()
         if self._pipeline.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         raise OutOfMemory("the device has too little memory for this input")
 
     def _check_device(self) -> None:
-        """After an error, see whether the device goes on.
+        """After an error, check that the device still works.
 
         Raises:
             DeviceLost: if it does not.
@@ -313,7 +314,7 @@ class EncoderWorker:
     def _finish(self, rows: list[EmbedRow], pending: Pending, given: float) -> list[Vector | EncodingError]:
         vectors = pending.wait()
         self._measure(rows, given)
-        # One number that is not finite makes all of its normalised vector so, or itself: the sum shows either.
+        # The sum of a vector is finite only if all its numbers are, so one check for each vector is enough.
         finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))
         ends = itertools.accumulate(row.text.vectors for row in rows)
         results: list[Vector | EncodingError] = []
@@ -369,5 +370,5 @@ class EncoderWorker:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch's allocator on CUDA has a class for that; the CPU's, the driver and cuBLAS have only words."""
+    """Whether an error means that memory ran out. Only torch's CUDA allocator has a class for it; others have words."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
