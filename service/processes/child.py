@@ -1,7 +1,7 @@
-"""What a child process of the server is told by its supervisor, and that it does not outlive it.
+"""A child process's connection to its supervisor, which gives it its work and which it does not outlive.
 
-One connection leads to the supervisor: it says in one line what to serve, the child says in another that it is ready,
-and when it closes, be it that the supervisor was killed, the child ends.
+The supervisor sends one line that says what to serve, and the child sends one line when it is ready. The child ends
+when the connection closes, which also happens when the supervisor is killed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from service.settings import Settings
 
 READY = b"ready\n"
 
-# How long an orderly end may take.
+# The time for an orderly end.
 _END_SECONDS = 5.0
 
 
 class Assignment(BaseModel):
-    """What a child is to do. Sockets are file descriptors that it has inherited."""
+    """The work of a child. Sockets are file descriptors that the child has inherited."""
 
     name: str
     settings: Settings
@@ -59,16 +59,16 @@ class Child:
         threading.Thread(target=self._watch, name="supervisor", daemon=True).start()
 
     def on_end(self, act: Callable[[], object]) -> None:
-        """Call this, on another thread, when the supervisor says to end or is gone.
+        """Call `act`, on another thread, when the supervisor says to end or is gone.
 
-        The process ends soon after, be it done or not; at once where there is nothing to call.
+        The process ends a few seconds later, even if `act` has not finished. Without an `act` it ends at once.
         """
         self._on_end = act
         if self._ended.is_set():
             act()
 
     def say_ready(self) -> None:
-        """Tell the supervisor."""
+        """Tell the supervisor that this child is ready."""
         self._supervisor.sendall(READY)
 
     def _watch(self) -> None:
@@ -77,9 +77,9 @@ class Child:
         if self._on_end is not None:
             self._on_end()
             threading.Event().wait(_END_SECONDS)
-        os._exit(0)  # as it was told to: threads that load a model can't be interrupted
+        os._exit(0)  # status 0, as the end was asked for; _exit, as threads that load a model can't be interrupted
 
 
 def inherited(descriptors: list[int]) -> list[socket.socket]:
-    """Sockets that came with the process."""
+    """The inherited sockets of these file descriptors."""
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]

@@ -1,6 +1,6 @@
-"""The devices that a setting means. `python -m service.processes.devices cuda:all` asks torch, and prints one a line.
+"""The devices that a setting names. `python -m service.processes.devices cuda:all` prints them, one a line.
 
-Run as a process, so that whoever asks does not hold torch in memory.
+It runs as a process of its own, so that the asking process does not keep torch in memory.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import sys
 from service.errors import StartupError
 from service.logs import log
 
-# Begins the lines on stderr that are for the log, whatever else torch writes there.
+# Marks the lines on stderr that are for the log, as torch writes other lines there.
 _WARNING = "warning: "
 
 
 def find_devices(asked: str) -> list[str]:
-    """The devices of a comma-separated list, of which each may be `auto`, and `cuda:all` is several.
+    """The devices of a comma-separated list. An item may also be `auto`, or `cuda:all` for every GPU.
 
     Raises:
-        StartupError: if one is not here, or they are not of one type.
+        StartupError: if a device does not exist here, or the devices are not of one type.
     """
     names = [name.strip() for name in asked.split(",")]
-    if set(names) != {"cpu"}:  # which is everywhere
+    if set(names) != {"cpu"}:  # the CPU is everywhere
         asking = [sys.executable, "-m", "service.processes.devices", *names]
         found = subprocess.run(asking, capture_output=True, text=True)
         lines = found.stderr.strip().splitlines()
@@ -38,18 +38,18 @@ def find_devices(asked: str) -> list[str]:
 
 
 def device_type(name: str) -> str:
-    """cpu or cuda."""
+    """The type of a device: cpu or cuda."""
     return name.partition(":")[0]
 
 
 def main(names: list[str]) -> int:
-    """Print the devices, or on stderr why not; returns the exit status."""
+    """Print the devices, or the reason on stderr why one does not exist. Returns the exit status."""
     # torch, from here on
     from model_store.encoder.devices import DeviceError, all_gpus, choose_device, cuda_fault, installed_driver
 
     try:
         for name in names:
-            # Where there is no GPU, cuda:0 is the one that is missed.
+            # Without any GPU, the error is about cuda:0.
             for one in (all_gpus() or ["cuda:0"]) if name == "cuda:all" else [name]:
                 device = choose_device(one)
                 print(device)

@@ -1,4 +1,4 @@
-"""Which engine computes which of a request's rows: a pure policy. No event loop, no clock, no sockets."""
+"""Chooses the engine for each row of a request: a pure policy. No event loop, no clock, no sockets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Part:
 
 
 def share(lengths: Sequence[int], loads: Sequence[int], most_parts: int, turn: int) -> list[Part]:
-    """A request's rows, in order, over at most so many of the engines, the least loaded ones.
+    """Divide a request's rows, in order, over at most `most_parts` engines, the least loaded ones.
 
-    `lengths` are the rows' tokens, `loads` the tokens that engines have to do already. Those chosen get so much that
-    they have equally much to do afterwards, to within a row each. Among equals the engines take turns.
+    `lengths` are the rows' tokens, `loads` the tokens that each engine has to do already. Afterwards the chosen engines
+    have equal loads, to within a row each. Among equally loaded engines, `turn` decides.
     """
     order = sorted(range(len(loads)), key=lambda engine: (loads[engine], (engine - turn) % len(loads)))
     chosen = order[: max(min(most_parts, len(lengths)), 1)]
@@ -28,7 +28,7 @@ def share(lengths: Sequence[int], loads: Sequence[int], most_parts: int, turn: i
     parts: list[Part] = []
     start, place, tokens = 0, 0, 0
     for row, length in enumerate(lengths):
-        # A row is its part's in which its middle lies.
+        # A row belongs to the part in which its middle lies.
         while place + 1 < len(ends) and tokens + length / 2 >= ends[place]:
             if row > start:
                 parts.append(Part(chosen[place], start, row))
@@ -38,7 +38,7 @@ def share(lengths: Sequence[int], loads: Sequence[int], most_parts: int, turn: i
 
 
 def _fill(loads: Sequence[int], tokens: int) -> list[float]:
-    """How many of the tokens each engine gets, for rising loads: all are filled up to one level."""
+    """How many of the tokens each engine gets, for loads in rising order: all are filled up to one level."""
     for count in range(len(loads), 0, -1):
         level = (tokens + sum(loads[:count])) / count
         if level >= loads[count - 1]:

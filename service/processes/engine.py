@@ -1,7 +1,7 @@
-"""An engine process: one device, its worker and its queue, for all front ends. `python -m service.processes.engine FD`
+"""An engine process: one device, its worker and its queue. `python -m service.processes.engine FD`
 
-It ends when its supervisor says so or is gone, and of nothing else but a failure: signals are for front ends, which
-need it until their last answer.
+It serves all front ends. It ends when its supervisor says so or is gone, or after a failure. It ignores signals, as the
+front ends need it until their last answer.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, vectors_in_parts
 from service.server.startup import settle
 
-# For the answers to those who waited for a device that hangs to leave the process.
+# Time for the last answers to leave the process, after the device hangs.
 _LAST_WORDS_SECONDS = 0.2
 
-# How old what front ends know of each other's load may be.
+# How old a front end's knowledge of the other front ends' load may be.
 _TELL_SECONDS = 0.02
 
-# How often an engine with nothing new to tell says that it is alive.
+# How often an engine without news says that it is alive.
 _ALIVE_SECONDS = 1.0
 
-# Rows made of their keys between two turns of the event loop: a millisecond or two.
+# Rows made from their keys between two turns of the event loop: a millisecond or two.
 _ROWS_AT_ONCE = 256
 
 MakeWorker = Callable[[Assignment, Metrics], Worker]
 
 
 class Desk:
-    """Where an engine serves one front end: what that submits goes into the queue that all share."""
+    """Serves one front end: puts what it submits into the queue that all front ends share."""
 
     def __init__(self, end: socket.socket, batcher: MicroBatcher[EmbedRow, Vector], metrics: Metrics) -> None:
         self.link = Link("front end", end, metrics, self._take, self._drop_all)
-        self.tokens = 0  # submitted and not answered
-        self._submissions = 0  # taken from the link
-        self._coming: set[int] = set()  # those of them that the queue does not contain yet
+        self.tokens = 0  # submitted, but not answered yet
+        self._submissions = 0  # number of submissions received
+        self._coming: set[int] = set()  # the received submissions that are not in the queue yet
         self._batcher = batcher
         self._others_tokens = 0
         self._told: State | None = None
@@ -58,7 +58,7 @@ class Desk:
         self._work: dict[int, asyncio.Task[None]] = {}
 
     def tell(self, others_tokens: int) -> None:
-        """Tell the front end how the engine is, if that has changed, or nothing was told for a while."""
+        """Send the engine's state to the front end, if it has changed or none was sent for a while."""
         self._others_tokens = others_tokens
         batcher, now = self._batcher, time.monotonic()
         queued = tuple(map(batcher.queued_in, LANES))
@@ -97,7 +97,7 @@ class Desk:
             if not isinstance(error, ServiceError):
                 log.exception("unexpected error")
                 error = ServiceError("the server failed on this request")
-            # Before the answer, so that whoever has it knows of the failure too.
+            # The state goes before the answer, so that the front end knows of the failure when it gets the answer.
             self.tell(self._others_tokens)
             self.link.send(Failed.of(asked.number, error))
         finally:
@@ -105,7 +105,7 @@ class Desk:
 
     def _forget(self, number: int) -> None:
         del self._work[number]
-        self._coming.discard(number)  # where it ended before it was queued
+        self._coming.discard(number)  # if it ended before it was queued
 
     def _drop_all(self) -> None:
         for work in self._work.values():
@@ -122,7 +122,7 @@ async def _rows(keys: Sequence[bytes]) -> list[EmbedRow]:
 
 
 async def tell_all(desks: Sequence[Desk]) -> None:
-    """Keep front ends informed, for ever."""
+    """Keep the front ends informed, for ever."""
     while True:
         tokens = sum(desk.tokens for desk in desks)
         for desk in desks:
@@ -131,7 +131,7 @@ async def tell_all(desks: Sequence[Desk]) -> None:
 
 
 async def serve(child: Child, make_worker: MakeWorker) -> int:
-    """Load and compute until told to end, or until it can't go on; the exit status."""
+    """Load and compute until told to end or unable to go on. Returns the exit status."""
     assignment, metrics = child.assignment, Metrics()
     worker = make_worker(assignment, metrics)
     backend = LocalBackend(worker, assignment.settings, assignment.manifest, assignment.limits, metrics)
@@ -169,7 +169,7 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
 
 
 def encoder_worker(assignment: Assignment, metrics: Metrics) -> Worker:
-    """The worker of a stored encoder."""
+    """The worker of the assigned encoder."""
     from service.device.worker import EncoderWorker  # torch, from here on
 
     return EncoderWorker(assignment.folder, assignment.settings, metrics)

@@ -1,4 +1,4 @@
-"""A front end's process: HTTP and tokenizing, before engines in others. `python -m service.processes.frontend FD`"""
+"""A front-end process: HTTP and tokenizing for engines in other processes. `python -m service.processes.frontend FD`"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from service.server.process import answer
 from service.server.startup import Served, load_tokenizer, settle
 from service.tracing import start_traces
 
-# An engine says every second that it is alive, and is not called silent for being a few seconds late.
+# An engine says every second that it is alive; a few seconds of delay do not count as silence.
 _LEAST_SILENCE_SECONDS = 10.0
 
 

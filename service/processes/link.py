@@ -1,6 +1,6 @@
-"""One connection between two processes of a server: messages both ways, and the metrics of either end on demand.
+"""One connection between two processes of a server: messages both ways, and each end's metrics on request.
 
-What is sent is in order and arrives, or the connection is lost: then whoever waits for the other end is told.
+Messages arrive, and in order, unless the connection is lost. Then everybody who waits for the other end gets an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from service.errors import Unavailable
 from service.metrics import Metrics, Samples
 from service.processes.wire import AskSamples, GiveSamples, Message, Splitter, decode, encode
 
-# A system call costs as much as all the rest of a short message: short ones share it, and this many bytes don't wait.
+# A system call costs as much as all other work on a short message, so short messages share one. From this many bytes
+# on, messages are written at once.
 _WRITE_BYTES = 1 << 16
 
 
 class Link(asyncio.Protocol):
-    """This process's `end`, one of a connected pair of Unix sockets. `name` is what the other end is called."""
+    """A link over `end`, this process's end of a connected pair of Unix sockets. `name` is the other end's name."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class Link(asyncio.Protocol):
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._end)
 
     def send(self, message: Message) -> None:
-        """Send, with all else that is sent in this turn of the event loop; nothing if the connection is lost."""
+        """Send a message, together with all others of this turn of the event loop. A lost connection drops it."""
         if self.lost:
             return
         if not self._unsent:
@@ -60,7 +61,7 @@ class Link(asyncio.Protocol):
         self._unsent_bytes += len(frame)
 
     async def drain(self) -> None:
-        """Until most of what was sent is on its way, or the other end is lost."""
+        """Wait until most of the messages are on their way, or the other end is lost."""
         if self._unsent_bytes > _WRITE_BYTES:
             self._write()
         await self._writable.wait()
@@ -83,7 +84,7 @@ class Link(asyncio.Protocol):
             del self._asked[number]
 
     def close(self) -> None:
-        """Hang up, once what was sent is on its way."""
+        """Close the connection, once all messages are on their way."""
         if self._transport is not None:
             self._write()
             self._transport.close()
@@ -91,7 +92,7 @@ class Link(asyncio.Protocol):
             self._end.close()
 
     def give_up(self) -> None:
-        """Take the other end for lost, whatever is on its way."""
+        """Treat the other end as lost, even if messages are on their way."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -110,28 +111,28 @@ class Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio: answer what is asked of every process, hand on the rest."""
+        """Called by asyncio: answer requests for metrics here, and hand on the other messages."""
         for frame in self._splitter.feed(data):
             message = decode(frame)
             if isinstance(message, AskSamples):
                 self.send(GiveSamples(message.number, self._metrics.samples()))
             elif isinstance(message, GiveSamples):
-                asked = self._asked.get(message.number)  # none if whoever asked could not wait
+                asked = self._asked.get(message.number)  # None if the asker no longer waits
                 if asked is not None and not asked.done():
                     asked.set_result(message.samples)
             else:
                 self._on_message(message)
 
     def pause_writing(self) -> None:
-        """Called by asyncio when much is on its way."""
+        """Called by asyncio when many bytes are on their way."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """Called by asyncio when little is."""
+        """Called by asyncio when few bytes are on their way."""
         self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio when either end has hung up or ended."""
+        """Called by asyncio when either end has closed the connection or ended."""
         self.lost = True
         self._writable.set()
         for asked in self._asked.values():

@@ -1,7 +1,7 @@
-"""The batcher that a front end has: engines in other processes do the work.
+"""A front end's batcher: engines in other processes do the work.
 
-An engine admits what it queues, so the answer to an overload is its own. Equal rows are computed once where they meet
-in one engine; those that went to two engines are computed twice.
+Each engine decides itself what it admits to its queue. Equal rows are computed once if they go to the same engine, and
+twice if they go to two engines.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from service.processes.dispatch import Part, share
 from service.processes.link import Link
 from service.processes.wire import Cancel, Failed, Message, State, Submit, Vectors
 
-# A scrape that takes longer fails: without one process's part the sums would be wrong.
+# A scrape that takes longer fails: without one process's metrics the sums would be wrong.
 _SAMPLES_SECONDS = 1.0
 
-# How often it is seen whether an engine has said anything.
+# How often a front end checks that each engine has said something.
 _LISTEN_SECONDS = 1.0
 
 
 @dataclass(eq=False)
 class _Pending:
-    """What was submitted, and the future that is done when all answers are there."""
+    """The answers of a submission, and the future that is done when all of them are there."""
 
     answers: list[Computed[Vector] | None]
     missing: int
@@ -50,21 +50,21 @@ class RemoteEngine:
         self.state = State(0, 0, False)
         self.ready = asyncio.Event()  # also set when it is lost
         self.lost = asyncio.Event()
-        self.heard = False  # since this was last set to False
+        self.heard = False  # whether it said anything since this was last set to False
         self._numbers = itertools.count()
         self._pending: dict[int, _Pending] = {}
         self._own_tokens = 0
-        self._unseen: deque[tuple[Lane, int]] = deque()  # tokens sent that its last word does not contain
-        self._seen = 0  # submissions that it does
+        self._unseen: deque[tuple[Lane, int]] = deque()  # tokens sent that its last state does not contain yet
+        self._seen = 0  # submissions that its last state contains
         self.on_room: Callable[[], None] = lambda: None
 
     @property
     def load(self) -> int:
-        """Tokens that it has to do: those from here, and those from elsewhere as it last said."""
+        """Tokens that the engine has to do: those of this front end, and those of others by its last state."""
         return self._own_tokens + self.state.others_tokens
 
     def queued_in(self, lane: Lane) -> int:
-        """Tokens that wait in one lane: as it last said, and with what was sent since."""
+        """Tokens that wait in one lane: by the engine's last state, plus those sent since."""
         sent = sum(tokens for its_lane, tokens in self._unseen if its_lane == lane)
         return self.state.queued[LANES.index(lane)] + sent
 
@@ -76,11 +76,11 @@ class RemoteEngine:
         caller: int = 0,
         probe: bool = False,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. Cancelling it tells the engine.
+        """The rows' vectors, in order. Cancelling this also cancels the work in the engine.
 
         Raises:
-            Overloaded, EncodingError: as the engine says.
-            Unavailable: if it is lost.
+            Overloaded, DeadlineExceeded, EncodingError: if the engine raises it.
+            Unavailable: if the engine is lost.
         """
         if self.link.lost:
             raise self.link.gone()
@@ -112,7 +112,7 @@ class RemoteEngine:
             return
         assert isinstance(message, Vectors | Failed), message
         pending = self._pending.get(message.number)
-        if pending is None or pending.done.done():  # cancelled meanwhile
+        if pending is None or pending.done.done():  # it was cancelled meanwhile
             return
         if isinstance(message, Failed):
             pending.done.set_exception(message.error)
@@ -153,11 +153,11 @@ class RemoteBatcher:
         return any(engine.state.last_batch_failed for engine in self._engines)
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """See whether any engine has room for so many tokens, behind those that wait and `ahead` that are to come.
+        """Check that an engine has room for more tokens, behind those that wait and `ahead` that will come first.
 
         Raises:
-            Overloaded: if none has.
-            Unavailable: if one is lost, as the server ends then.
+            Overloaded: if no engine has room.
+            Unavailable: if an engine is lost, as the server then ends.
         """
         for engine in self._engines:
             if engine.link.lost:
@@ -179,16 +179,16 @@ class RemoteBatcher:
         timeout_seconds: float | None = None,
         caller: int = 0,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order: a small request from one engine, a large one from as many as it has batches for.
+        """The rows' vectors, in order. One engine computes a small request; engines share a large one by full batches.
 
         Raises:
-            Overloaded: if an engine that was to do a part refuses it; the other parts are dropped.
-            DeadlineExceeded: if a part of it was still queued when its time was over.
+            Overloaded: if an engine refuses its part; the other parts are dropped.
+            DeadlineExceeded: if a part was still queued when the time was over.
             EncodingError: the first error of a row, with its index.
             Unavailable: if an engine that has a part is lost.
         """
         lengths = [len(row) for row in rows]
-        # Of less than a batch each, parts would take longer together than the whole.
+        # Parts smaller than a batch would take longer than the whole request in one engine.
         most_parts = 1 if lane == "interactive" else sum(lengths) // max(self.batch_tokens, 1)
         parts = share(lengths, [engine.load for engine in self._engines], most_parts, next(self._turns))
         if len(parts) == 1:
@@ -204,7 +204,7 @@ class RemoteBatcher:
         """Compute a row in every engine whose last batch failed.
 
         Raises:
-            EncodingError, Unavailable: if one fails again.
+            EncodingError, Unavailable: if an engine fails again.
         """
         failing = [engine for engine in self._engines if engine.state.last_batch_failed]
         await asyncio.gather(*(engine.submit([row], "interactive", probe=True) for engine in failing))
@@ -219,7 +219,7 @@ class RemoteBatcher:
 
 
 class RemoteBackend:
-    """A front end's connections: to every engine, and for their metrics to the other front ends."""
+    """A front end's connections: to every engine, and to the other front ends for their metrics."""
 
     busy = False
 
@@ -240,10 +240,10 @@ class RemoteBackend:
         ]
 
     async def start(self) -> dict[str, object]:
-        """Until every engine is ready.
+        """Connect, and wait until every engine is ready.
 
         Raises:
-            Unavailable: if one is lost before.
+            Unavailable: if an engine is lost before it is ready.
         """
         for link in self.links:
             await link.connect()
@@ -254,10 +254,10 @@ class RemoteBackend:
         return {"engines": len(self.engines)}
 
     async def run(self) -> None:
-        """Until an engine is lost, or says nothing for so long that it must hang.
+        """Wait until an engine is lost, or says nothing for so long that it must hang.
 
         Raises:
-            Unavailable: then. Whoever waits for another engine still gets the answer.
+            Unavailable: always, in the end. Requests that wait for another engine still get their answers.
         """
         losses = [asyncio.create_task(engine.lost.wait()) for engine in self.engines]
         listening = [asyncio.create_task(self._listen(engine)) for engine in self.engines]
@@ -269,7 +269,7 @@ class RemoteBackend:
                 task.cancel()
 
     async def _listen(self, engine: RemoteEngine) -> None:
-        """Give an engine up that is silent: by turns of a clock, so that a pause of all processes does not count."""
+        """Give up an engine that is silent. It counts clock turns, so that a pause of all processes does not count."""
         most = math.ceil(self._silent_seconds / _LISTEN_SECONDS)
         silent = 0
         while silent < most:
@@ -280,15 +280,15 @@ class RemoteBackend:
         engine.link.give_up()
 
     def stop(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         for link in self.links:
             link.close()
 
     async def metrics_page(self) -> bytes:
-        """The sums over all processes.
+        """The merged metrics of all processes.
 
         Raises:
-            ServiceError: if one of them does not answer: sums without it would go backwards.
+            ServiceError: if a process does not answer, as sums without it would go backwards.
         """
         try:
             async with asyncio.timeout(_SAMPLES_SECONDS):

@@ -1,9 +1,9 @@
 """A server of several processes: front ends that speak HTTP, and an engine for each device.
 
-The supervisor prepares, opens the port, starts the others and waits. Front ends have a socket each on the one port,
-among which the kernel spreads connections; a Unix socket pair joins each front end to each engine and to each other
-front end. Nothing is restarted: when one process ends by itself, all end and the status is not 0, so that whatever
-started the server can start it again. No torch here, but for a build.
+The supervisor prepares the encoder, opens the port, starts the other processes and waits. Each front end has its own
+socket on the one port, and the kernel spreads connections over them. A Unix socket pair joins each front end to each
+engine and to each other front end. Nothing is restarted: when one process ends by itself, all end and the status is not
+0, so that the server's manager can start it again. Torch is loaded here only for a build.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from service.settings import Settings
 
 _TICK_SECONDS = 0.05
 
-# Beyond the grace period, for a front end to end; and for an engine, which has nothing to do by then.
+# Time for a front end to end after the grace period, and for an engine, which has no work left by then.
 _FRONT_END_SECONDS = 10.0
 _ENGINE_SECONDS = 10.0
 
@@ -41,14 +41,14 @@ ENGINE = "service.processes.engine"
 
 
 def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> int:
-    """Serve with as many processes as the settings ask for; returns the exit status: 0 after a clean end.
+    """Serve with as many processes as the settings ask for. Returns the exit status: 0 after a clean end.
 
-    `engine` is the module that is run for a device. One front end and one device are this process alone.
+    `engine` is the module that is run for each device. One front end and one device run in this process alone.
 
     Raises:
         StartupError, UserError: with a sentence that says what to change.
     """
-    # Until there are children to end, a signal to stop ends a build through its clean-up.
+    # Until there are children, SIGTERM ends a build through its clean-up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     configure_logs(settings.log_level)
     devices = find_devices(settings.device)
@@ -65,7 +65,7 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
         own = settings.model_copy(update={"device": device})
         return Assignment(name=name, settings=own, folder=folder, manifest=manifest, device_type=kind)
 
-    with ExitStack() as ours:  # what is open here is a child's, and closed here once they all have theirs
+    with ExitStack() as ours:  # these sockets are for the children; they are closed here once every child has its own
         listeners = [ours.enter_context(one) for one in listen_together(settings)]
         host, port = listeners[0].getsockname()[:2]
         log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
@@ -83,21 +83,21 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
 
 
 def listen_together(settings: Settings) -> list[socket.socket]:
-    """A socket for each front end on the one address.
+    """A socket for each front end, all on the one address.
 
     Raises:
-        StartupError: if it is taken or not this machine's.
+        StartupError: if the address is taken or is not this machine's.
     """
     if settings.frontends == 1:
         return [listen(settings.host, settings.port)]
-    # Sockets that share an address would share it with another server's too.
+    # Shared sockets would also share the address with another server, so this one checks that it is free.
     with listen(settings.host, settings.port) as alone:
         port = alone.getsockname()[1]
     return [listen(settings.host, port, shared=True) for _ in range(settings.frontends)]
 
 
 def _threads(kind: str, engines: int) -> dict[str, str]:
-    """Several engines on one CPU have their share of its cores each, unless it was said otherwise."""
+    """The variable that gives each of several engines on one CPU its share of the cores, unless the user has set it."""
     if kind != "cpu" or "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // engines, 1))}
@@ -105,7 +105,7 @@ def _threads(kind: str, engines: int) -> dict[str, str]:
 
 @dataclass
 class Plan:
-    """A child to be, and the ends of the sockets that it gets."""
+    """A child before its start, and the ends of the sockets that it gets."""
 
     module: str
     assignment: Assignment
@@ -114,7 +114,7 @@ class Plan:
     front_ends: list[socket.socket] = field(default_factory=list)
 
     def start(self, environment: dict[str, str]) -> Process:
-        """Start it. In a session of its own: an interrupt from the terminal is the supervisor's to pass on."""
+        """Start the child, in a session of its own: the supervisor passes on an interrupt from the terminal."""
         own = [self.listener] if self.listener is not None else []
         near, far = socket.socketpair()
         with far:
@@ -138,7 +138,7 @@ class Plan:
 
 @dataclass(eq=False)
 class Process:
-    """A child, and the connection that it ends with."""
+    """A child that was started, and the connection that ends it when it is closed."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -146,12 +146,12 @@ class Process:
 
     @property
     def status(self) -> int | None:
-        """Its exit status, if it has ended; negative for a signal."""
+        """Its exit status; negative for a signal, None while it runs."""
         return self.process.poll()
 
 
 class Family:
-    """The children, from their start to the end of the last."""
+    """The children, from their start to the end of the last one."""
 
     def __init__(self, front_ends: Sequence[Process], engines: Sequence[Process]) -> None:
         self._front_ends = front_ends
@@ -160,7 +160,7 @@ class Family:
         self._began = time.monotonic()
 
     def run(self, grace_seconds: float) -> int:
-        """Until a signal says to stop or a child has ended; the exit status."""
+        """Wait until a signal says to stop or a child has ended, then end all. Returns the exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: self._signals.append(number))
         try:
@@ -174,7 +174,7 @@ class Family:
                 child.connection.close()
 
     def _watch(self) -> bool:
-        """Until something happens; whether it was a child that ended."""
+        """Wait for a signal or the end of a child. Returns whether a child ended."""
         with selectors.DefaultSelector() as waiting:
             for child in self._front_ends:
                 waiting.register(child.connection, selectors.EVENT_READ, child)
@@ -194,7 +194,7 @@ class Family:
         return False
 
     def _end_front_ends(self, grace_seconds: float) -> bool:
-        """Let them answer what they have; whether one failed, or an engine before them."""
+        """End the front ends once they have answered. Returns whether one failed, or an engine ended before them."""
         running = [child for child in self._front_ends if child.status is None]
         for child in running:
             child.process.send_signal(signal.SIGTERM)
@@ -202,18 +202,18 @@ class Family:
         broken = [child for child in self._engines if child.status is not None]
         for child in broken:
             log.critical("%s ended with status %d before its last answer", child.name, child.status)
-        # One that was not up yet dies of the signal.
+        # A front end that has not started up yet dies of the signal.
         return bool(broken) or any(child.status not in (0, -signal.SIGTERM) for child in running)
 
     def _pass_on(self) -> None:
-        """A second interrupt is for the front ends, which then wait no longer."""
+        """Pass a second interrupt to the front ends, which then wait no longer."""
         if signal.SIGINT in self._signals[1:]:
             del self._signals[1:]
             for child in self._front_ends:
                 child.process.send_signal(signal.SIGINT)
 
     def _end_engines(self) -> bool:
-        """Whether one of those that ran did not end in time or well."""
+        """End the engines. Returns whether one of them did not end in time with status 0."""
         running = [child for child in self._engines if child.status is None]
         for child in running:
             child.connection.shutdown(socket.SHUT_RDWR)

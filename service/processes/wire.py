@@ -1,7 +1,7 @@
-"""What front ends and engines say to each other, as bytes. Pure functions: no sockets, no event loop.
+"""The messages between front ends and engines, as bytes. Pure functions: no sockets, no event loop.
 
-A frame is its length and a message in MessagePack. Rows travel as their keys, vectors as they lie in memory: both ends
-are processes of one version on one machine, and trust each other.
+A frame is a length and a message in MessagePack. Rows travel as their keys, and vectors as their bytes in memory: both
+ends are processes of one version on one machine, and trust each other.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from service.errors import (
 )
 from service.metrics import Samples
 
-# Numbers in one frame of vectors, 256 KB: either end does other things between two of them.
+# Numbers in one frame of vectors (256 KB): each end can do other work between two frames.
 _NUMBERS_AT_ONCE = 1 << 16
 
 _LENGTH = struct.Struct("<I")
 
-# By name on the wire; each is made of its message alone.
+# The errors by their name on the wire; each is made from its message alone.
 _ERRORS: dict[str, type[ServiceError]] = {
     kind.__name__: kind
     for kind in (EncodingError, NonFiniteEmbedding, OutOfMemory, Unavailable, DeviceLost, DeadlineExceeded)
@@ -41,11 +41,11 @@ _ERRORS: dict[str, type[ServiceError]] = {
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
-    """A number is shared by a question and its answers."""
+    """The base of the messages. A question and its answers have the same `number`."""
 
 
 class Submit(_Message, frozen=True):
-    """Compute these rows. A probe is computed whatever waits."""
+    """Compute these rows. A probe is computed even if the queue is full."""
 
     number: int
     keys: list[bytes]
@@ -56,13 +56,13 @@ class Submit(_Message, frozen=True):
 
 
 class Cancel(_Message, frozen=True):
-    """Nobody waits for what was submitted under this number."""
+    """Nobody waits any more for the submission with this number."""
 
     number: int
 
 
 class Vectors(_Message, frozen=True):
-    """Some of the vectors of what was submitted, from the row at `first` on: all of one `shape`, one after the other.
+    """Some vectors of a submission, from the row at `first` on: all of one `shape`, one after the other.
 
     `times` are each row's seconds in the queue and on the device.
     """
@@ -88,7 +88,7 @@ class Vectors(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """There are no vectors, or no more; the error by its kind, and what its kind has beside the message."""
+    """There are no vectors, or no more. It holds the error's kind, its message and the kind's other values."""
 
     number: int
     kind: str
@@ -114,9 +114,9 @@ class Failed(_Message, frozen=True):
 
 
 class State(_Message, frozen=True):
-    """What an engine is at; its first one says that it is ready. `others_tokens` wait for other front ends.
+    """The state of an engine; the first one says that it is ready. `others_tokens` are the work for other front ends.
 
-    `queued` are the tokens that wait in each lane, with those of so many `submissions` of the front end.
+    `queued` are the tokens that wait in each lane. They include the front end's first `submissions` submissions.
     """
 
     batch_tokens: int
@@ -128,7 +128,7 @@ class State(_Message, frozen=True):
 
 
 class AskSamples(_Message, frozen=True):
-    """What are your metrics?"""
+    """Asks for the other process's metrics."""
 
     number: int
 
@@ -153,16 +153,16 @@ def encode(message: Message) -> bytes:
 
 
 def decode(content: bytes) -> Message:
-    """The message of a frame, its length taken off.
+    """The message of a frame without its length.
 
     Raises:
-        msgspec.DecodeError: for bytes that are no message; it is a ValueError.
+        msgspec.DecodeError: for bytes that are no message. It is a ValueError.
     """
     return _decoder.decode(content)
 
 
 def vectors_in_parts(number: int, computed: Sequence[Computed[Vector]]) -> Iterator[Vectors]:
-    """A whole answer, in messages that are each small enough."""
+    """Divide a whole answer into messages that are small enough."""
     first = 0
     for _, run in groupby(computed, key=lambda item: item.vector.shape):
         items = list(run)
@@ -179,7 +179,7 @@ class Splitter:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The frames that are whole with this, their lengths taken off."""
+        """The frames that these bytes complete, without their lengths."""
         rest = self._rest
         rest += data
         frames = []

@@ -1,4 +1,4 @@
-"""Wiring and lifespan only: which parts there are, and when each of them lives."""
+"""Wiring and lifespan only: the parts of the application, and when each of them starts and ends."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ from service.server.startup import Served
 from service.tracing import Traces
 from service.version import VERSION
 
-# Makes the application, given what it calls when it can't go on.
+# Makes the application. The argument is the function that the application calls when it can't go on.
 MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
 
 
-# Dialects beside OpenAI's own: the words for errors by path, and what is called without FastAPI in between.
+# The dialects' form of errors by path, beside OpenAI's own; then the routers, their paths, and the handlers that are
+# called without FastAPI.
 _DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
 _TEI = (tei_embed, tei_rank, tei_tokens, tei_info)
 _ROUTERS = [api.router for api in (openai, chunks, prompts, *_TEI, cohere, ollama, operations, reference)]
@@ -48,10 +49,11 @@ def create_app(
     on_ready: Callable[[dict[str, object]], None] = lambda facts: None,
     traces: Traces | None = None,
 ) -> FastAPI:
-    """The application for one encoder. It answers `/livez` at once and requests when the backend has started.
+    """The application for one encoder. It answers `/livez` at once, and requests once the backend has started.
 
     `on_fatal` is called when the backend can't start or ends: the process should then end too. `on_ready` is called
-    once everything that stays is in memory, with facts for the log. `traces` are closed when the application ends.
+    with facts for the log once everything that stays in memory is loaded. `traces` are closed when the application
+    ends.
     """
     settings, metrics = served.settings, served.metrics
     pages = playground.load_pages() if settings.playground else {}
@@ -77,7 +79,7 @@ def create_app(
         description="LLM2Vec text embeddings behind an OpenAI-compatible API",
         lifespan=lifespan,
         redirect_slashes=False,
-        docs_url=None,  # both load scripts from elsewhere: see reference.py
+        docs_url=None,  # FastAPI's two pages load scripts from other hosts: see reference.py
         redoc_url=None,
     )
     app.state.parts = parts
@@ -116,13 +118,13 @@ def _parts(served: Served, access: Access) -> Parts:
 async def _run(
     parts: Parts, on_fatal: Callable[[BaseException], None], on_ready: Callable[[dict[str, object]], None]
 ) -> None:
-    """Start the backend and let it compute, for ever."""
+    """Start the backend and let it compute for ever."""
     life, ready = parts.life, parts.metrics.ready
     began = time.perf_counter()
     try:
         life.facts = await parts.backend.start()
         on_ready({"model": parts.served_name, **life.facts, "seconds": round(time.perf_counter() - began, 2)})
-        if life.phase == "loading":  # and not told to stop meanwhile
+        if life.phase == "loading":  # it is "draining" if it was told to stop meanwhile
             life.phase = "ready"
             ready.set(1)
         await parts.backend.run()
@@ -133,7 +135,7 @@ async def _run(
 
 
 class _Application(FastAPI):
-    """FastAPI behind an `entry` that may answer a request without it."""
+    """FastAPI behind an `entry`, which may answer a request without FastAPI."""
 
     def __init__(self, **about: Any) -> None:
         super().__init__(**about)
@@ -146,7 +148,7 @@ class _Application(FastAPI):
 
 
 def drain(app: FastAPI) -> None:
-    """Take no more requests; those in flight go on."""
+    """Take no more requests; the requests in flight go on."""
     parts: Parts = app.state.parts
     parts.life.phase = "draining"
     parts.metrics.ready.set(0)

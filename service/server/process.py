@@ -27,28 +27,28 @@ from service.server.startup import Progress, Served, prepare, settle
 from service.settings import Settings
 from service.tracing import start_traces
 
-# Tenths of a second without work in which a request that was on its way has been read and answered.
+# Ticks (tenths of a second) without work, after which every request that was on its way has been answered.
 _QUIET_TICKS = 3
 
-# Ticks between two looks at the connections.
+# Ticks between two checks of the connections.
 _LOOK_TICKS = 5
 
-# Files and sockets that a process has open beside its connections, and more.
+# More than the files and sockets that a process has open beside its connections.
 _OTHER_FILES = 512
 
-# Beyond the grace period, for an orderly end: it waits for the batch that the device is at.
+# Time for an orderly end after the grace period, as it waits for the batch on the device.
 _STOP_SECONDS = 10.0
 
 
 def serve(settings: Settings, progress: Progress) -> int:
-    """Serve until a signal says to stop; returns the process's exit status: 0 after a clean end.
+    """Serve until a signal says to stop. Returns the process's exit status: 0 after a clean end.
 
-    Everything that can be known to be wrong is found before the port is opened.
+    Every mistake that can be found early is found before the port is opened.
 
     Raises:
         StartupError, UserError: with a sentence that says what to change.
     """
-    # Until the server handles it, a signal to stop ends a build through its clean-up, which removes what is half done.
+    # Until the server handles the signal, SIGTERM ends a build through its clean-up, which removes half-written files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
     prepared = prepare(settings, progress)
@@ -74,7 +74,7 @@ def make_app(
 
 
 def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
-    """Serve an app on a socket until a signal says to stop, or the app that it can't go on; the exit status."""
+    """Serve an app on a socket until a signal says to stop or the app can't go on. Returns the exit status."""
     failure: list[BaseException] = []
 
     def on_fatal(error: BaseException) -> None:
@@ -98,7 +98,7 @@ def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
             access_log=False,
             timeout_graceful_shutdown=settings.shutdown_grace_seconds,
             server_header=False,
-            proxy_headers=False,  # no use is made of who asks
+            proxy_headers=False,  # the server does not use the client's address
         ),
         on_stop=lambda: drain(app),
         in_work=lambda: parts.embedder.running,
@@ -112,7 +112,7 @@ def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
 
 
 def _allow_connections(most: int) -> None:
-    """Let this process have so many sockets, as far as the system does."""
+    """Raise this process's limit of open files for so many connections, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -121,12 +121,12 @@ def _allow_connections(most: int) -> None:
 
 
 def listen(host: str, port: int, shared: bool = False) -> socket.socket:
-    """A socket on the address; with others if it is shared, among which the kernel spreads connections.
+    """A socket on the address. If it is shared, the kernel spreads connections over all sockets on the address.
 
-    `::` is every address of IPv6 and of IPv4, as 0.0.0.0 is of IPv4 alone.
+    `::` listens on every address of IPv6 and IPv4; 0.0.0.0 listens on those of IPv4 alone.
 
     Raises:
-        StartupError: if it is taken or not this machine's.
+        StartupError: if the address is taken or is not this machine's.
     """
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
@@ -144,10 +144,11 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, but a signal to stop drains first, and ends with status 0 instead of dying of the signal.
+    """uvicorn, but a signal to stop drains first, and the process then ends with status 0.
 
-    While it drains it still listens: what arrives is told 503, where a closed socket would reset requests that were
-    sent but not read yet. It stops listening once nothing has been in work for a moment, or the grace period is over.
+    While the server drains it still listens and answers new requests with 503: a closed socket would reset requests
+    that were sent but not read yet. It stops listening once no request has been in work for a moment, or the grace
+    period is over.
     """
 
     def __init__(
@@ -184,9 +185,10 @@ class _Server(uvicorn.Server):
         return self.should_exit
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn after its main loop: no new connections, but those that wait to be accepted are answered.
+        """Called by uvicorn after its main loop: take no new connections, but answer those that wait to be accepted.
 
-        The kernel has made them, so their clients are sending already; closing the socket alone would reset them.
+        The kernel has already made these connections, so their clients may be sending; closing the socket alone would
+        reset them.
         """
         loop = asyncio.get_running_loop()
         listeners = [listener.dup() for listener in sockets or ()]
@@ -202,7 +204,7 @@ class _Server(uvicorn.Server):
 
 
 def _waiting(listener: socket.socket) -> list[socket.socket]:
-    """The connections that wait to be accepted; closes the socket that they wait at."""
+    """Accept the connections that wait, and close the listening socket."""
     connections = []
     with listener, suppress(OSError):
         listener.setblocking(False)

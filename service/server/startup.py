@@ -1,6 +1,6 @@
-"""Settings → an encoder and everything that serves it. Nothing is started here, and no HTTP is known.
+"""Settings → an encoder and everything that serves it. This module starts nothing and knows no HTTP.
 
-Engine processes and `embed` need this and nothing of FastAPI or uvicorn.
+Engine processes and `embed` use it without FastAPI or uvicorn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Served:
-    """One encoder, how it is to be served, and what computes its vectors."""
+    """One encoder, the settings it is served with, and the backend that computes its vectors."""
 
     settings: Settings
     manifest: Manifest
@@ -49,7 +49,7 @@ class Prepared(Served):
 
 
 def prepare(settings: Settings, progress: Progress) -> Prepared:
-    """Find the encoder of these settings, or build it, and make ready what serves it.
+    """Find or build the encoder of these settings, and make the parts that serve it.
 
     Raises:
         StartupError, UserError: with a sentence that says what to change.
@@ -72,22 +72,22 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
 
 
 def as_served(manifest: Manifest, settings: Settings) -> Manifest:
-    """The manifest of the vectors that these settings give."""
+    """The manifest with the embedding space of the vectors that these settings give."""
     space = quantized_space(manifest.embedding_space, settings.quantization)
     return manifest.model_copy(update={"embedding_space": space})
 
 
 def load_tokenizer(folder: Path, manifest: Manifest, settings: Settings) -> TextTokenizer:
-    """The stored encoder's tokenizer, cutting long texts or not as these settings say."""
+    """The stored encoder's tokenizer. It cuts long texts if these settings say so."""
     return TextTokenizer.load(folder, manifest, reference=settings.truncation == "reference")
 
 
 def settle() -> None:
-    """Keep pauses of the interpreter short, once everything that stays is in memory.
+    """Keep pauses of the interpreter short. To be called once everything that stays in memory is loaded.
 
-    A full garbage collection looks at all objects there are, which takes a fifth of a second with torch loaded: those
-    are put aside, and the few that requests make are looked at sooner. A thread that wants the interpreter, such as the
-    event loop's, gets it within a millisecond of a tokenizer's.
+    A full garbage collection looks at all objects, which takes a fifth of a second with torch loaded. So the present
+    objects are frozen, and the few objects that requests make are collected sooner. The shorter switch interval lets a
+    thread such as the event loop's run within a millisecond while a tokenizer's thread runs.
     """
     gc.collect()
     gc.freeze()
@@ -96,10 +96,10 @@ def settle() -> None:
 
 
 def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifest]:
-    """The stored encoder to serve: the folder given, or the recipe's, built now if it is not there whole.
+    """The stored encoder to serve: the given folder, or the recipe's folder, which is built now if it is not complete.
 
     Raises:
-        StartupError: if it is damaged, or `model` is neither a folder nor a recipe.
+        StartupError: if the encoder is damaged, or `model` is neither a folder nor a recipe.
     """
     folder = Path(settings.model).expanduser()
     if folder.is_dir():
@@ -115,6 +115,6 @@ def prepare_store(settings: Settings, progress: Progress) -> tuple[Path, Manifes
     if built := find_built(folder, recipe):
         return folder, built
 
-    from model_store.build.build import ensure_built  # torch and all that, only where there is something to build
+    from model_store.build.build import ensure_built  # torch is loaded only if there is something to build
 
     return folder, ensure_built(recipe, folder, progress)
