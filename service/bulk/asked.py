@@ -16,7 +16,7 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked for; see `llm2vec-service embed --help`. What is None is as the settings say."""
+    """The command's options; see `llm2vec-service embed --help`. For None, the settings decide."""
 
     inputs: Sequence[Path]
     out: Path

@@ -1,8 +1,8 @@
 """A client of a running server, for whole files of texts: patient, and exact about which texts got which vectors.
 
-It waits where the server says that it has no room (Retry-After), and comes again where a connection breaks or what
-stands between answers for it. It gives up when nothing has gone well for a while, and at once where the server was
-never reached or says that the request itself is wrong.
+It waits when the server says that it has no room (Retry-After). It tries again when a connection breaks or a proxy
+answers in the server's place. It gives up when nothing has gone well for a while, and at once if the server was never
+reached or says that the request itself is wrong.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from service.settings import KEY_VARIABLE
 # Answers after which the same request may well succeed. 500 is also what proxies answer for a server that died.
 _COME_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
-# What the server says of a text that its device fails on, whatever it is asked together with.
+# The error codes of a text that the device fails on, also when it is sent alone.
 _OF_A_TEXT = frozenset({"non_finite_embedding", "encoding_failed", "out_of_memory"})
 
 _MOST_RETRY_AFTER_SECONDS = 300.0
@@ -43,7 +43,7 @@ _REQUESTS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a server says of the model that it serves."""
+    """The model that a server serves, by its own description."""
 
     name: str
     embedding_space: str
@@ -53,7 +53,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Answer:
-    """(n, D) float32 vectors in the texts' order, the tokens computed for them, and the space they are in."""
+    """(n, D) float32 vectors in the texts' order, the tokens computed for them, and their embedding space."""
 
     vectors: NDArray[np.float32]
     tokens: int
@@ -62,9 +62,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Patience:
-    """When to come again, unless the server says it, and when to give up: after so long in which nothing went well.
+    """When to try again, unless the server says when, and when to give up: `seconds` after the last success.
 
-    Waits double, up to the longest. A server that has failed on one request (500) so often always will.
+    Waits double, up to the longest. A request that got status 500 more than `most_failures` times is given up.
     """
 
     seconds: float = 600.0
@@ -77,10 +77,10 @@ PATIENCE = Patience()
 
 
 class ServerClient:
-    """Asks one server; to be entered before, and left after. Several requests may be on their way at once.
+    """Asks one server, within an `async with` block. Several requests may be on their way at once.
 
-    `reached`: whether another client has had an answer of this server. What breaks off is then asked for again from
-    the first request on.
+    `reached` says that another client has had an answer from this server. Then even the first request is tried again
+    after a failure.
     """
 
     def __init__(self, url: str, patience: Patience = PATIENCE, *, reached: bool = False) -> None:
@@ -98,7 +98,7 @@ class ServerClient:
             raise ServiceError(f"{KEY_VARIABLE} is no key of a server: it holds more than ASCII characters") from None
         except httpx.InvalidURL as error:
             raise ServiceError(f"{url} is not an address of a server: {error}") from error
-        self._went_well = time.monotonic() if reached else 0.0  # when; 0 if never
+        self._went_well = time.monotonic() if reached else 0.0  # time of the last success; 0 if there was none
         self._said = 0.0
 
     async def __aenter__(self) -> ServerClient:
@@ -108,10 +108,10 @@ class ServerClient:
         await self._http.aclose()
 
     async def served_model(self) -> ServedModel:
-        """What is served there.
+        """The model that the server serves.
 
         Raises:
-            ServiceError: if nothing can be reached there, or it is no server of this kind.
+            ServiceError: if the server can't be reached, or is no server of this kind.
         """
         _, found = await self._ask("GET", "/v1/models")
         try:
@@ -123,11 +123,11 @@ class ServerClient:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error
 
     async def embed(self, texts: Sequence[str], **fields: Any) -> Answer:
-        """Vectors for texts; `fields` are further ones of `POST /v1/embeddings`.
+        """Vectors for texts; `fields` are further fields of the body of `POST /v1/embeddings`.
 
         Raises:
             InvalidRequest, EncodingError: if the server says that one of the texts, or a field, is to blame.
-            ServiceError: if it can't be reached any more, or refuses.
+            ServiceError: if the server can't be reached any more, or refuses.
         """
         body = orjson.dumps({"input": texts, "encoding_format": "base64", **fields})
         headers, found = await self._ask("POST", "/v1/embeddings", body)
@@ -141,7 +141,7 @@ class ServerClient:
         return Answer(together, tokens, headers.get("x-embedding-space", ""))
 
     async def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[httpx.Headers, Any]:
-        """The headers of an answer that goes well, and the JSON in it."""
+        """Ask until an answer is good. Returns its headers and its JSON."""
         patience = self._patience
         began, waits, failures = time.monotonic(), 0, 0
         while True:
@@ -181,14 +181,14 @@ class ServerClient:
             await asyncio.sleep((own_wait if asked_to_wait is None else asked_to_wait) * random.uniform(1.0, 1.25))
 
     def _refusal(self, answer: httpx.Response) -> ServiceError | None:
-        """What the answer says is wrong with the request; None where it may be sent again as it is."""
+        """The error that the answer reports; None if the same request may be sent again."""
         page = "html" in answer.headers.get("content-type", "")
         code, message = "", answer.reason_phrase if page else answer.text[:500]
         try:
             error = orjson.loads(answer.content)["error"]
             code, message = str(error["code"]), str(error["message"])
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass  # not this service's words: a proxy's
+            pass  # the answer is a proxy's, not this service's
         if code in _OF_A_TEXT:
             return EncodingError(message)
         if answer.status_code in _COME_AGAIN:
@@ -200,7 +200,7 @@ class ServerClient:
 
 
 def _retry_after(answer: httpx.Response) -> float | None:
-    """The seconds that an answer asks to wait, if it does in numbers."""
+    """The seconds that an answer asks to wait, or None. A date in Retry-After is not read."""
     for header, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
             return min(max(float(answer.headers[header]) * unit, 0.0), _MOST_RETRY_AFTER_SECONDS)
@@ -210,7 +210,7 @@ def _retry_after(answer: httpx.Response) -> float | None:
 
 
 def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArray[np.float32]:
-    """(n, D) vectors of the texts, in order, asked for over `/v1/embeddings`; texts that are too long are cut.
+    """(n, D) vectors of the texts, in order, from a server's `/v1/embeddings`. Texts that are too long are cut.
 
     Raises:
         ServiceError: if the server can't be reached or refuses.

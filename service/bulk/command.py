@@ -1,4 +1,4 @@
-"""`llm2vec-service embed`: files of texts in, a folder of vectors out, which a job that was cut off goes on from."""
+"""`llm2vec-service embed`: files of texts in, a folder of vectors out. An interrupted job can be continued."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from service.settings import load_settings
 
 Progress = Callable[[int, int], None]
 
-# How often the bar moves where it is lines of a log.
+# How often the bar moves if it is written as lines of a log.
 _LOG_SECONDS = 10.0
 
 
 def embed(asked: Asked, progress: Progress) -> Manifest:
-    """Do a job, or what is left of it; `progress` is told of an encoder that is built. What there is in the end.
+    """Do a job, or the rest of it. `progress` is told when an encoder is built. Returns the final manifest.
 
     Raises:
-        UserError, ServiceError, OSError: with a sentence that says what to change. What was
-            done before stays, and the same command goes on from there.
+        UserError, ServiceError, OSError: with a sentence that says what to change. The finished
+                shards stay, and the same command goes on from there.
     """
     _refuse_contradictions(asked)
     check_format(asked.format)
@@ -65,7 +65,7 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
 
         async def work() -> None:
             async with vectors.running():
-                await _try_out(vectors)  # what is wrong with every text is not a text's fault
+                await _try_out(vectors)  # finds errors of the options before any text is blamed for them
                 with _Bar(job.rows, manifest.read) as bar:
                     await run(job, inputs, folder, vectors, asked.on_error, bar.update)
 
@@ -94,7 +94,9 @@ def _vectors(asked: Asked, progress: Progress) -> LocalVectors | ServerVectors:
     given = {name: value for name in ("model", "device", "dtype") if (value := getattr(asked, name)) is not None}
     settings = load_settings(given)
     if "log_level" not in settings.model_fields_set:
-        settings = settings.model_copy(update={"log_level": "warning"})  # the rest is for who watches a server
+        settings = settings.model_copy(
+            update={"log_level": "warning"}
+        )  # info lines are for somebody who watches a server
     return LocalVectors.prepare(settings, wanted, progress)
 
 
@@ -111,7 +113,7 @@ def _summary(manifest: Manifest) -> str:
 
 
 class _Bar:
-    """Rows done, and tokens a second of this run; lines of a log where stderr is no terminal."""
+    """Shows rows done and this run's tokens a second; as lines of a log if stderr is no terminal."""
 
     def __init__(self, rows: int, done: int) -> None:
         quiet = not sys.stderr.isatty()
@@ -134,7 +136,7 @@ class _Bar:
         self._bar.close()
 
     def update(self, rows: int, tokens: int) -> None:
-        """Count some more."""
+        """Count more rows and tokens."""
         self._tokens += tokens
         rate = self._tokens / (time.perf_counter() - self._began)
         self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)

@@ -1,8 +1,8 @@
-"""The folder that a job writes: numbered shards, the rows left out, and the manifest that says what of it counts.
+"""The folder that a job writes: numbered shards, the rows left out, and the manifest that says which files count.
 
-A shard is written under another name, synced and renamed, and counts once the manifest has it, which is replaced in the
-same way. So what the manifest says is true whenever the job ends, be it by a kill or for want of power, and what it
-does not say goes when the job goes on. One job at a time has the folder.
+A shard is written under another name, synced and renamed. It counts once the manifest lists it, and the manifest is
+replaced in the same way. So the manifest is true whenever the job ends, even by a kill or a loss of power. Files that
+it does not list are removed when the job goes on. Only one job at a time has the folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PARTIAL_SUFFIX = ".partial"
 
 
 class JobFolder:
-    """The folder, while this process alone has it. `manifest` is what counts of it; None before a job has begun."""
+    """The folder, while this process alone has it. `manifest` is None before a job has begun."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class JobFolder:
     @classmethod
     @contextmanager
     def alone(cls, path: Path) -> Iterator[JobFolder]:
-        """The folder, made if it is not there.
+        """The folder, made if it does not exist, and locked for this process.
 
         Raises:
             JobError: if another process has it, or its manifest can't be read.
@@ -50,13 +50,13 @@ class JobFolder:
                 raise JobError(f"another job is writing to {path}: wait for it, or choose another --out") from error
             yield cls(path)
         finally:
-            os.close(descriptor)  # which ends the lock, as the end of the process does
+            os.close(descriptor)  # this ends the lock, as the end of the process also does
 
     def begin(self, job: Job, overwrite: bool = False) -> Manifest:
-        """Begin a job, or go on with it where it was left; what is done of it.
+        """Begin a job, or go on with it. Returns the manifest of the work that is done.
 
         Raises:
-            JobError: if the folder holds what no job wrote, or another job's output that is not to be overwritten.
+            JobError: if the folder holds files that no job wrote, or another job's output without `overwrite`.
         """
         manifest = self.manifest
         if manifest is None:
@@ -66,7 +66,7 @@ class JobFolder:
                 )
             return self._save(Manifest(job=job))
         if overwrite:
-            # Killed in the midst of it, the old job is one that has done nothing yet.
+            # First empty the old job: after a kill between the two steps, it is a job that has done nothing yet.
             self._keep_only(self._save(Manifest(job=manifest.job)))
             return self._save(Manifest(job=job))
         if differences := manifest.job.differences(job):
@@ -84,10 +84,10 @@ class JobFolder:
         return manifest
 
     def add(self, rows: ShardRows, errors: Sequence[Mapping[str, Any]], writer: ShardWriter) -> Manifest:
-        """Write a shard and what was left out of it, and have them count.
+        """Write a shard and the rows that were left out of it, and list both in the manifest.
 
         Raises:
-            OSError: if they can't be written; then they don't count.
+            OSError: if they can't be written; the manifest then stays as it was.
         """
         manifest = self.manifest
         assert manifest is not None, "begin comes first"
@@ -113,7 +113,7 @@ class JobFolder:
         return self._save(manifest.model_copy(update=done))
 
     def finish(self) -> Manifest:
-        """Say that the job is done."""
+        """Mark the job as complete."""
         assert self.manifest is not None, "begin comes first"
         return self._save(self.manifest.model_copy(update={"complete": True}))
 
@@ -124,7 +124,7 @@ class JobFolder:
         return manifest
 
     def _write(self, name: str, fill: Callable[[Path], object]) -> None:
-        """A file that is there whole, with all that was written before it, or not at all."""
+        """Write a file so that it exists whole, after everything written before it, or not at all."""
         partial = self.path / f".{name}{_PARTIAL_SUFFIX}"
         fill(partial)
         _sync(partial)
@@ -132,7 +132,7 @@ class JobFolder:
         _sync(self.path)
 
     def _append_errors(self, count_bytes: int, errors: Sequence[Mapping[str, Any]]) -> int:
-        """Put these behind what counts of the list, and nothing else; how long it is then."""
+        """Append these errors to the first `count_bytes` of the list and cut the rest. Returns the new length."""
         path = self.path / ERRORS_FILE
         if not errors and not path.exists():
             return count_bytes
@@ -145,7 +145,7 @@ class JobFolder:
             return file.tell()
 
     def _keep_only(self, manifest: Manifest) -> None:
-        """Remove what a job has written that does not count. Files of others stay."""
+        """Remove a job's files that this manifest does not list. Other files stay."""
         stems = {Path(shard.file).stem for shard in manifest.shards}
         for path in self.path.iterdir():
             shard = path.name.startswith("part-") and path.suffix in (".parquet", ".safetensors", BESIDE_SUFFIX)
@@ -167,12 +167,12 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _size(path: Path) -> int:
-    """Its bytes; -1 where there is no file."""
+    """The file's size in bytes; -1 if there is no file."""
     return path.stat().st_size if path.is_file() else -1
 
 
 def _sync(path: Path) -> None:
-    """Have what was written to a file, or which files are in a folder, outlast a loss of power."""
+    """Flush a file's content, or a folder's list of files, to the disk, so that it survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

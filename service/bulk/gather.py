@@ -1,4 +1,4 @@
-"""Several coroutines at once, of which the first failure is everybody's."""
+"""Runs several coroutines at once; the first failure ends them all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 async def gather_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Their results, in order. Where one raises, or this is cancelled, none is left running.
+    """The coroutines' results, in order. If one raises, or this is cancelled, the others are cancelled too.
 
-    Unlike a TaskGroup it raises that error itself, and no group of it.
+    Unlike a TaskGroup, it raises the error itself and not a group of errors.
     """
     tasks = [asyncio.create_task(one) for one in coroutines]
     try:

@@ -1,6 +1,6 @@
-"""What one job is, as its manifest says it: two runs of the same go on from each other, others are refused.
+"""The description of a job, as its manifest stores it. A run goes on only from an earlier run of the same job.
 
-Knows what is asked for and what has been done; nothing of how vectors come about or how files are written.
+It knows the options and the work done; it knows nothing of how vectors are made or files are written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ VECTOR_COLUMN = "embedding"
 
 
 class JobError(UserError):
-    """A job that can't be begun or gone on with as asked for; the message names the way out."""
+    """A job that can't begin or go on with these options; the message names the way out."""
 
 
 class _Frozen(BaseModel):
@@ -35,7 +35,7 @@ class _Frozen(BaseModel):
 
 
 class InputRecord(_Frozen):
-    """A file, or a folder of texts, as it was when the job began: `state` changes whenever it is written."""
+    """A file, or a folder of texts, as it was when the job began. `state` changes whenever it is written to."""
 
     path: str
     kind: Kind
@@ -46,7 +46,7 @@ class InputRecord(_Frozen):
 
 
 class VectorSource(_Frozen):
-    """What makes the vectors, as far as it moves them or decides which texts get one. "" is not known."""
+    """The source of the vectors: everything that changes them or decides which texts get one. "" means not known."""
 
     model: str
     embedding_space: str
@@ -58,7 +58,7 @@ class VectorSource(_Frozen):
 
 
 class Job(_Frozen):
-    """All that the output depends on."""
+    """Everything that the output depends on."""
 
     source: VectorSource
     instruction: str
@@ -74,16 +74,16 @@ class Job(_Frozen):
 
     @property
     def columns(self) -> Columns:
-        """What is read of each row."""
+        """The columns that are read of each row."""
         return Columns(self.text_column, self.id_column, self.carried)
 
     @property
     def rows(self) -> int:
-        """Rows of all inputs, bad ones included."""
+        """The number of rows of all inputs, including bad rows."""
         return sum(one.rows for one in self.inputs)
 
     def differences(self, other: Job) -> list[str]:
-        """What is not the same, in words. An input that only moved is the same."""
+        """The differences between two jobs, in words. An input that only moved is no difference."""
         own, others = self.model_dump(), other.model_dump()
         parts: dict[str, tuple[Any, Any]] = {
             **{name: (own[name], others[name]) for name in own if name not in ("source", "inputs")},
@@ -102,9 +102,9 @@ class Job(_Frozen):
 
 
 class Shard(_Frozen):
-    """One file of the output: its own rows, and which of the inputs' it stands for, bad ones included.
+    """One file of the output: its `rows`, and the `read` rows of the inputs that it stands for, including bad rows.
 
-    It ends with `line` of input number `input`.
+    Its last row is `line` of input number `input`.
     """
 
     file: str
@@ -119,7 +119,7 @@ class Shard(_Frozen):
 
 
 class Manifest(_Frozen):
-    """`manifest.json`: the job, and what of it is done. Of the list of errors `errors_bytes` count."""
+    """`manifest.json`: the job, and the work done. The first `errors_bytes` of the list of errors count."""
 
     format: int = FORMAT
     job: Job
@@ -130,22 +130,22 @@ class Manifest(_Frozen):
 
     @property
     def rows(self) -> int:
-        """Rows of the output."""
+        """The number of rows of the output."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def read(self) -> int:
-        """Rows of the inputs that are done."""
+        """The number of rows of the inputs that are done."""
         return sum(shard.read for shard in self.shards)
 
 
 def describe(
     inputs: Sequence[Input], columns: Columns, on_error: OnError, known: Iterable[InputRecord] = ()
 ) -> tuple[InputRecord, ...]:
-    """What the inputs are, each read once to its end, unless it is `known` and has not been written since.
+    """Describe the inputs. Each is read once to its end, unless it is `known` and was not written to since.
 
     Raises:
-        InputError: for one that can't be read or lacks a column; and for the first bad row, if that is to stop the job.
+        InputError: for an input that can't be read or lacks a column, and for the first bad row with on_error "stop".
     """
     check_columns(columns)
     by_path: Mapping[tuple[str, str], InputRecord] = {(record.path, record.kind): record for record in known}
@@ -153,10 +153,10 @@ def describe(
 
 
 def check_columns(columns: Columns) -> None:
-    """Refuse what would be in a column twice.
+    """Refuse columns whose name would be in the output twice.
 
     Raises:
-        InputError: naming it.
+        InputError: naming the column.
     """
     for name in columns.carried:
         if name in (ROW_COLUMN, ID_COLUMN, VECTOR_COLUMN):
@@ -166,7 +166,7 @@ def check_columns(columns: Columns) -> None:
 
 
 def state_of(one: Input) -> str:
-    """Sizes and times of last change: the same as long as nobody has written to it."""
+    """A string of sizes and times of last change. It stays the same as long as nobody writes to the input."""
     if not one.path.is_dir():
         return _stamp(one.path)
     digest = hashlib.sha256()
@@ -190,7 +190,7 @@ def _describe(one: Input, columns: Columns, on_error: OnError, known: InputRecor
 
 
 def _name_of(one: Input) -> str:
-    """Its path, as it can be written down."""
+    """The input's path, as valid Unicode."""
     return str(one.path.resolve()).encode(errors="backslashreplace").decode()
 
 
@@ -209,7 +209,7 @@ def _content_sha256(one: Input) -> str:
 
 
 def _count(one: Input, columns: Columns, on_error: OnError) -> int:
-    """Its rows, once it is known to have what is asked for."""
+    """Check that the input has the columns asked for, and count its rows."""
     names = one.names(columns)
     for name in () if names is None else (columns.text, *columns.beside):
         assert names is not None
@@ -231,7 +231,7 @@ def _count(one: Input, columns: Columns, on_error: OnError) -> int:
 
 
 def bad_row(one: Input, row: BadRow) -> InputError:
-    """What a job that stops at such a row says."""
+    """The error of a job that stops at a bad row."""
     return InputError(
         f"{one.where(row.line)}: {row.reason.rstrip('.')}. Mend it, or give --on-error skip, which leaves such rows "
         "out and lists them"
@@ -239,5 +239,5 @@ def bad_row(one: Input, row: BadRow) -> InputError:
 
 
 def default_id(inputs: Sequence[Input]) -> str | None:
-    """The column that tells rows apart where none is named: the path of texts that are a file each."""
+    """The default id column: the path, if every text is a file of its own."""
     return PATH_COLUMN if all(one.kind == "files" for one in inputs) else None

@@ -1,8 +1,8 @@
-"""Rows in, shards out, in the rows' order: reading ahead, asking for many vectors at once, writing aside.
+"""Rows in, shards out, in the rows' order. It reads ahead, asks for many vectors at once, and writes in the background.
 
-Rows are taken in windows. Within one the longest texts go first, in requests of texts of about the same length, and
-the next windows' wait behind them, so that whatever computes the vectors never waits for files. At most three windows
-and two shards are in memory, whatever the size of the inputs.
+Rows are taken in windows. Within a window the longest texts go first, in requests of texts of about the same length.
+The requests of the next windows wait behind them, so that the source of the vectors never waits for files. At most
+three windows and two shards are in memory, whatever the size of the inputs.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from service.errors import EncodingError, InvalidRequest
 
 # B texts, D dimensions
 
-# How messages about a request name the first of its inputs, where only one was asked for.
+# The words with which an error message names the only input of a request.
 _THE_ONLY_ONE = re.compile(r" (?:\(input index 0\)|(?:at |of )?(?:input )?index 0\b)")
 
-# (input texts that were done, tokens that they had)
+# Arguments: the number of texts done, and of their tokens.
 OnDone = Callable[[int, int], None]
 
 
@@ -46,7 +46,7 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a window and a request hold at most, and the windows under way beside the one that is taken next."""
+    """The most that a window and a request hold, and the number of windows under way besides the next one taken."""
 
     window_rows: int = 4096
     window_characters: int = 1 << 22
@@ -59,43 +59,43 @@ SIZES = Sizes()
 
 
 class Embeds(Protocol):
-    """What makes vectors of texts: an encoder in this process, or a server."""
+    """A source of vectors: an encoder in this process, or a server."""
 
     @property
     def source(self) -> VectorSource:
-        """What the vectors are; known before anything is started."""
+        """The description of the vectors' source; known before anything is started."""
 
     @property
     def requests_at_once(self) -> int:
-        """How many requests keep it busy; known while it is running."""
+        """How many requests keep the source busy; known while it is running."""
 
     def running(self) -> AbstractAsyncContextManager[None]:
-        """While this is entered it can be asked."""
+        """Run the source: it can be asked within this context."""
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
         """The texts' vectors.
 
         Raises:
-            InvalidRequest, EncodingError: if one of the texts is to blame; the others may be asked for again.
-            ServiceError: if it can't go on.
+            InvalidRequest, EncodingError: if one of the texts is to blame; the others may be sent again.
+            ServiceError: if the source can't go on.
         """
 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive rows, each with the number of its input, and in the end their vectors or why there is none."""
+    """Consecutive rows, each with the number of its input."""
 
     rows: Sequence[tuple[int, Row | BadRow]]
 
     @property
     def texts(self) -> dict[int, str]:
-        """By place in the window."""
+        """The texts of the good rows, by place in the window."""
         return {place: row.text for place, (_, row) in enumerate(self.rows) if isinstance(row, Row)}
 
 
 @dataclass
 class Vectors:
-    """A window's: (rows, D) float32, those of `refused` rows without meaning, with the reason for each."""
+    """A window's (rows, D) float32 vectors. `refused` rows have a reason instead, and no meaning in `of_rows`."""
 
     of_rows: NDArray[np.float32]
     refused: dict[int, str] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Position:
-    """Where to go on: behind a line of one of the inputs."""
+    """Where to go on: after this line of this input."""
 
     input: int = 0
     line: int = 0
@@ -119,12 +119,12 @@ async def run(
     on_done: OnDone,
     sizes: Sizes = SIZES,
 ) -> None:
-    """Do what is left of a job that has begun in `folder`; `on_done` is told of texts as they are done, in any order.
+    """Do the rest of a job that has begun in `folder`. `on_done` is told of texts when they are done, in any order.
 
     Raises:
-        InputError: for a bad row if that is to stop the job, or a file that can't be read.
-        JobError: if an input was changed meanwhile.
-        ServiceError: if the vectors can't be had; the same job can be gone on with later.
+        InputError: for a bad row if bad rows stop the job, or a file that can't be read.
+        JobError: if an input was changed during the job.
+        ServiceError: if the vectors can't be computed; the job can be continued later.
     """
     manifest = folder.manifest
     assert manifest is not None, "begin comes first"
@@ -153,7 +153,7 @@ async def run(
 
 
 def rows_behind(inputs: Sequence[Input], columns: Columns, position: Position) -> Iterator[tuple[int, Row | BadRow]]:
-    """The rows behind a position, each with the number of its input."""
+    """The rows after a position, each with the number of its input."""
     for number in range(position.input, len(inputs)):
         after = position.line if number == position.input else 0
         for row in inputs[number].read(columns, after):
@@ -163,7 +163,7 @@ def rows_behind(inputs: Sequence[Input], columns: Columns, position: Position) -
 def take_windows(
     rows: Iterator[tuple[int, Row | BadRow]], rows_per_shard: int, sizes: Sizes = SIZES
 ) -> Iterator[Window]:
-    """Windows, of which each ends within a shard or with it."""
+    """Divide rows into windows. No window crosses the end of a shard."""
     left, taken, characters = rows_per_shard, [], 0
     for number, row in rows:
         taken.append((number, row))
@@ -179,7 +179,7 @@ def take_windows(
 async def embedded(
     windows: Iterator[Window], embeds: Embeds, dimensions: int, on_done: OnDone, sizes: Sizes = SIZES
 ) -> AsyncGenerator[tuple[Window, Vectors], None]:
-    """The windows in order, with their vectors, while those behind them are read and computed."""
+    """The windows in order, with their vectors. Later windows are read and computed meanwhile."""
     at_once = asyncio.Semaphore(embeds.requests_at_once)
     ahead: deque[tuple[Window, asyncio.Task[Vectors]]] = deque()
     more = True
@@ -213,13 +213,13 @@ async def embed_window(
     """A window's vectors; no more than `at_once` requests are on their way.
 
     Raises:
-        ServiceError: if they can't be had.
+        ServiceError: if the vectors can't be computed.
     """
     texts = window.texts
     vectors = Vectors(np.empty((len(window.rows), dimensions), np.float32))
 
     async def fill(places: Sequence[int]) -> None:
-        """Ask for these, in halves if one of them is to blame, down to that one."""
+        """Ask for these texts. If one of them is to blame, ask for halves, down to that text."""
         try:
             async with at_once:
                 found = await embeds.embed([texts[place] for place in places])
@@ -242,12 +242,12 @@ async def embed_window(
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with the only text of a request, without its place there: that is not its row."""
+    """The error message of a request's only text, without its index there, which is not its row number."""
     return _THE_ONLY_ONE.sub("", str(error))
 
 
 def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[int]]:
-    """The places of texts, in requests: the longest first, so that if memory fails it does at once."""
+    """Divide the places of texts into requests, the longest texts first, so that a lack of memory shows at once."""
     taken: list[int] = []
     characters = 0
     for place in sorted(texts, key=lambda place: -len(texts[place])):
@@ -262,7 +262,7 @@ def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[in
 
 
 class _Filling:
-    """The shard that rows are added to, in their order."""
+    """The shard that is being filled with rows, in their order."""
 
     def __init__(self, job: Job, inputs: Sequence[Input], on_error: OnError, first_row: int) -> None:
         self._job = job
@@ -284,7 +284,7 @@ class _Filling:
         """Add a window.
 
         Raises:
-            InputError: for a bad row, if that is to stop the job.
+            InputError: for a bad row, if bad rows stop the job.
         """
         good = []
         for place, (number, row) in enumerate(window.rows):
@@ -303,7 +303,7 @@ class _Filling:
         self.read += len(window.rows)
 
     def taken(self) -> tuple[ShardRows, list[dict[str, Any]]]:
-        """What was added since the last time, and the rows that were left out of it."""
+        """Take the rows added since the last call, and the errors of the rows that were left out."""
         rows = ShardRows(
             self._numbers,
             self._values,

@@ -1,7 +1,7 @@
-"""Rows of texts from files, one after the other: never more of a file in memory than a row, or a piece of parquet.
+"""Reads rows of texts from files, one after the other. It holds no more than a row, or a piece of parquet, in memory.
 
-A row that can't be embedded is a value like any other, with its line and what is wrong with it. What makes a whole file
-unreadable raises. Knows nothing of encoders, and of parquet only where there is some.
+A row that can't be embedded is a value like any other, with its line and the reason. A file that can't be read raises.
+This module knows nothing of encoders, and loads pyarrow only for a parquet file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from model_store.json_text import parse_json, unicode_problem
 if TYPE_CHECKING:
     import pyarrow
 
-# lines: a text a line; files: a folder, or one file, of which each file is a text.
+# lines: each line is a text; files: a folder whose files are a text each, or one such file.
 Kind = Literal["jsonl", "csv", "tsv", "parquet", "lines", "files"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Where the name says it; `.txt` is a text a line, or a text a file where a folder is given.
+# The kind by the file's name. A `.txt` file is read as one text a line; in a folder, each is one text.
 _KIND_OF_SUFFIX: dict[str, Kind] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -38,13 +38,13 @@ _KIND_OF_SUFFIX: dict[str, Kind] = {
     ".txt": "lines",
 }
 
-# What a text of a folder is called, beside its text.
+# The column with the path of a text that is a file of its own.
 PATH_COLUMN = "path"
 
-# A line, field or file beyond this is no text but a mistake, such as a quote that is never closed.
+# A longer line, field or file is a mistake and no text, such as a quote that is never closed.
 MOST_BYTES = 1 << 26
 
-# Rows of parquet that are Python objects at once.
+# Rows of parquet that are made Python objects at once.
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER = 1 << 20
 
@@ -52,12 +52,12 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class InputError(UserError):
-    """A file that can't be read or lacks what was asked for; the message names it, and its line where there is one."""
+    """A file that can't be read or lacks a column; the message names it, and the line if there is one."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What is read of a row: its text, and the columns that go with its vector."""
+    """The columns that are read: the text, and the columns that are stored beside its vector."""
 
     text: str = "text"
     id: str | None = None
@@ -65,13 +65,13 @@ class Columns:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """All but the text."""
+        """All columns but the text."""
         return ((self.id,) if self.id else ()) + self.carried
 
 
 @dataclass(frozen=True)
 class Row:
-    """A text, its line (from 1), and the values of `Columns.beside`; `missing` are carried columns that it lacks."""
+    """A text, its line (from 1), and the values of `Columns.beside`; `missing` are the carried columns it lacks."""
 
     line: int
     text: str
@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that can't be embedded, and why."""
+    """A row that can't be embedded, and the reason."""
 
     line: int
     reason: str
@@ -89,31 +89,31 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or a folder whose files are a text each. No line, field or such file may have more than `most_bytes`."""
+    """A file, or a folder whose files are a text each. No line, field or text may have more than `most_bytes`."""
 
     path: Path
     kind: Kind
     most_bytes: int = MOST_BYTES
 
     def place(self, line: int) -> tuple[Path, int | None]:
-        """The file of a row, and its line there; none where the file is the row."""
+        """The file of a row, and its line there; None if the file is the row."""
         return (self.files()[line - 1], None) if self.kind == "files" else (self.path, line)
 
     def where(self, line: int) -> str:
-        """The same for people."""
+        """The place of a row, in words."""
         path, line_there = self.place(line)
         unit = "row" if self.kind == "parquet" else "line"
         return str(path) if line_there is None else f"{path}, {unit} {line_there}"
 
     def files(self) -> list[Path]:
-        """The files it consists of, in order."""
+        """The files that it consists of, in order."""
         return _files_in(self.path) if self.path.is_dir() else [self.path]
 
     def names(self, columns: Columns) -> Sequence[str] | None:
-        """The columns that there are, where they are the same for every row.
+        """The columns of every row; None if rows may differ in them.
 
         Raises:
-            InputError: if the file can't be read so far.
+            InputError: if the start of the file can't be read.
         """
         with _readable(self.path):
             if self.kind == "parquet":
@@ -124,7 +124,7 @@ class Input:
         return {"lines": [columns.text], "files": [PATH_COLUMN, columns.text]}.get(self.kind)
 
     def type_of(self, column: str) -> pyarrow.DataType | None:
-        """A parquet column's type; in other files a value is a string, or JSON where it was not one."""
+        """A parquet column's type. In other files every value is a string, or is written as JSON."""
         if self.kind != "parquet":
             return None
         import pyarrow
@@ -133,10 +133,10 @@ class Input:
         return found.value_type if pyarrow.types.is_dictionary(found) else found
 
     def read(self, columns: Columns, after: int = 0) -> Iterator[Row | BadRow]:
-        """Its rows behind line `after`, in order.
+        """The rows after line `after`, in order.
 
         Raises:
-            InputError: if it can't be read, or not to its end.
+            InputError: if the input can't be read to its end.
         """
         readers: dict[Kind, Callable[[], Iterator[tuple[int, Any]]]] = {
             "jsonl": lambda: _json_lines(self, after),
@@ -153,10 +153,10 @@ class Input:
 
 
 def find_inputs(paths: Iterable[Path], kind: Kind | None = None) -> list[Input]:
-    """What the paths stand for, in their order: a folder for its files in order of their names, those below included.
+    """The inputs at the paths, in their order. A folder stands for all files in it and below, by name.
 
     Raises:
-        InputError: for a path that is not there, or a file of which nothing says what kind it is.
+        InputError: for a path that does not exist, or a file whose kind is not known.
     """
     found = [one for path in paths for one in (_inputs_in(path, kind) if path.is_dir() else [_input_at(path, kind)])]
     path, times = Counter(one.path.resolve() for one in found).most_common(1)[0]
@@ -185,7 +185,7 @@ def _inputs_in(folder: Path, kind: Kind | None) -> list[Input]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Files that are not hidden, nor in a hidden folder.
+    """The files in and below a folder that are not hidden and not in a hidden folder.
 
     Raises:
         InputError: for a folder that can't be listed, and for a link to a folder or to nothing: its files would be
@@ -217,7 +217,7 @@ def _input_at(path: Path, kind: Kind | None) -> Input:
 
 
 def row_of(line: int, found: Mapping[str, Any], columns: Columns, keeps_types: bool = True) -> Row | BadRow:
-    """A row of what was found by column; values that are no strings become JSON unless their types are kept."""
+    """Make a row from values by column. Values that are no strings become JSON, unless `keeps_types`."""
     text = found.get(columns.text)
     if not isinstance(text, str):
         return BadRow(line, _no_text(found, columns.text))
@@ -242,7 +242,7 @@ def _no_text(found: Mapping[str, Any], column: str) -> str:
     return f"{column!r} is {'null' if value is None else f'{type(value).__name__} ({value!r:.40})'}, not a string"
 
 
-# Each of these gives (line, what it holds): its values by column, or what is wrong with it.
+# Each of these readers gives (line, values by column) or (line, the error as a string).
 
 
 def _plain_lines(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
@@ -312,7 +312,7 @@ def _texts(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[s
 
 
 class BadText(str):
-    """What is wrong with bytes that should have been a text."""
+    """The error of bytes that should have been a text."""
 
 
 def _too_long(one: Input) -> BadText:
@@ -329,7 +329,7 @@ def _decoded(content: bytes | BadText) -> str:
 
 
 def _lines(one: Input) -> Iterator[tuple[int, bytes | BadText]]:
-    r"""(number, line) without its end, which is \n or \r\n."""
+    r"""(number, line) without the end of line, which is \n or \r\n."""
     with _binary(one.path) as file:
         number = 0
         while line := file.readline(one.most_bytes):
@@ -344,7 +344,7 @@ def _lines(one: Input) -> Iterator[tuple[int, bytes | BadText]]:
 
 
 def _cells(one: Input, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """(line it ends at, cells) of each row, the header included. Tab-separated files have no quoting.
+    """(line of the row's end, cells) of each row, including the header. Tab-separated files have no quoting.
 
     Raises:
         InputError: for a quote that is never closed, or that is closed within a field. Which rows lie behind it can't
@@ -373,7 +373,9 @@ def _parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InputError(f"{path}: parquet needs pyarrow: pip install 'llm2vec-service[bulk]'") from error
-    return ParquetFile(path, buffer_size=_PARQUET_BUFFER)  # or a whole row group's columns are read at once
+    return ParquetFile(
+        path, buffer_size=_PARQUET_BUFFER
+    )  # without a buffer size, a whole row group's columns are read at once
 
 
 def _binary(path: Path) -> IO[bytes]:
@@ -381,7 +383,7 @@ def _binary(path: Path) -> IO[bytes]:
 
 
 def _open(path: Path) -> IO[str]:
-    """A table as csv wants it; bytes that are not UTF-8 become lone surrogates, by which their row is known."""
+    """Open a table for the csv module. Bytes that are not UTF-8 become lone surrogates, so their row can be named."""
     how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     return cast(IO[str], gzip.open(path, "rt", **how)) if path.suffix == ".gz" else path.open(**how)
 
@@ -392,5 +394,5 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's own are kinds of these
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are subclasses of these
         raise InputError(f"{path} can't be read: {error}") from error

@@ -1,4 +1,4 @@
-"""One shard as a file: a table in parquet, or tensors and, where there are other columns, JSON lines beside them."""
+"""One shard as a file: a parquet table; or tensors, with JSON lines beside them if there are other columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # B rows, D numbers of a stored vector
 
-# Writes a file of the shard by its suffix: handed what fills a path.
+# Writes one file of the shard. Arguments: its suffix, and the function that fills a path.
 Write = Callable[[str, Callable[[Path], object]], None]
 
 # The JSON lines beside tensors.
@@ -30,14 +30,14 @@ BESIDE_SUFFIX = ".jsonl"
 
 @dataclass(frozen=True)
 class ShardRows:
-    """Rows that got a vector: their numbers among all rows of the inputs, from 0, and the columns that go with them.
+    """Rows that got a vector: their numbers among all rows of the inputs, from 0, and their other columns.
 
-    `read` rows of the inputs went into them, the last of which is `line` of input number `input`.
+    They come from `read` rows of the inputs; the last of those is `line` of input number `input`.
     """
 
     numbers: Sequence[int]
     values: Sequence[tuple[Any, ...]]
-    vectors: NDArray[Any]  # (B, D) as it is stored
+    vectors: NDArray[Any]  # (B, D), in the stored dtype
     read: int
     tokens: int
     input: int
@@ -48,14 +48,14 @@ class ShardWriter:
     """Writes the shards of one job, all with the same columns of the same types."""
 
     def __init__(self, job: Job, inputs: Sequence[Input]) -> None:
-        """Raises InputError where two inputs have different types in a column that is carried."""
+        """Raises InputError if two inputs have different types in a carried column."""
         self._job = job
         self._columns = (*([ID_COLUMN] if job.id_column else []), *job.carried)
         if job.file_format == "parquet":
             self._types = _types(job, inputs)
 
     def save(self, rows: ShardRows, write: Write) -> None:
-        """Write a shard's files, that which gives it its name last."""
+        """Write a shard's files; the file that the manifest names comes last."""
         about = {"llm2vec-service": self._job.model_dump_json(exclude={"inputs"})}
         if self._job.file_format == "parquet":
             write(".parquet", lambda path: self._save_parquet(rows, about, path))
@@ -73,7 +73,7 @@ class ShardWriter:
             arrays[name] = pyarrow.array([values[place] for values in rows.values], self._types[name])
         arrays[VECTOR_COLUMN] = as_lists(rows.vectors)
         table = pyarrow.table(arrays).replace_schema_metadata(about)
-        # Numbers of vectors are as good as random: looking for what repeats in them takes time and saves nothing.
+        # The numbers in vectors are nearly random: compressing them takes time and saves nothing.
         others = [name for name in arrays if name != VECTOR_COLUMN]
         parquet.write_table(
             table,
@@ -94,7 +94,7 @@ def check_format(file_format: FileFormat) -> None:
     """Refuse a format whose package is not installed.
 
     Raises:
-        JobError: naming it.
+        JobError: naming the package.
     """
     if file_format == "parquet" and not _has_pyarrow():
         raise JobError("parquet needs pyarrow: pip install 'llm2vec-service[bulk]', or give --format safetensors")

@@ -1,4 +1,4 @@
-"""Where the vectors of a job come from: the encoder in this process, as `serve` has it but for HTTP, or a server."""
+"""The sources of a job's vectors: an encoder in this process, as in `serve` but without HTTP, or a running server."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from service.errors import DeviceLost, ServiceError
 from service.server.startup import Prepared, prepare, settle
 from service.settings import Settings
 
-# Batches' worth of tokens that wait for the device or are tokenized, where a request has at least so many tokens; and
-# the most requests that this may be.
+# Requests at once: enough for this many batches, if each request has this many tokens, but at most this many.
 _BATCHES_AT_ONCE = 3
 _REQUEST_TOKENS = 512
 _MOST_REQUESTS = 64
@@ -32,7 +31,7 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Wanted:
-    """How texts are to be embedded; `dimensions` 0 is all that there are."""
+    """How to embed the texts; with `dimensions` 0 vectors are not cut."""
 
     instruction: str = ""
     dimensions: int = 0
@@ -41,7 +40,7 @@ class Wanted:
 
 @dataclass
 class LocalVectors:
-    """Of an encoder in this process: its queue, batches and device thread, and what the server makes of each text."""
+    """Vectors from an encoder in this process, with the server's queue, batches, device thread and text handling."""
 
     prepared: Prepared
     settings: Settings
@@ -50,7 +49,7 @@ class LocalVectors:
 
     @classmethod
     def prepare(cls, settings: Settings, wanted: Wanted, progress: Callable[[int, int], None]) -> LocalVectors:
-        """Find or build the encoder; it is loaded when it is entered.
+        """Find or build the encoder; `running` loads it.
 
         Raises:
             JobError: for several devices.
@@ -61,16 +60,18 @@ class LocalVectors:
                 f"a job has one device, not {settings.device}: serve them together and give --url, or give each its "
                 "own inputs and --out"
             )
-        # What waits here is what this process asks for.
+        # The queue needs no limit here: only this process fills it.
         settings = settings.model_copy(update={"max_queued_tokens": _NO_LIMIT})
         prepared = prepare(settings, progress)
         if settings.batch_tokens is None:
-            prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a batch to end
+            prepared.limits.batch_tokens = (
+                prepared.limits.token_budget
+            )  # batches may be large, as no single request waits for its end
         return cls(prepared, settings, wanted)
 
     @property
     def source(self) -> VectorSource:
-        """By the manifest and the settings."""
+        """The source as the manifest and the settings describe it."""
         manifest, settings = self.prepared.manifest, self.settings
         return VectorSource(
             model=manifest.name,
@@ -84,18 +85,18 @@ class LocalVectors:
 
     @property
     def requests_at_once(self) -> int:
-        """Enough that the device never waits, by the size of its batches; more would only wait themselves."""
+        """Enough requests that the device never waits, by the size of its batches; more would only wait."""
         batch_tokens = self.prepared.backend.batcher.batch_tokens
         return max(min(_BATCHES_AT_ONCE * batch_tokens // _REQUEST_TOKENS, _MOST_REQUESTS), _BATCHES_AT_ONCE)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Loaded, warmed up and in work."""
+        """Load and warm up the encoder, and compute within this context."""
         prepared, backend = self.prepared, self.prepared.backend
         await backend.start()
         settle()
         work = asyncio.create_task(backend.run())
-        await asyncio.sleep(0)  # it begins, and says how large its batches are
+        await asyncio.sleep(0)  # lets it begin, so that the size of its batches is known
         self._embedder = Embedder(
             prepared.manifest, prepared.tokenizer, backend.batcher, self.settings, prepared.limits, prepared.metrics
         )
@@ -110,7 +111,7 @@ class LocalVectors:
             backend.stop()
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
-        """Through the embedder, in the lane of bulk."""
+        """Embed the texts through the embedder, in the bulk lane."""
         wanted = self.wanted
         chosen = Chosen(wanted.instruction, "request")
         inputs = [EmbedInput(text, chosen) for text in texts]
@@ -122,7 +123,7 @@ class LocalVectors:
 
 @dataclass
 class ServerVectors:
-    """Of a running server."""
+    """Vectors from a running server."""
 
     url: str
     wanted: Wanted
@@ -138,14 +139,14 @@ class ServerVectors:
         """Ask the server what it serves.
 
         Raises:
-            ServiceError: if it can't be reached, or is no server of this kind.
+            ServiceError: if the server can't be reached, or is no server of this kind.
         """
         async with ServerClient(url) as client:
             return cls(url, wanted, await client.served_model(), requests_at_once, patience)
 
     @property
     def source(self) -> VectorSource:
-        """By what the server says of itself."""
+        """The source as the server describes it."""
         model = self.model
         return VectorSource(
             model=model.name,
@@ -156,15 +157,15 @@ class ServerVectors:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """With connections to it."""
+        """Hold the connections to the server within this context."""
         async with ServerClient(self.url, self.patience, reached=True) as self._client:
             yield
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
-        """Over HTTP.
+        """Embed the texts over HTTP.
 
         Raises:
-            ServiceError: besides, if the server has another encoder by now.
+            ServiceError: also if the server now has another encoder.
         """
         wanted = self.wanted
         answer = await self._client.embed(

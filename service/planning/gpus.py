@@ -1,4 +1,4 @@
-"""The kinds of GPU that plans are for, by their data sheets (gpus.toml)."""
+"""The known kinds of GPU, by their data sheets (gpus.toml)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model_store.shape import Arithmetic
 
 
 class PlanError(UserError):
-    """What is asked for can't be had; the message names the way out."""
+    """A plan that can't be made as asked for; the message names the way out."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Gpu:
     source: str
 
     def arithmetic(self, quantization: Literal["none", "fp8"]) -> Arithmetic:
-        """What the server would multiply in.
+        """The arithmetic that the server would multiply in.
 
         Raises:
             PlanError: if the GPU has no fp8.
@@ -41,7 +41,7 @@ class Gpu:
 
 
 def gpus() -> dict[str, Gpu]:
-    """Those that are known, by key."""
+    """The known kinds of GPU, by key."""
     table = tomllib.loads((files("service.planning") / "gpus.toml").read_text())
     return {
         key: Gpu(
@@ -57,10 +57,10 @@ def gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(key: str) -> Gpu:
-    """One of them.
+    """The kind of GPU with this key.
 
     Raises:
-        PlanError: if it is not known, naming those that are.
+        PlanError: if the key is not known, naming the known ones.
     """
     known = gpus()
     if key.lower() not in known:

@@ -1,8 +1,8 @@
-"""What a GPU should make of an encoder: tokens a second, latencies, memory; and how many GPUs a load needs.
+"""What to expect of an encoder on a GPU: tokens a second, latencies, memory, and how many GPUs a load needs.
 
-Weights and products are counted, peaks and bandwidths are the vendors'. How near to them a forward pass comes is
-assumed until a server has been timed on such a GPU, which none has been yet; each figure says what it rests on. How
-long queries wait is what the server's own policy gives in simulation. Knows nothing of the network, and no torch.
+Weights and products are counted; peaks and bandwidths are the vendors'. The share of them that a forward pass reaches
+is assumed, as no server has been timed on these GPUs yet; each figure names its basis. The waiting time of queries
+comes from a simulation of the server's own policy. It knows nothing of the network, and uses no torch.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from service.settings import BATCH_SECONDS, TOKEN_BUDGET
 
 Basis = Literal["counted", "data sheet", "assumed", "given", "measured", "simulated"]
 
-# Shares of the dense peak that large batches of compiled layers come to on an H100, by the model's width: estimates of
-# 270M, 1.3B and 8B parameters. Narrow products fill the matrix units less, and more of the time is not products.
+# Shares of the dense peak that large batches of compiled layers reach on an H100, by the model's width: estimates for
+# 270M, 1.3B and 8B parameters. Narrow products fill the matrix units less, and take less of the whole time.
 _SHARE_OF_PEAK = {640: 0.26, 2048: 0.54, 4096: 0.60}
 
 # In fp8 twice the peak is estimated to give 1.4 times the tokens.
 _FP8_SHARE = 0.7
 
-# Of the bandwidth, in reading weights; and what each layer costs any batch besides.
+# The share of the bandwidth reached in reading weights, and the further time that each layer costs any batch.
 _BANDWIDTH_SHARE = 0.9
 _LAYER_SECONDS = 25e-6
 
-# The CUDA context, and what torch's allocator keeps and can't use.
+# The CUDA context, and memory that torch's allocator keeps and can't use.
 _CONTEXT_BYTES = 1_000_000_000
 
-# What a server times itself with at the start, and plans are for where nothing else is said.
+# Lengths of a plan without a load: the texts that a server times itself with at the start, and a usual query.
 TEXT_TOKENS = 128
 QUERY_TOKENS = 28
 
 # Single queries a second through HTTP on one core of the benchmarks' machine (bench/results/http_path.json), and the
-# share of a core that they should take.
+# share of a core that a plan uses.
 _QUERIES_PER_CORE = 3517
 _CORE_SHARE = 0.7
 
-# Queries in a simulation; the share of the p99 asked for that they may come to; caps that are tried. Beyond 80 % a load
-# or a rate a little off the plan would have queues grow without end.
+# Queries in a simulation; the share of the required p99 that they may reach; the caps that are tried. Beyond 80 %,
+# queues would grow without end if the load or the rate were a little off the plan.
 _QUERIES = 20_000
 _P99_SHARE = 0.9
 _CAPS = [percent / 100 for percent in range(5, 85, 5)]
@@ -58,7 +58,7 @@ _OF_MEMORY: dict[str, Basis] = {"weights": "counted", "activations": "counted", 
 
 @dataclass(frozen=True)
 class Bulk:
-    """So many texts of so many tokens each, within so many seconds."""
+    """A bulk job: `texts` texts of `tokens` tokens each, within `within` seconds."""
 
     texts: int
     tokens: int
@@ -67,7 +67,7 @@ class Bulk:
 
 @dataclass(frozen=True)
 class Serving:
-    """So many queries a second at random, of so many tokens, 99 % of them in `p99` seconds of queue and device."""
+    """Queries that come at random, with 99 % of them answered in `p99` seconds of queue and device."""
 
     per_second: float
     tokens: int = QUERY_TOKENS
@@ -76,10 +76,10 @@ class Serving:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a plan is for; `efficiency` and `timed` replace what is assumed.
+    """The question that a plan answers; `efficiency` and `timed` replace the assumptions.
 
-    `timed` is what a server logged as `calibrated` at its start: tokens a second, and seconds of the smallest batch.
-    `price` is of a GPU-hour, in any currency.
+    `timed` holds the figures that a server logged as `calibrated` at its start: tokens a second, and seconds of the
+    smallest batch. `price` is the price of a GPU-hour, in any currency.
     """
 
     bulk: Bulk | None = None
@@ -94,7 +94,7 @@ class Asked:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of the longest text: a token's attention costs as much in each as in these."""
+        """Tokens of the longest text: the plan takes the attention cost of a token in such a text for every token."""
         return max((load.tokens for load in (self.bulk, self.serving) if load), default=TEXT_TOKENS)
 
 
@@ -109,12 +109,12 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """For people: three digits or whole numbers, with a unit where the name does not say it."""
+        """The value for people: three digits or a whole number, with a unit if the name does not say it."""
         return readable(self.value, self.unit)
 
 
 def memory_needed(shape: Shape, arithmetic: Arithmetic, token_budget: int) -> dict[str, int]:
-    """Bytes of the weights, of a batch of the whole token budget, and of what CUDA and torch keep."""
+    """Bytes of the weights, of a batch of the whole token budget, and of the memory that CUDA and torch keep."""
     return {
         "weights": shape.weight_bytes(arithmetic),
         "activations": shape.activation_bytes(token_budget, arithmetic),
@@ -126,7 +126,7 @@ class Plan:
     """One kind of GPU for one model and load.
 
     Raises:
-        PlanError: if the model, a batch or the latency can't be had on this GPU.
+        PlanError: if the model or a batch does not fit on this GPU, or the latency can't be reached.
     """
 
     def __init__(self, shape: Shape, gpu: Gpu, asked: Asked) -> None:
@@ -143,12 +143,12 @@ class Plan:
 
     @property
     def basis(self) -> Basis:
-        """What its speeds rest on."""
+        """The basis of the plan's speeds."""
         return "measured" if self.asked.timed else "given" if self.asked.efficiency else "assumed"
 
     @property
     def share_of_peak(self) -> float:
-        """Of the data sheet's dense peak, in all products."""
+        """The share of the data sheet's dense peak that all products reach."""
         peak, timed = self.gpu.peaks[self.arithmetic], self.asked.timed
         if timed:
             return self.shape.flops_per_token(TEXT_TOKENS) * timed[0] / peak
@@ -157,7 +157,7 @@ class Plan:
 
     @property
     def lone_seconds(self) -> float:
-        """A single query, with nothing beside it."""
+        """Seconds of a single query on an idle device."""
         return self.cost.seconds(self.asked.serving.tokens if self.asked.serving else QUERY_TOKENS)
 
     def _cost(self) -> CostModel:
@@ -198,21 +198,21 @@ class Plan:
 
     @property
     def utilization_cap(self) -> float:
-        """The highest share of the device's rate that queries may take with their p99 kept, in steps of 5 to 80 %."""
+        """The highest share of the device's rate, in steps of 5 % up to 80 %, at which queries keep their p99."""
         return self._cap[0]
 
     @property
     def p99_at_cap(self) -> float:
-        """Seconds that 99 % of queries take with so many of them."""
+        """The p99 of queries at that share, in seconds."""
         return self._cap[1]
 
     @cached_property
     def _cap(self) -> tuple[float, float]:
-        """This, and the p99 there, by simulation of the server's policy; any bulk never lets the device rest."""
+        """The cap and its p99, by simulation of the server's policy. A bulk job, if any, keeps the device busy."""
         serving = self.asked.serving
         assert serving is not None
         p99s: dict[float, float] = {}
-        low, high = 0, len(_CAPS)  # _CAPS[:low] keep it, _CAPS[high:] don't
+        low, high = 0, len(_CAPS)  # _CAPS[:low] keep the p99, _CAPS[high:] don't
         while low < high:
             middle = (low + high) // 2
             p99s[_CAPS[middle]] = self.simulated_p99(_CAPS[middle])
@@ -229,7 +229,7 @@ class Plan:
         )
 
     def simulated_p99(self, utilization: float, queries: int = _QUERIES, seed: int = 0) -> float:
-        """Seconds that 99 % of queries take, from their coming to their vector, at such a load of them."""
+        """The p99 of queries in seconds, from arrival to vector, if they take this share of the device's rate."""
         asked = self.asked
         assert asked.serving is not None
         per_second = utilization / self.cost.per_token / asked.serving.tokens
@@ -241,13 +241,13 @@ class Plan:
 
     @property
     def bulk_gpu_seconds(self) -> float:
-        """GPU-seconds of the bulk job in all."""
+        """GPU-seconds of the whole bulk job."""
         bulk = self.asked.bulk
         return bulk.texts * bulk.tokens / self.tokens_per_second if bulk else 0.0
 
     @property
     def gpus(self) -> int:
-        """How many are needed, with none to spare."""
+        """How many GPUs are needed, with none to spare."""
         asked, busy, at_least = self.asked, 0.0, 1
         if asked.bulk:
             busy += self.bulk_gpu_seconds / asked.bulk.within
@@ -259,12 +259,12 @@ class Plan:
 
     @property
     def utilization(self) -> float:
-        """Share of each GPU's rate that queries take, with so many GPUs."""
+        """The share of each GPU's rate that queries take, with this number of GPUs."""
         serving = self.asked.serving
         return serving.per_second * serving.tokens * self.cost.per_token / self.gpus if serving else 0.0
 
     def figures(self) -> list[Figure]:
-        """All of it, line by line."""
+        """The whole plan, line by line."""
         shape, cost, basis = self.shape, self.cost, self.basis
         found = [
             Figure("parameters", shape.parameters, "", "counted"),
@@ -314,7 +314,7 @@ class Plan:
         ]
 
     def assumptions(self) -> list[str]:
-        """What its figures rest on beside counting, in sentences."""
+        """The assumptions behind the figures, in sentences."""
         speed = {
             "assumed": f"{self.share_of_peak:.0%} of the data sheet's peak in large batches, {_BANDWIDTH_SHARE:.0%} of "
             f"its bandwidth for weights, {_LAYER_SECONDS * 1e6:.0f} µs a layer besides: estimates, as no GPU has been "
@@ -335,5 +335,5 @@ class Plan:
 
 
 def spread(tokens: int) -> tuple[int, int]:
-    """Lengths about a mean, as texts have."""
+    """The shortest and the longest length, for texts of this mean length."""
     return max(tokens // 2, 1), tokens + tokens // 2

@@ -12,7 +12,7 @@ from service.planning.plan import Asked, Bulk, Plan, Serving
 
 _COLUMNS = 100
 
-# Options of the command that are fields of `Asked` as they are.
+# Options of the command that are fields of `Asked` under the same name.
 _PASSED_ON = ("quantization", "efficiency", "token_budget", "batch_seconds", "dimensions", "price")
 
 _SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -31,10 +31,10 @@ def seconds_of(text: str) -> float:
 
 
 def asked_of(options: Mapping[str, Any]) -> Asked:
-    """From the command's options.
+    """The question that the command's options ask.
 
     Raises:
-        PlanError: for a load that is said in part, or a number that can't be.
+        PlanError: for a load that is given only in part, or a number that is impossible.
     """
     texts, tokens, per_second = (options[name] for name in ("texts", "tokens_per_text", "queries_per_second"))
     if (texts is None) != (tokens is None):
@@ -57,7 +57,7 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
 
 
 def as_json(model: str, plans: list[Plan]) -> dict[str, Any]:
-    """By GPU each figure with its unit and what it rests on, and the assumptions."""
+    """For each GPU its figures, with their units and bases, and the assumptions."""
     return {
         "model": model,
         "gpus": {
@@ -75,7 +75,7 @@ def as_json(model: str, plans: list[Plan]) -> dict[str, Any]:
 
 
 def as_table(model: str, plans: list[Plan]) -> str:
-    """A line for each figure, a column for each GPU, what it rests on at the end; then the assumptions."""
+    """A line for each figure, with a column for each GPU and the basis at the end; then the assumptions."""
     columns = [plan.figures() for plan in plans]
     rows = [["", *(plan.gpu.key for plan in plans), ""], ["arithmetic", *(plan.arithmetic for plan in plans), ""]]
     rows += [

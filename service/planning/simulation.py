@@ -1,7 +1,7 @@
-"""A batching policy before a device that is only a cost model: what whom waits for how long, in simulated time.
+"""Simulates a batching policy on a device that is only a cost model: how long each request waits.
 
-A batch takes exactly what the cost model says and composing it takes nothing, so a lead can only cost here. Every
-policy meets the same requests of the same seed. No event loop, no clock, no torch.
+A batch takes exactly the time of the cost model, and composing it takes none, so a lead brings no gain here. With the
+same seed, every policy gets the same requests. No event loop, no clock, no torch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from service.batching.cost_model import CostModel
 from service.batching.scheduling import BatchLimits, Lane, Queue, take_batch
 from service.settings import TOKEN_BUDGET
 
-# In the place of a client's number.
+# Stands in place of a client's number.
 QUERY = -1
 QUERY_TOKENS = (16, 40)
 
-# About what a host is at giving a batch to a GPU, and some.
+# A little more than the time that a host needs to give a batch to a GPU.
 LEAD_SECONDS = 5e-3
 
 
 @dataclass(frozen=True)
 class Client:
-    """Sends requests of so many inputs one after another, the next no earlier than `period` after the last."""
+    """Sends requests of `inputs` inputs one after another, the next no earlier than `period` seconds after the last."""
 
     inputs: int
     tokens: tuple[int, int]  # of an input: the shortest and the longest
@@ -38,7 +38,7 @@ class Client:
 
 @dataclass(eq=False)
 class Request:
-    """A simulated request of a client's, or a query; done once its last input is."""
+    """A simulated request of a client, or a query. It is done when its last input is done."""
 
     client: int  # its place in the load, or QUERY
     sent: float
@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(eq=False, slots=True)
 class Input:
-    """One of a request's inputs. Nobody hangs up here."""
+    """One of a request's inputs. It always stays wanted, as no client hangs up here."""
 
     request: Request
     tokens: int
@@ -60,17 +60,17 @@ class Input:
 
 
 class Policy(Protocol):
-    """What waits, and which of it goes next."""
+    """A queue, and the policy that takes the next batch from it."""
 
     @property
     def lead(self) -> float:
         """How long before the device is free the next batch is composed."""
 
     def add(self, items: list[Input], lane: Lane) -> None:
-        """A request has come."""
+        """Queue the inputs of a request that has arrived."""
 
     def ready(self) -> float:
-        """From when on a free device would get a batch, if nothing more came."""
+        """The time from which a free device would get a batch, if no more requests came."""
 
     def take(self) -> list[Input]:
         """The next batch, off the queue."""
@@ -78,7 +78,7 @@ class Policy(Protocol):
 
 @dataclass
 class Lanes:
-    """The server's policy. `lead`: 0 composes when the device is free, infinity when it begins the batch before."""
+    """The server's policy. It composes when the device is free; with `lead` infinity, when the last batch begins."""
 
     batch_tokens: int
     lead: float = 0.0
@@ -96,7 +96,7 @@ class Lanes:
 
 @dataclass
 class Outcome:
-    """Every request, and what the device did while they came."""
+    """Every request, and the batches of the device while requests came."""
 
     requests: list[Request] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)  # tokens of each
@@ -105,12 +105,12 @@ class Outcome:
 
     @property
     def queries(self) -> list[float]:
-        """Seconds of each query."""
+        """The seconds that each query took."""
         return [request.seconds for request in self.requests if request.client == QUERY]
 
     @property
     def bulk(self) -> list[float]:
-        """Seconds of each bulk request."""
+        """The seconds that each bulk request took."""
         return [request.seconds for request in self.requests if request.client != QUERY]
 
     @property
@@ -119,12 +119,12 @@ class Outcome:
 
     @property
     def jain(self) -> float | None:
-        """Fairness between clients: 1 where they got equal tokens, 1/n where one of n got all."""
+        """Jain's fairness index of the clients: 1 if they got equal tokens, 1/n if one of n got all."""
         shares = [tokens for client, tokens in self.tokens.items() if client != QUERY]
         return sum(shares) ** 2 / len(shares) / sum(share**2 for share in shares) if shares else None
 
     def count(self, batch: list[Input], ended: float) -> None:
-        """The device has done a batch."""
+        """Count a batch that the device has done."""
         self.seconds = max(self.seconds, ended)
         self.batches.append(sum(item.tokens for item in batch))
         for item in batch:
@@ -154,7 +154,7 @@ def simulate(
     seed: int = 0,
     query_tokens: tuple[int, int] = QUERY_TOKENS,
 ) -> Outcome:
-    """Requests come for so long, `queries` a second at random beside the clients' own, and all are then answered."""
+    """Let requests come for `seconds`: `queries` a second at random, and the clients' own. Then answer all."""
     crowd = _Crowd(queries, query_tokens, clients, seconds, seed)
     outcome = Outcome(seconds=seconds)
     now = free_at = compose_at = 0.0
@@ -180,7 +180,7 @@ def simulate(
 
 
 class _Crowd:
-    """Who sends what and when: the same for every policy, but for when a client has its answer."""
+    """Sends the requests. They are the same for every policy, except that a client waits for its answer."""
 
     def __init__(
         self, queries: float, query_tokens: tuple[int, int], clients: Sequence[Client], seconds: float, seed: int
@@ -196,7 +196,7 @@ class _Crowd:
 
     @property
     def next_at(self) -> float:
-        """When the next request comes; infinity if none does before an answer."""
+        """When the next request comes; infinity if none comes before an answer."""
         return self._arrivals[0][0] if self._arrivals else inf
 
     def send(self) -> list[Input]:
@@ -209,7 +209,7 @@ class _Crowd:
         return [Input(request, dice.randint(*client.tokens)) for _ in range(client.inputs)]
 
     def answer(self, item: Input, now: float) -> None:
-        """An input is done; its client goes on once it was the last."""
+        """Note that an input is done. After the last one of a request its client goes on."""
         request = item.request
         request.missing -= 1
         if not request.missing:
@@ -227,5 +227,5 @@ class _Crowd:
 
 
 def percentile(values: list[float], percent: float, scale: float = 1.0) -> float | None:
-    """So many percent are at most this; three digits of it."""
+    """The percentile of the values, rounded to three digits."""
     return float(f"{np.percentile(values, percent) * scale:.3g}") if values else None

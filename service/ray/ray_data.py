@@ -1,7 +1,8 @@
-"""Texts into vectors within a Ray Data pipeline: an encoder in each actor, with the queue and batches of the server.
+"""Embeds texts within a Ray Data pipeline: an encoder in each actor, with the queue and batches of the server.
 
-`Dataset.map_batches(EmbedBatches, batch_format="pyarrow", …)`; examples/ray_data_embed.py is a whole job. Ray Data
-reads, spreads and writes: what it has not written when a job ends has to be computed again, and there is no manifest.
+Usage: `Dataset.map_batches(EmbedBatches, batch_format="pyarrow", ...)`; examples/ray_data_embed.py is a whole job. Ray
+Data reads, distributes and writes the rows. There is no manifest: rows that are not written when a job ends must be
+computed again.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ ERROR_COLUMN = "error"
 
 
 class EmbedBatches:
-    """Adds the column `embedding` to tables, several of which may be under way in one actor.
+    """Adds the column `embedding` to tables. One actor may work on several tables at once.
 
-    A row that can't be embedded ends the job, or, with on_error="skip", has null there and why in the column `error`,
-    which is null for the others. `settings` are further ones of `serve`, such as `device` and `dtype`.
+    A row that can't be embedded ends the job. With on_error="skip" its vector is null instead, and the column `error`,
+    null for the other rows, holds the reason. `settings` are further settings of `serve`, such as `device` and `dtype`.
     """
 
     def __init__(
@@ -53,14 +54,14 @@ class EmbedBatches:
         self._on_error = on_error
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vectors", daemon=True).start()
-        self._running = self._vectors.running()  # as long as the actor
+        self._running = self._vectors.running()  # it runs as long as the actor
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
 
     async def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
-        """The same table with its vectors, in whatever event loop this is called.
+        """The same table with its vectors. It may be called from any event loop.
 
         Raises:
-            InputError: for a row that can't be embedded, if that is to stop the job.
+            InputError: for a row that can't be embedded, with on_error="stop".
             ServiceError: if the device can't go on.
         """
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._embed(table), self._loop))

@@ -1,9 +1,9 @@
-"""The server as a deployment of Ray Serve: the same application in each replica, behind Ray's proxies.
+"""The server as a deployment of Ray Serve: each replica runs the same application, behind Ray's proxies.
 
-`import_path: service.ray.ray_serve:application`, with settings as `args`; docker/ray/serve.yaml is a whole
-configuration. A replica takes requests once its encoder is warm. It scales on the tokens that wait for its device, and
-a replica that can't go on ends, so that Ray starts another. What stands between the clients and a replica is Ray's:
-limits on slow connections are not in force there (docs/ray.md).
+Usage: `import_path: service.ray.ray_serve:application`, with settings as `args`; docker/ray/serve.yaml is a whole
+configuration. A replica takes requests once its encoder is warm. The number of replicas follows the tokens that wait. A
+replica that can't go on ends, so that Ray starts another. Clients connect to Ray's proxies and not to a replica, so the
+server's limits on slow connections have no effect there (docs/ray.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def application(arguments: dict[str, Any]) -> serve.Application:
 
 
 def deployment(arguments: dict[str, Any]) -> serve.Deployment:
-    """The one deployment of it; `arguments` are settings, and win over the replicas' LLM2VEC_ variables.
+    """The application's deployment; `arguments` are settings, and win over the replicas' LLM2VEC_ variables.
 
     Raises:
         StartupError: for a setting that does not exist or has a bad value.
@@ -54,7 +54,7 @@ def _app(arguments: dict[str, Any]) -> Any:
             started.set_exception(error)
             return
         log.critical("the replica can't go on: %s", error)
-        watchdog.end_within(watchdog.GRACE_SECONDS)  # Ray sees that it is gone, and starts another
+        watchdog.end_within(watchdog.GRACE_SECONDS)  # Ray notices the end, and starts another
 
     app = make_app(prepared, on_fatal, started.set_result)
     serving = app.router.lifespan_context
@@ -70,9 +70,9 @@ def _app(arguments: dict[str, Any]) -> Any:
 
 
 class Replica:
-    """What Ray asks of a replica beside its application."""
+    """The methods that Ray calls on a replica beside its application."""
 
-    app: Any  # of the class that Ray makes of this one
+    app: Any  # Ray's subclass of this class has it
 
     _told: tuple[float, float] = (0.0, 0.0)
 
@@ -80,13 +80,13 @@ class Replica:
         """Called by Ray every few seconds.
 
         Raises:
-            RuntimeError: if the replica computes nothing any more.
+            RuntimeError: if the replica can't compute any more.
         """
         if self.app.state.parts.life.phase == "failed":
             raise RuntimeError("the encoder can't compute any more")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Ray every few seconds: what waits now, and how busy the device was since the last time."""
+        """Called by Ray every few seconds: the tokens that wait, and how busy the device was since the last call."""
         parts = self.app.state.parts
         (family,) = parts.metrics.device_seconds.collect()
         computed = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))

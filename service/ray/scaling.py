@@ -1,4 +1,4 @@
-"""How many replicas a cluster should have, by the tokens that wait: a policy for Ray Serve, without Ray in it."""
+"""How many replicas a cluster should have, by the tokens that wait: a policy for Ray Serve. It imports no Ray."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-# What replicas tell: tokens that wait, and the share of time that the device computed.
+# The metrics of a replica: the tokens that wait, and the share of time that the device computed.
 QUEUED_TOKENS, BUSY = "queued_tokens", "busy"
 
 
 class Context(Protocol):
-    """What Ray Serve's `AutoscalingContext` has of use here: values by metric and replica."""
+    """The used part of Ray Serve's `AutoscalingContext`: values by metric and replica."""
 
     current_num_replicas: int
 
@@ -20,10 +20,10 @@ class Context(Protocol):
 
 
 class QueuedTokens:
-    """Ray Serve's autoscaling policy: as many replicas as leave `target` tokens waiting in each.
+    """An autoscaling policy of Ray Serve: as many replicas as leave `target` tokens waiting in each.
 
-    None is taken away of those that the devices' work needs, whatever waits: where few tokens wait because there are
-    enough replicas, one fewer would be too few.
+    It removes no replica that the devices' work needs, even if few tokens wait: few may wait just because there are
+    enough replicas.
     """
 
     def __init__(self, target: float = 20_000, most_busy: float = 0.8) -> None:
@@ -31,7 +31,7 @@ class QueuedTokens:
         self._most_busy = most_busy
 
     def __call__(self, context: Context) -> tuple[float, dict[str, Any]]:
-        """How many replicas there should be; Ray applies its limits and delays."""
+        """How many replicas there should be; Ray then applies its own limits and delays."""
         told = context.aggregated_metrics or {}
         return (
             wanted_replicas(
@@ -44,5 +44,5 @@ class QueuedTokens:
 
 
 def wanted_replicas(present: int, for_queue: float, for_work: float) -> int:
-    """As many as the queues ask for, but of those present none fewer than the work does."""
+    """As many replicas as the queues need, but no reduction below the number that the work needs."""
     return max(math.ceil(for_queue), min(math.ceil(for_work), present), 1)
