@@ -1,4 +1,4 @@
-"""`python -m service` is `llm2vec-service`."""
+"""`python -m service` is the same as `llm2vec-service`."""
 
 import sys
 

@@ -29,13 +29,13 @@ from service.planning.plan import QUERY_TOKENS, Plan, memory_needed
 from service.planning.report import as_json, as_table, asked_of
 from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
 
-# eos_token is last_token behind another template, which the encoder has or has not.
+# eos_token is last_token with another template, which is fixed when an encoder is built.
 _EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit status. An error that the user can mend is one sentence on stderr."""
-    # Texts are tokenized by threads of ours; the tokenizer's own would fight them for the same cores.
+    """Run one subcommand. Returns the exit status. An error that the user can correct is one sentence on stderr."""
+    # The server tokenizes in its own threads; the tokenizer's threads would compete with them for the same cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = _parser().parse_args(arguments)
     try:
@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve",
         help="serve an encoder over HTTP",
-        allow_abbrev=False,  # or --api-keys would be --api-keys-file
+        allow_abbrev=False,  # otherwise --api-keys would mean --api-keys-file
         description=f"Every option is also a variable: {PREFIX}PORT and so on. Keys are variables only.",
     )
     options = {name: field for name, field in Settings.model_fields.items() if name not in SECRETS}
@@ -109,35 +109,43 @@ def _add_embed(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="INPUT",
-        help=".jsonl, .csv, .tsv, .parquet, .txt (a text a line), but for parquet also .gz; or a folder of such "
-        "files, or of .txt files that are a text each",
+        help=".jsonl, .csv, .tsv or .txt (one text on each line), each also as .gz, or .parquet; or a folder of such "
+        "files, or of .txt files with one text each",
     )
     embed.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
     embed.add_argument("--url", help="a running server, such as http://127.0.0.1:8000, instead of an encoder here")
-    embed.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
+    embed.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, which is built if needed")
     embed.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    embed.add_argument("--dtype", choices=("auto", *get_args(DType)), help="arithmetic, as of `serve`")
-    embed.add_argument("--input-format", choices=get_args(Kind), help="of inputs whose names don't say it")
+    embed.add_argument("--dtype", choices=("auto", *get_args(DType)), help="arithmetic, as in `serve`")
+    embed.add_argument("--input-format", choices=get_args(Kind), help="format of inputs whose names don't show it")
     embed.add_argument("--text-column", default="text", metavar="COLUMN", help="(default %(default)s)")
-    embed.add_argument("--id-column", metavar="COLUMN", help="stored as `id`; of a text a file it is the path")
     embed.add_argument(
-        "--carry", metavar="COLUMN", action="append", default=[], help="stored as it is; give it for each column"
+        "--id-column", metavar="COLUMN", help="stored as `id`; for files with one text each it is the path"
     )
-    embed.add_argument("--instruction", default="", help="put before each text, and not pooled")
-    embed.add_argument("--dimensions", type=int, metavar="N", help="cut vectors to so many, and normalise them again")
     embed.add_argument(
-        "--overflow", choices=get_args(Overflow), default="error", help="what becomes of a text that is too long"
+        "--carry",
+        metavar="COLUMN",
+        action="append",
+        default=[],
+        help="a column to store as it is; repeat it for each column",
     )
-    embed.add_argument("--embed-dtype", choices=get_args(EmbedDtype), default="float32", help="of stored vectors")
+    embed.add_argument("--instruction", default="", help="put before each text, but not pooled")
+    embed.add_argument("--dimensions", type=int, metavar="N", help="cut vectors to N numbers, and normalise them again")
+    embed.add_argument(
+        "--overflow", choices=get_args(Overflow), default="error", help="what to do with a text that is too long"
+    )
+    embed.add_argument(
+        "--embed-dtype", choices=get_args(EmbedDtype), default="float32", help="number format of the stored vectors"
+    )
     embed.add_argument("--format", choices=get_args(FileFormat), default="parquet", help="(default %(default)s)")
     embed.add_argument("--rows-per-shard", type=int, default=10_000, metavar="N", help="(default %(default)s)")
     embed.add_argument(
         "--on-error",
         choices=get_args(OnError),
         default="stop",
-        help="at a row that can't be embedded: stop, or leave it out and list it in errors.jsonl",
+        help="stop at a row that can't be embedded, or leave it out and list it in errors.jsonl",
     )
-    embed.add_argument("--overwrite", action="store_true", help="begin anew, whatever job wrote the folder")
+    embed.add_argument("--overwrite", action="store_true", help="begin anew, even if another job wrote the folder")
     embed.add_argument(
         "--concurrency", type=int, default=16, metavar="N", help="requests at once to --url (default %(default)s)"
     )
@@ -153,32 +161,42 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--model", required=True, metavar="DIR|RECIPE|HUB ID", help="an encoder, a recipe, or a base")
     plan.add_argument(
-        "--gpu", required=True, metavar="NAME", nargs="+", help=f"{', '.join(gpus())}; several are set side by side"
+        "--gpu",
+        required=True,
+        metavar="NAME",
+        nargs="+",
+        help=f"{', '.join(gpus())}; several are compared side by side",
     )
     plan.add_argument("--quantization", choices=("none", "fp8"), default="none")
-    plan.add_argument("--token-budget", type=int, metavar="N", default=TOKEN_BUDGET["cuda"], help="as of `serve`")
+    plan.add_argument("--token-budget", type=int, metavar="N", default=TOKEN_BUDGET["cuda"], help="as in `serve`")
     plan.add_argument(
-        "--batch-seconds", type=float, metavar="SECONDS", default=BATCH_SECONDS["cuda"], help="as of `serve`"
+        "--batch-seconds", type=float, metavar="SECONDS", default=BATCH_SECONDS["cuda"], help="as in `serve`"
     )
     speed = plan.add_mutually_exclusive_group()
     speed.add_argument(
-        "--efficiency", type=float, metavar="SHARE", help="of the GPU's peak, instead of what is assumed"
+        "--efficiency", type=float, metavar="SHARE", help="share of the GPU's peak, instead of the assumed one"
     )
     speed.add_argument(
         "--timed",
         type=float,
         nargs=2,
         metavar=("TOKENS_PER_SECOND", "SMALLEST_BATCH_MS"),
-        help="what a server logged as `calibrated` when it started on such a GPU",
+        help="the figures that a server logged as `calibrated` on such a GPU",
     )
-    plan.add_argument("--texts", type=int, metavar="N", help="a bulk job of so many texts")
-    plan.add_argument("--tokens-per-text", type=int, metavar="N", help="of each")
-    plan.add_argument("--within", metavar="DURATION", default="24h", help="which it may take (default 24h)")
-    plan.add_argument("--queries-per-second", type=float, metavar="N", help="a serving load")
-    plan.add_argument("--query-tokens", type=int, metavar="N", default=QUERY_TOKENS, help="of each (default 28)")
-    plan.add_argument("--p99", metavar="DURATION", default="100ms", help="in which 99 %% are answered (default 100ms)")
-    plan.add_argument("--dimensions", type=int, metavar="N", help="of the vectors kept; by default the model's width")
-    plan.add_argument("--price", type=float, metavar="PRICE", help="of a GPU-hour")
+    plan.add_argument("--texts", type=int, metavar="N", help="texts of a bulk job")
+    plan.add_argument("--tokens-per-text", type=int, metavar="N", help="tokens of each text")
+    plan.add_argument(
+        "--within", metavar="DURATION", default="24h", help="time that the bulk job may take (default 24h)"
+    )
+    plan.add_argument("--queries-per-second", type=float, metavar="N", help="queries a second to serve")
+    plan.add_argument(
+        "--query-tokens", type=int, metavar="N", default=QUERY_TOKENS, help="tokens of each query (default 28)"
+    )
+    plan.add_argument(
+        "--p99", metavar="DURATION", default="100ms", help="time to answer 99 %% of queries (default 100ms)"
+    )
+    plan.add_argument("--dimensions", type=int, metavar="N", help="width of the stored vectors; by default the model's")
+    plan.add_argument("--price", type=float, metavar="PRICE", help="price of a GPU-hour")
     plan.add_argument("--json", action="store_true", help="print the figures as JSON")
     plan.set_defaults(run=_plan)
 
@@ -192,12 +210,14 @@ def _add_eval(commands: Any) -> None:
     )
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
-    what.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, built if it is not there")
+    what.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, which is built if needed")
     what.add_argument(
-        "--stages", metavar="RECIPE", help="a recipe's base causal, then bidirectional, then with one more adapter each"
+        "--stages",
+        metavar="RECIPE",
+        help="a recipe's base: causal, bidirectional, then with one more adapter each time",
     )
     several = partial(evaluate.add_argument, action="append", default=[])
-    several("--adapter", metavar="REF", help="with --stages: these in their order, not the recipe's")
+    several("--adapter", metavar="REF", help="with --stages: these adapters, in this order, instead of the recipe's")
     several("--sts", metavar="FILE", type=Path, help="TSV or JSON lines with score, sentence1 and sentence2")
     probe = partial(several, nargs=2, type=Path, metavar=("TRAIN", "TEST"))
     probe("--words", help="word-level probes: CoNLL columns (CoNLL-2000, CoNLL-2003, CoNLL-U, or word and tag)")
@@ -213,8 +233,10 @@ def _add_eval(commands: Any) -> None:
     several("--pooling", choices=_EVALUATED_POOLINGS, help="instead of the encoder's own; several are compared")
     evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     evaluate.add_argument("--dtype", choices=("auto", *get_args(DType)), default="auto")
-    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores there")
-    evaluate.add_argument("--picture", metavar="FILE", type=Path, help="draw them there: .png, .svg or .pdf")
+    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores to this file")
+    evaluate.add_argument(
+        "--picture", metavar="FILE", type=Path, help="draw the scores to this file: .png, .svg or .pdf"
+    )
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -372,7 +394,7 @@ def _source(reference: str, commit: str | None) -> str:
 
 
 class _ProgressBar:
-    """Bytes of weights written."""
+    """Shows the bytes of weights written."""
 
     def __init__(self, what: str) -> None:
         self._what = what

@@ -1,8 +1,8 @@
-"""Everything that can go wrong with a request or at the start. No HTTP in it: api/error_responses.py maps it.
+"""All errors of a request or of the start. No HTTP here: http/error_responses.py maps each error to a status.
 
 ServiceError
 ├── StartupError               the server refuses to start; the message names the way out
-├── InvalidRequest             the caller can mend it; has a code, and a param where one field is to blame
+├── InvalidRequest             the caller can correct it; has a code, and a param if one field is to blame
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
 │   ├── TooManyInputs
@@ -11,10 +11,10 @@ ServiceError
 │   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
 ├── Unauthorized               no key, or one that is not valid
-├── Overloaded                 too much is queued; come again in retry_after_seconds
+├── Overloaded                 too much is queued; try again in retry_after_seconds
 │   └── TooMuchInFlight        or all requests together hold too much memory
 ├── Unavailable                loading, draining, or the device thread is gone
-│   └── DeviceLost             the device computes nothing any more: the process has to end
+│   └── DeviceLost             the device can't compute any more: the process has to end
 ├── DeadlineExceeded           the caller's time was over before its turn came
 ├── ClientGone                 nobody waits for the answer any more
 └── EncodingError              the device could not give this input a vector
@@ -28,14 +28,14 @@ from typing import Self
 
 
 class ServiceError(Exception):
-    """The root; `code` is the stable, machine-readable name of the case."""
+    """The root of the tree; `code` is the stable, machine-readable name of the error."""
 
     code = "internal_error"
     param: str | None = None
 
 
 class StartupError(ServiceError):
-    """The server refuses to start as it is configured."""
+    """The server refuses to start with this configuration."""
 
     code = "startup"
 
@@ -80,7 +80,7 @@ class TooManyInputs(InvalidRequest):
 
 
 class UnsupportedEncoding(InvalidRequest):
-    """The body is compressed: what it would unpack to can't be known before memory is spent on it."""
+    """The body is compressed: its unpacked size is unknown until memory is spent on it."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(
@@ -114,7 +114,7 @@ class Unauthorized(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """More tokens are queued than the server takes on."""
+    """More tokens are queued than the server accepts."""
 
     code = "overloaded"
 
@@ -125,7 +125,7 @@ class Overloaded(ServiceError):
 
 
 class TooMuchInFlight(Overloaded):
-    """Requests and their answers hold as much memory as they may together."""
+    """All requests and answers together hold as much memory as they may."""
 
     def __init__(self, held_bytes: int, most_bytes: int) -> None:
         ServiceError.__init__(
@@ -154,7 +154,7 @@ class Unavailable(ServiceError):
 
 
 class DeviceLost(Unavailable):
-    """The device hangs or fails for good; the process that has it must end, so that another can start."""
+    """The device hangs or fails for good. Its process must end, so that another can start."""
 
 
 class DeadlineExceeded(ServiceError):
@@ -175,13 +175,13 @@ class ClientGone(ServiceError):
 
 
 class EncodingError(ServiceError):
-    """The device failed on this input, alone; `index` is its place in the request once that is known."""
+    """The device failed on this input alone; `index` is its place in the request, once that is known."""
 
     code = "encoding_failed"
     index: int | None = None
 
     def at(self, index: int | None) -> Self:
-        """The same error, saying which of a request's inputs it is about; requests that share an input differ in it."""
+        """A copy of the error with this index. Requests that share an input have it at different places."""
         error = type(self)(*self.args)
         error.index = index
         return error

@@ -1,4 +1,4 @@
-"""Logs as JSON, a line an event, with the id of the request they belong to. Input text never goes in."""
+"""Logs as JSON, one line for each event, with the id of its request. They never hold input text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("llm2vec")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a record; what is passed as extra={"fields": {...}} becomes keys of it."""
+    """One JSON object for each record. The entries of extra={"fields": {...}} become its keys."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line of JSON."""
@@ -31,13 +31,13 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_request(level: int, fields: dict[str, Any]) -> None:
-    """A request's line, if its level is written: without a log record, which would cost as much as routing it."""
+    """Write a request's line, if its level is on. It makes no log record, which would cost as much as routing."""
     if log.isEnabledFor(level):
         sys.stderr.write(_line(time.time(), logging.getLevelName(level).lower(), "request", fields) + "\n")
 
 
 def unexplained(error: BaseException) -> BaseException | None:
-    """What to pass as `exc_info`: the error, unless its message tells all that there is to tell."""
+    """The error, to pass as `exc_info`; None if its message already tells everything."""
     return None if isinstance(error, ServiceError) or explains_itself(error) else error
 
 
@@ -59,7 +59,7 @@ def configure_logs(level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    # Not written, so not looked up either: the line of code, thread and process behind each record.
+    # The line of code, thread and process of each record are not written, so they need not be looked up.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     for noisy in ("httpx", "httpcore", "asyncio", "huggingface_hub", "transformers"):

@@ -1,15 +1,15 @@
 """Every Prometheus series of the server, in one place. No label ever carries text, a user or a key.
 
-Where a server is several processes, each has all series, of which it moves its own, and a page shows them merged: sums,
-so that counters, queues and their limit, `throughput_tokens_per_second` and `gemm_flops_per_second` are of all devices
-together, but
-- the largest of what each engine sets alike, of times at the start, and of the wait of the oldest input;
+In a server of several processes each process has all series, but moves only its own. A page shows them merged. Most are
+summed over the processes, so counters, queues and their limit, `throughput_tokens_per_second` and
+`gemm_flops_per_second` count all devices together. The exceptions:
+- the largest `batch_tokens_full`, time at the start, and wait of the oldest input;
 - the smallest `token_budget` of an engine;
-- `ready` only if every front end is;
-- the mean over engines of `model_flops_utilization`;
-- and `build_info` once for each kind of device.
+- `ready` is 1 only if every front end is ready;
+- the mean of `model_flops_utilization` over engines;
+- `build_info` appears once for each kind of device.
 
-What has the label `device` is of each device by itself, such as cuda:1; engines on one CPU are one device.
+Series with the label `device` are of one device each, such as cuda:1; engines on one CPU are one device.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
 INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
 
 
-# What text-embeddings-inference calls what these measure: its kind, and our name. Times of the queue are by input here,
-# those of inference by batch.
+# The names of text-embeddings-inference for these series: each with its kind, and the name of this server's series.
+# Here queue times are for each input, and inference times for each batch.
 _TEI_NAMES = {
     "te_request_count": ("counter", "llm2vec_requests_total"),
     "te_request_success": ("counter", 'llm2vec_requests_total{code="",'),
@@ -70,7 +70,7 @@ _TEI_NAMES = {
     "te_batch_next_tokens": ("histogram", "llm2vec_batch_tokens"),
 }
 
-# One process's series: the metric's name, the series' own (with _count and such), its labels and its value.
+# One process's series: the metric's name, the series' own name (with _count and so on), its labels and its value.
 Samples = list[tuple[str, str, dict[str, str], float]]
 
 # Metrics whose values are not added up.
@@ -108,65 +108,68 @@ class Metrics:
         self.requests = counter("requests", "Requests answered", ("route", "status", "code"))
         self.request_seconds = histogram(
             "request_duration_seconds",
-            "From the first byte of a request to the last of its answer; class is empty where none was queued",
+            "From the first byte of a request to the last byte of its answer; class is empty if nothing was queued",
             _SECONDS,
             ("route", "class"),
         )
         self.inflight = gauge("inflight_requests", "Requests being worked on")
-        self.bytes_in_flight = gauge("bytes_in_flight", "Bytes of requests and of their answers that are held")
+        self.bytes_in_flight = gauge("bytes_in_flight", "Bytes that requests and their answers hold in memory")
         self.inputs = counter("inputs", "Inputs embedded")
-        self.tokens = counter("tokens", "Tokens computed; kind text is what was pooled", ("kind",))
+        self.tokens = counter("tokens", "Tokens computed; kind text counts the pooled ones", ("kind",))
         self.request_inputs = histogram("request_inputs", "Inputs in a request", _COUNTS)
         self.input_tokens = histogram("input_tokens", "Tokens of an input", _TOKENS)
-        self.tokenize_seconds = histogram("tokenize_seconds", "Tokenizing a request", _SECONDS)
-        self.queue_wait_seconds = histogram("queue_wait_seconds", "An input's wait for its batch", _SECONDS, ("class",))
-        self.inference_seconds = histogram("inference_seconds", "One batch on the device", _SECONDS)
-        self.serialize_seconds = histogram("serialize_seconds", "Writing an answer's vectors", _SECONDS)
+        self.tokenize_seconds = histogram("tokenize_seconds", "Seconds to tokenize a request", _SECONDS)
+        self.queue_wait_seconds = histogram(
+            "queue_wait_seconds", "Seconds an input waited for its batch", _SECONDS, ("class",)
+        )
+        self.inference_seconds = histogram("inference_seconds", "Seconds of a batch on the device", _SECONDS)
+        self.serialize_seconds = histogram("serialize_seconds", "Seconds to write an answer's vectors", _SECONDS)
         self.batch_inputs = histogram("batch_inputs", "Inputs in a batch", _COUNTS)
         self.batch_tokens = histogram("batch_tokens", "Tokens in a batch", _TOKENS)
-        self.batch_fill_ratio = histogram("batch_fill_ratio", "A batch's tokens over batch_tokens", _RATIOS)
+        self.batch_fill_ratio = histogram("batch_fill_ratio", "A batch's tokens divided by batch_tokens_full", _RATIOS)
         self.queue_inputs = gauge("queue_inputs", "Inputs waiting for a batch", ("class",))
         self.queue_tokens = gauge("queue_tokens", "Tokens waiting for a batch", ("class",))
         self.max_queued_tokens = gauge("max_queued_tokens", "Tokens that may wait for a batch, in each class")
         self.queue_oldest_seconds = gauge("queue_oldest_seconds", "How long the oldest input has waited", ("class",))
-        self.dedup_hits = counter("dedup_hits", "Inputs that shared the computation of an equal one that waited")
-        self.cache_hits = counter("cache_hits", "Inputs whose vector was remembered")
+        self.dedup_hits = counter("dedup_hits", "Inputs that shared the computation of an equal waiting input")
+        self.cache_hits = counter("cache_hits", "Inputs whose vector came from the cache")
         self.rejected = counter("rejected", "Requests turned away", ("reason",))
         self.dropped_connections = counter(
-            "dropped_connections", "Connections closed by the server for what their clients did", ("reason",)
+            "dropped_connections", "Connections that the server closed because of their clients", ("reason",)
         )
         self.cancelled = counter("cancelled", "Work dropped because its client hung up", ("stage",))
         self.instruction_inputs = counter(
             "instruction_inputs", "Inputs by where their instruction came from", ("source",)
         )
         self.truncated_inputs = counter("truncated_inputs", "Inputs that lost tokens to a length limit")
-        self.token_id_inputs = counter("token_id_inputs", "Inputs of token ids by whose they were", ("decoder",))
-        self.ignored_fields = counter("ignored_fields", "Request fields that were not known")
+        self.token_id_inputs = counter("token_id_inputs", "Inputs of token ids by their vocabulary", ("decoder",))
+        self.ignored_fields = counter("ignored_fields", "Unknown request fields")
         self.batch_failures = counter("batch_failures", "Batches that failed on the device, halves included")
         self.nonfinite = counter(
-            "nonfinite", "Vectors that held NaN or infinity: withheld, and computed alone once more"
+            "nonfinite", "Vectors that held NaN or infinity; each is withheld and computed once more, alone"
         )
         self.oom = counter("oom", "Batches that ran out of device memory, parts of split ones included")
         self.oom_splits = counter("oom_splits", "Batches split because they ran out of device memory")
         self.token_budget = gauge(
-            "token_budget", "Most tokens in one batch, fewer for a while after one ran out of memory"
+            "token_budget", "Most tokens in one batch; lower for a while after a batch ran out of memory"
         )
-        self.batch_tokens_full = gauge("batch_tokens_full", "Tokens at which a batch is full enough to go")
-        self.device_seconds = counter("device_seconds", "Time the device was at batches", ("device",))
+        self.batch_tokens_full = gauge("batch_tokens_full", "Tokens at which a batch is full")
+        self.device_seconds = counter("device_seconds", "Seconds the device worked on batches", ("device",))
         self.model_flops = counter(
-            "model_flops", "Floating-point operations of the tokens computed, filler left out", ("device",)
+            "model_flops", "Floating-point operations of the tokens computed, without padding", ("device",)
         )
         self.gemm_flops_per_second = gauge(
-            "gemm_flops_per_second", "Rate of this device at large matrix products, measured at the start"
+            "gemm_flops_per_second", "Rate of this device in large matrix products, measured at the start"
         )
         self.model_flops_utilization = gauge(
-            "model_flops_utilization", "model_flops over device_seconds and gemm_flops_per_second, of late"
+            "model_flops_utilization",
+            "model_flops divided by device_seconds and gemm_flops_per_second, over recent batches",
         )
-        self.throughput = gauge("throughput_tokens_per_second", "Tokens over device_seconds, of late")
+        self.throughput = gauge("throughput_tokens_per_second", "Tokens divided by device_seconds, over recent batches")
         self.gpu_memory_bytes = gauge("gpu_memory_bytes", "Device memory as torch sees it", ("kind", "device"))
         self.ready = gauge("ready", "1 when the server answers, 0 while it loads or drains")
-        self.model_load_seconds = gauge("model_load_seconds", "Loading the weights")
-        self.warmup_seconds = gauge("warmup_seconds", "First batches, before the server was ready")
+        self.model_load_seconds = gauge("model_load_seconds", "Seconds to load the weights")
+        self.warmup_seconds = gauge("warmup_seconds", "Seconds of warm-up before the server was ready")
         self.build_info = gauge("build_info", "Constant 1", ("version", "model", "device", "dtype", "pooling"))
 
         self.requests.labels("/v1/embeddings", "200", "")
@@ -194,7 +197,7 @@ class Metrics:
 
     @lru_cache(maxsize=1024)  # noqa: B019  one server, one object
     def of_request(self, route: str, status: str, code: str, lane: str) -> tuple[Counter, Histogram]:
-        """The count and the duration of requests that ended so."""
+        """The counter and the duration histogram of requests with these labels."""
         return self.requests.labels(route, status, code), self.request_seconds.labels(route, lane)
 
     def page(self) -> bytes:
@@ -211,7 +214,7 @@ class Metrics:
 
 
 def with_tei_names(page: bytes) -> bytes:
-    """A page of metrics, and those that text-embeddings-inference has too once more under its names."""
+    """The page, with the metrics that text-embeddings-inference also has repeated under its names."""
     lines = page.decode().splitlines()
     more = []
     for name, (kind, own) in _TEI_NAMES.items():
@@ -234,7 +237,7 @@ def merged_page(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> by
 
 
 def merge(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> Samples:
-    """What the processes' series are together, in the order in which they first come; of a metric's, side by side."""
+    """Merge the processes' series. Metrics keep the order of their first appearance, with all their series together."""
     values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], list[float]]] = {}
     for samples, is_engine in [(given, False) for given in front_ends] + [(given, True) for given in engines]:
         for metric, name, labels, value in samples:

@@ -1,4 +1,4 @@
-"""Every setting once: environment variables, command-line options and the documentation's table all come from here.
+"""Declares every setting once: the environment variables, command-line options and documentation come from here.
 
 python -m service.settings     prints that table
 """
@@ -22,19 +22,20 @@ from service.errors import StartupError
 
 PREFIX = "LLM2VEC_"
 
-# Tokens of one text, whatever more the model could read; callers of hosted APIs expect about this.
+# The default limit of a text, even if the model can read more; callers of hosted APIs expect about this.
 DEFAULT_MAX_INPUT_TOKENS = 8192
 
-# Most tokens in one batch and seconds of a full one, unless they are set.
+# The defaults, by device type, for the most tokens in one batch and for the seconds of a full batch.
 TOKEN_BUDGET = {"cuda": 16384, "cpu": 8192}
 BATCH_SECONDS = {"cuda": 0.1, "cpu": 1.5}
 
 Switch = Literal["auto", "on", "off"]
 
-# From the environment only, since every user of a machine sees its processes' arguments; kept as hashes.
+# These come from the environment only, as every user of a machine sees its processes' arguments. They are kept as
+# hashes.
 SECRETS = ("api_keys", "metrics_key")
 
-# The key that the commands which are clients of a server send; no setting of the server's.
+# The key that the client commands send to a server. It is no setting of the server.
 KEY_VARIABLE = "EMBED_API_KEY"
 
 _ALIASES = '{"text-embedding-3-small": "", "queries": "query"}'
@@ -45,10 +46,10 @@ _ORIGIN = re.compile(r"\*|https?://[\w.-]+(:\d+)?|https?://\[[0-9a-fA-F:]+\](:\d
 
 
 def hash_key(key: str) -> str:
-    """A key as it is kept: `sha256:` and hex digits. What is a hash already stays as it is.
+    """Hash a key: `sha256:` and hex digits. A key that is already such a hash stays as it is.
 
     Raises:
-        ValueError: for what can't be sent as a key; it never says what that was.
+        ValueError: for a key that can't be sent; the message never shows the key.
     """
     if _HASH.fullmatch(key):
         return key
@@ -58,10 +59,10 @@ def hash_key(key: str) -> str:
 
 
 def hash_keys(given: str | Iterable[str]) -> tuple[str, ...]:
-    """Keys, given in a list or with commas between, as they are kept.
+    """The hashes of keys that are given as a list or separated by commas.
 
     Raises:
-        ValueError: as `hash_key`, and for a text without a key: whoever writes one does not mean an open server.
+        ValueError: as `hash_key`, and for a string without a key, which can't be meant to open the server to everybody.
     """
     keys = given.split(",") if isinstance(given, str) else given
     hashes = tuple(hash_key(key.strip()) for key in keys if key.strip())
@@ -87,11 +88,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         repr=False,
-        description="keys of which requests must send one, separated by commas; each may be given as `sha256:` and the "
-        "hex digits of its hash. Without any, everybody may ask",
+        description="keys, separated by commas, of which every request must send one; a key may be given as "
+        "`sha256:` and the hex digits of its hash. Without keys every request is accepted",
     )
     api_keys_file: Path | None = Field(
-        None, description="file of such keys, one a line, read again within seconds when it changes"
+        None, description="file with one such key on each line; it is read again within seconds when it changes"
     )
     metrics_key: Annotated[tuple[str, ...], NoDecode] = Field(
         (), repr=False, description="key that `/metrics` needs; by default it needs none"
@@ -103,13 +104,13 @@ class Settings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N; several separated by commas, or cuda:all "
-        "for every GPU, get an engine process each",
+        description="auto (CUDA where there is a GPU), cpu, cuda or cuda:N; several of them separated by commas, or "
+        "cuda:all for every GPU. Each of several devices gets its own engine process",
     )
     frontends: int = Field(
         1,
         ge=1,
-        description="processes that speak HTTP; more than one where a fast device waits for the one that also feeds it",
+        description="number of processes that speak HTTP; more than one helps if a fast device waits for its input",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto",
@@ -118,11 +119,11 @@ class Settings(BaseSettings):
     )
     quantization: Literal["none", "fp8"] = Field(
         "none",
-        description="fp8: linear layers in 8 bits, on GPUs of compute capability 8.9 and later; vectors move a little, "
-        "and get an embedding space of their own",
+        description="fp8: linear layers in 8 bits, on GPUs of compute capability 8.9 and later; vectors change a "
+        "little and get an embedding space of their own",
     )
     attention: Literal["auto", "sdpa", "torch-flash", "flash-attn"] = Field(
-        "auto", description="attention kernel; auto takes the fastest that serves the model on the device"
+        "auto", description="attention kernel; auto takes the fastest one that supports the model on the device"
     )
     max_input_tokens: int | None = Field(
         None,
@@ -137,30 +138,34 @@ class Settings(BaseSettings):
     batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="tokens at which a batch is full enough to go; by default what a calibration at the start finds "
-        "to be efficient",
+        description="tokens at which a batch is full; by default a calibration at the start finds an efficient size",
     )
     batch_seconds: float | None = Field(
         None,
         gt=0,
-        description="longest a batch of batch_tokens may take by that calibration, unless batch_tokens is set; by "
-        "default 0.1, on the CPU 1.5",
+        description="longest time that a full batch may take by that calibration; not used if batch_tokens is set; "
+        "by default 0.1, on the CPU 1.5",
     )
     interactive_inputs: int = Field(
         4,
         ge=0,
-        description="most inputs of a request that goes before bulk; one of more than half a batch's tokens never does",
+        description="most inputs of an interactive request, which goes before bulk; a request of more than half a "
+        "batch's tokens is always bulk",
     )
     compile: Switch = Field(
         "auto",
-        description="torch.compile the model's layers at the start: half a minute the first time, seconds later; auto "
-        "does where there is a C++ compiler",
+        description="compile the model's layers with torch.compile at the start, which takes half a minute the first "
+        "time and seconds later; auto does it if there is a C++ compiler",
     )
     cuda_graphs: Switch = Field(
-        "auto", description="capture the forward pass of small batches as CUDA graphs; auto where they can be and help"
+        "auto",
+        description="capture the forward pass of small batches as CUDA graphs; auto does it where graphs work and "
+        "save time",
     )
     cache_bytes: int = Field(
-        0, ge=0, description="memory for recent vectors, given again for equal texts; 0 keeps none"
+        0,
+        ge=0,
+        description="memory for recent vectors, which equal texts get without being computed again; 0 keeps none",
     )
     max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
     max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
@@ -172,13 +177,16 @@ class Settings(BaseSettings):
         "request that would exceed it gets 429, unless it is alone",
     )
     max_input_characters: int = Field(
-        1_000_000, ge=1, description="longest input and longest instruction before tokenizing, whatever is cut of them"
+        1_000_000, ge=1, description="most characters of an input, and of an instruction, before any truncation"
     )
     max_connections: int = Field(
         4096, ge=1, description="connections at once to each process that speaks HTTP; further ones get 503"
     )
     keep_alive_seconds: int = Field(
-        75, ge=1, description="how long a connection is kept for the client's next request; longer than proxies keep it"
+        75,
+        ge=1,
+        description="how long an idle connection is kept open for the client's next request; longer than proxies "
+        "keep it",
     )
     request_read_seconds: float = Field(
         60.0,
@@ -188,7 +196,8 @@ class Settings(BaseSettings):
     answer_write_seconds: float = Field(
         60.0,
         gt=0,
-        description="how long a client may take none of what the server has ready for it, some 64 KB or more",
+        description="seconds without the client reading anything of a waiting answer (some 64 KB or more) before its "
+        "connection is closed",
     )
     max_queued_tokens: int = Field(
         1_000_000,
@@ -199,9 +208,9 @@ class Settings(BaseSettings):
     tokenizer_threads: int = Field(2, ge=1, description="threads that tokenize")
     truncation: Literal["token", "reference"] = Field(
         "token",
-        description="token refuses what is too long; reference cuts it as the official library does, to the model's "
-        "own limits (512 tokens, 400 of them text), and says so; a text that nothing is left of, such as a longer one "
-        "without spaces, is refused unless empty_text is bos",
+        description="token refuses a text that is too long; reference cuts it as the official library does, to the "
+        "model's own limits (512 tokens, 400 of them text), and says so; a text that is empty after the cut, such as "
+        "a longer one without spaces, is refused unless empty_text is bos",
     )
     query_instruction: str | None = Field(
         None, description="instruction put before inputs of type query; by default the model's own"
@@ -216,52 +225,52 @@ class Settings(BaseSettings):
     )
     instruction_separator: str = Field(
         "",
-        description="where a text holds this, what stands before it is the text's instruction; for clients that can "
-        "only put text in front",
+        description="the part of a text before this string is the text's instruction; for clients that can only put "
+        "text in front",
     )
     model_aliases: Annotated[dict[str, str], NoDecode] = Field(
         {},
-        description="further names of the model, each with the input type or prompt that it stands for, or nothing: "
+        description='further names of the model, each with the input type or prompt it stands for, or "" for none: '
         f"`{_ALIASES}`",
     )
-    any_model: bool = Field(False, description="take requests for any model's name, and serve this one")
+    any_model: bool = Field(False, description="accept every model name in requests, and serve this model")
     token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = Field(
         "auto",
-        description="what inputs of token ids are: this model's own, OpenAI's (decoded and tokenized again), or not "
-        "taken; auto takes those of OpenAI's SDKs for cl100k_base, as LangChain sends them, unless that lacks one of "
-        "them; others for the model's",
+        description="how inputs of token ids are read: as this model's own, as OpenAI's (decoded and tokenized "
+        "again), or not at all; auto reads ids from OpenAI's SDKs as cl100k_base, as LangChain sends them, unless "
+        "cl100k_base lacks one of them, and all others as the model's own",
     )
     empty_text: Literal["error", "bos"] = Field(
         "error",
-        description="an empty text is an error, or is embedded as the special tokens alone; likewise a text that "
-        "reference truncation leaves nothing of, which bos gives the official library's vector",
+        description="error refuses an empty text; bos embeds it as the special tokens alone, and gives a text that "
+        "is empty after reference truncation the official library's vector",
     )
     overload_wait_seconds: float = Field(
         10.0,
         ge=0,
-        description="how long a request in the words of text-embeddings-inference or Ollama waits for room in the "
-        "queue before it gets 429: their clients don't try again, and one takes the error for a vector",
+        description="how long a request to the routes of text-embeddings-inference or Ollama waits for room in the "
+        "queue before it gets 429: their clients don't try again, and one of them takes the error for a vector",
     )
     playground: bool = Field(
-        True, description="serve a page at `/` on which to try texts, and see tokens, vectors and the server's state"
+        True, description="serve a page at `/` to try texts and to see tokens, vectors and the server's state"
     )
     tei_metrics: bool = Field(
-        False, description="give metrics under text-embeddings-inference's names too, for dashboards that have them"
+        False, description="also give metrics under text-embeddings-inference's names, for dashboards that use them"
     )
     reject_unknown_fields: bool = Field(
         False,
-        description="answer 400 to request fields that are not known, instead of naming them in a header",
+        description="answer 400 to unknown request fields, instead of naming them in a header",
     )
     stuck_batch_seconds: float | None = Field(
         None,
         gt=0,
-        description="a batch that takes longer means that the device hangs: those who wait get 503 and the process "
-        "ends with status 1; by default 120, or 20 times what the calibration expects where that is more",
+        description="a batch that takes longer means that the device hangs: waiting requests get 503 and the process "
+        "ends with status 1; by default 120, or 20 times the expected time if that is longer",
     )
     start_seconds: float | None = Field(
         None,
         gt=0,
-        description="loading and warm-up that take longer end the process likewise; by default they may last",
+        description="the process also ends if loading and warm-up take longer; by default there is no limit",
     )
     shutdown_grace_seconds: int = Field(
         30, ge=1, description="how long requests in flight may take to finish after SIGTERM"
@@ -300,7 +309,7 @@ class Settings(BaseSettings):
 
     @property
     def several_processes(self) -> bool:
-        """Whether these may need more than one process."""
+        """Whether these settings may need more than one process."""
         return self.frontends > 1 or "," in self.device or self.device == "cuda:all"
 
 
@@ -320,7 +329,7 @@ def load_settings(given: dict[str, Any]) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        # The error's own words and its chain would show what was given, be it a key.
+        # pydantic's message and the chained error would show the given value, which may be a key.
         raise StartupError("; ".join(map(_sentence, error.errors()))) from None
 
 
@@ -331,7 +340,7 @@ def _sentence(issue: ErrorDetails) -> str:
     return f"{PREFIX}{name.upper()}{given}: {wrong}"
 
 
-# What a setting must be, instead of pydantic's words, by its name for the mistake.
+# What a setting must be, in place of pydantic's words, by pydantic's name for the mistake.
 _MEANT = {
     "int_parsing": "it must be a whole number",
     "int_from_float": "it must be a whole number",
@@ -341,7 +350,7 @@ _MEANT = {
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table, for the README."""
+    """The settings as a Markdown table, for docs/configuration.md."""
     lines = ["| variable | option | default | meaning |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         default = "" if field.default in (None, "", ()) else f"`{field.default}`"

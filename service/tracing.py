@@ -1,7 +1,7 @@
-"""OpenTelemetry traces, where the extra `otel` is installed and an endpoint is set in OpenTelemetry's own variables.
+"""OpenTelemetry traces, if the extra `otel` is installed and OpenTelemetry's own variables name an endpoint.
 
-A span for each request and, made from its timings, one each for tokenizing, waiting, inference and
-writing the answer. They never hold input text, keys or header values. Costs nothing where there is no endpoint.
+Each request has a span, with one span each for tokenizing, waiting, inference and writing the answer, made from the
+request's timings. Spans never hold input text, keys or header values. Without an endpoint there is no cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = "llm2vec-service"
 
 
 class Moments(NamedTuple):
-    """When a request came, when its answer began and when it was sent, by `time.perf_counter`."""
+    """When a request came, when its answer began and when the answer was sent, by `time.perf_counter`."""
 
     began: float
     answered: float
@@ -51,10 +51,10 @@ class Traces:
         steps: Sequence[tuple[str, float]],
         moments: Moments,
     ) -> None:
-        """The spans of one request, under the caller's `traceparent` where it sent one.
+        """Record the spans of one request, under the caller's `traceparent` if it sent one.
 
-        `steps` are names and seconds. They follow each other: of a request in several batches, each step is as long as
-        its longest.
+        `steps` are names and seconds, in order. If a request took several batches, each step is as long as the longest of
+        them.
         """
         carrier = {name: headers[name.encode()].decode("latin-1") for name in _CARRIED if name.encode() in headers}
         attributes: dict[str, Any] = {
@@ -85,7 +85,7 @@ class Traces:
         span.end(_nanoseconds(moments.ended + behind))
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the spans that are left."""
         self._provider.shutdown()
 
     def _child(self, name: str, parent: Any, start: float, end: float) -> None:
@@ -97,7 +97,7 @@ _CARRIED = ("traceparent", "tracestate")
 
 
 def start_traces() -> Traces | None:
-    """Traces to the endpoint that is set; None where none is, or the extra is not installed."""
+    """Traces to the configured endpoint; None without an endpoint or without the extra."""
     if not any(os.environ.get(name) for name in _ENDPOINTS) or os.environ.get("OTEL_SDK_DISABLED", "") == "true":
         return None
     try:

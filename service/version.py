@@ -1,4 +1,4 @@
-"""The installed package's version; 0 where the code runs from a folder that was never installed."""
+"""The installed package's version; 0 if the code runs from a folder that was never installed."""
 
 from __future__ import annotations
 
