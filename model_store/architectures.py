@@ -1,4 +1,4 @@
-"""The decoder-only families that can become encoders: one row each, and how their tensors are named.
+"""The decoder-only families that can become encoders, one row each, and the names of their tensors.
 
 A family belongs here when its attention goes through the transformers attention interface and carries
 position only in RoPE; recurrent, hybrid and absolute-position models do not.
@@ -12,17 +12,17 @@ from model_store.errors import UserError
 
 
 class UnsupportedArchitectureError(UserError):
-    """The base model is of a family without a row in `ARCHITECTURES`."""
+    """The base model's family has no row in `ARCHITECTURES`."""
 
 
 @dataclass(frozen=True)
 class Architecture:
     """`model_type` as config.json spells it; `eos_text` is what `eos_token` pooling appends to a text.
 
-    `tokenizer_class` is the class that transformers takes for the family where tokenizer_config.json names none.
-    `windowed` False drops a sliding window that config.json asks for: LLM2Vec models of that family were trained by the
-    official library, which attends to the whole text. `float16` False says that activations of published models of the
-    family exceed 65,504, the largest number of that dtype.
+    `tokenizer_class` is the class that transformers uses for the family if tokenizer_config.json names none. `windowed`
+    False drops a sliding window in config.json: LLM2Vec models of that family were trained by the official library,
+    which attends to the whole text. `float16` False says that activations of the family's published models exceed
+    65,504, the largest number of that dtype.
     """
 
     model_type: str
@@ -49,11 +49,11 @@ ARCHITECTURES = {
 # Multimodal wrappers whose decoder is in the table.
 TEXT_MODEL_OF = {"gemma3": "gemma3_text"}
 
-# Wrappers that training puts around a model or any module of it, each with a part of its own in the names of what it
-# holds: torch.compile, DistributedDataParallel, FSDP and activation checkpointing.
+# Names that training wrappers put into the names of a model's tensors: those of torch.compile, DistributedDataParallel,
+# FSDP and activation checkpointing.
 _TRAINING_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# Wrappers around the decoder that checkpoints were saved from, longest first; the decoder alone has none.
+# The prefixes of models around the decoder that checkpoints were saved from, longest first. A bare decoder has none.
 _WRAPPER_PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 
 # Parts of a checkpoint that an encoder does not have: the output head, RoPE tables that are recomputed,
@@ -73,7 +73,7 @@ def architecture_of(model_type: str) -> Architecture:
     """The row for a config.json `model_type`.
 
     Raises:
-        UnsupportedArchitectureError: naming the families that are supported.
+        UnsupportedArchitectureError: naming the supported families.
     """
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
@@ -83,7 +83,7 @@ def architecture_of(model_type: str) -> Architecture:
 
 
 def is_encoder_tensor(name: str) -> bool:
-    """False for checkpoint tensors that the encoder has no use for, such as the output head."""
+    """False for checkpoint tensors that an encoder does not use, such as the output head."""
     name = unwrapped(name)
     return not name.startswith(_NOT_ENCODER) and not name.endswith("rotary_emb.inv_freq")
 

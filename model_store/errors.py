@@ -1,15 +1,15 @@
-"""Which errors are the user's to mend, and which are faults of this program that need their traceback."""
+"""Tells errors that the user can correct from faults of this program, which need their traceback."""
 
 from __future__ import annotations
 
 import errno
 
-# What the system says of a disk that is full; such an error names no file.
+# The system's errors for a full disk; they name no file.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """Something that the user gave can't be used; the message names it, and the way out."""
+    """Something that the user gave can't be used; the message names it and the way out."""
 
 
 class CheckpointError(UserError):
@@ -17,7 +17,7 @@ class CheckpointError(UserError):
 
 
 def explains_itself(error: BaseException) -> bool:
-    """Whether the message alone tells the user what to mend: a `UserError`, or a file that the system refuses."""
+    """Whether the message alone tells the user what to correct: a `UserError`, or a file that the system refuses."""
     if isinstance(error, OSError):
         return error.filename is not None or error.errno in _NO_ROOM
     return isinstance(error, UserError)

@@ -1,4 +1,4 @@
-"""JSON and strings of files that others wrote: what is wrong with them, in words that go behind their place."""
+"""Reads JSON and strings from other programs' files. An error is a phrase that can follow the name of its place."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from model_store.errors import CheckpointError
 
-# What Git leaves in place of a large file that has not been fetched.
+# The beginning of the file that Git LFS puts in place of a large file that was not fetched.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def parse_json(text: str) -> Any:
-    """The value that a JSON text holds; strings in it may be no Unicode, see `unicode_problem`.
+    """The value of a JSON text. Strings in it may be invalid Unicode: see `unicode_problem`.
 
     Raises:
         ValueError: if it is not valid JSON.
@@ -23,14 +23,14 @@ def parse_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"is not valid JSON: {error.msg} at {line}column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested brackets
         raise ValueError(f"is not valid JSON: {error}") from error
 
 
 def unicode_problem(value: Any) -> str:
-    """Why a string, or one within a JSON value, is no Unicode text; "" where all are.
+    """Why a string, or a string within a JSON value, is no valid Unicode; "" if all strings are valid.
 
-    Bytes that are not UTF-8 are told by what `surrogateescape` makes of them.
+    Bytes that are not UTF-8 are recognized by the characters that `surrogateescape` makes of them.
     """
     try:
         (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
@@ -43,10 +43,10 @@ def unicode_problem(value: Any) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a base or an adapter comes with.
+    """The JSON object in a file of a base or an adapter.
 
     Raises:
-        CheckpointError: if it holds anything else.
+        CheckpointError: if the file holds anything else.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file only names the content that Git LFS would fetch into its place."""
+    """Whether a file only names the content that Git LFS would fetch in its place."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 

@@ -1,6 +1,6 @@
 """The stored encoder's own description, `manifest.json`: what it was made from and every file it consists of.
 
-Knows the folder's layout and how to tell whether it is whole; knows nothing of tensors.
+It knows the folder's layout and how to check that the folder is complete; it knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Manifest(_Frozen):
     def _space(self) -> str:
         """16 hex digits that change whenever a vector could: vectors of two spaces must not be compared.
 
-        Over the weights, configuration and tokenizer files, the template, pooling and span.
+        The id is a hash of the weights, configuration and tokenizer files, the template, the pooling and the span.
         """
         moves_vectors = {
             "files": {
@@ -112,7 +112,7 @@ class Manifest(_Frozen):
 
 
 def quantized_space(embedding_space: str, kind: str) -> str:
-    """The embedding-space id of vectors made with such weights, which must not be mixed with the unquantised ones."""
+    """The embedding-space id of vectors from quantized weights, which must not be mixed with the others."""
     return embedding_space if kind == "none" else f"{embedding_space}-{kind}"
 
 
@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a stored encoder.
 
     Raises:
-        StoreError: if there is none, it cannot be read, or it was changed after it was written.
+        StoreError: if the manifest is missing, can't be read, or was changed after it was written.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file():
@@ -144,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def find_built(folder: Path, recipe: Recipe) -> Manifest | None:
-    """The manifest in `folder` if that is the recipe's encoder, whole and unchanged; reads every byte to know."""
+    """The manifest in `folder` if it is the recipe's encoder, complete and unchanged. It reads every byte to check."""
     if not (folder / MANIFEST_FILE).is_file():
         return None
     try:
@@ -167,9 +167,9 @@ def describe_files(folder: Path) -> dict[str, StoredFile]:
 
 
 def changed_files(folder: Path, manifest: Manifest) -> list[str]:
-    """What differs between the folder and its manifest, a sentence each; empty when it is whole.
+    """The differences between the folder and its manifest, a sentence each; empty if the folder is complete.
 
-    Reads every byte of the folder, a file to a thread.
+    It reads every byte of the folder, several files at once.
     """
     present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
     differences = [f"{name}: not part of this encoder" for name in sorted(present - manifest.files.keys())]

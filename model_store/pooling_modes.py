@@ -11,10 +11,10 @@ PoolingMode = Literal["mean", "weighted_mean", "last_token", "eos_token", "bos_t
 
 
 def token_weights(mode: PoolingMode, length: int, span_start: int) -> NDArray[np.float32]:
-    """Shape (length,): the weight of each token of one text; a text's vector is Σ w·h / Σ w.
+    """The weights, of shape (length,), of the tokens of one text; a text's vector is Σ w·h / Σ w.
 
-    The pooled span is the tokens from `span_start` to the end. `weighted_mean` weighs them 1..n (SGPT,
-    Muennighoff 2022); `last_token` and `eos_token` take the last one, `bos_token` the very first.
+    The pooled span is the tokens from `span_start` to the end. `weighted_mean` weighs them 1..n (SGPT, Muennighoff
+    2022); `last_token` and `eos_token` take the text's last token, `bos_token` its first.
     """
     weights = np.zeros(length, dtype=np.float32)
     match mode:

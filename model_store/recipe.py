@@ -1,4 +1,4 @@
-"""What `build` is asked to make: a base, adapters in order, and how its vectors are pooled."""
+"""The input of `build`: a base, adapters in their order, and the pooling of the vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model_store.templates import Template
 DType = Literal["bfloat16", "float32"]
 
 
-# What the official library does where nothing says otherwise (llm2vec 0.2.3, `LLM2Vec.__init__`).
+# The official library's defaults (llm2vec 0.2.3, `LLM2Vec.__init__`).
 ENCODER_DEFAULTS = {"pooling": "mean", "skip_instruction": True, "max_length": 512, "doc_max_length": 400}
 
 
@@ -26,19 +26,19 @@ class RecipeError(UserError):
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether it names something in a folder, and nothing outside of it."""
+    """Whether the name can only mean something directly in a folder."""
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 class Recipe(BaseModel):
     """One encoder to build.
 
-    `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order.
-    `template` None chooses by the base's name. `pooling`, `skip_instruction`, `max_length` and `doc_max_length`
-    (tokens; the official library's limits) where None come from llm2vec_config.json beside the last adapter or
-    the base, else from `ENCODER_DEFAULTS`. `query_instruction` is what a server puts before queries when a client
-    only says that its input is a query. `parameters` (of the encoder, without output head) and `gated` (the base wants
-    a licence accepted on the hub) are for people who choose.
+    `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. With
+    `template` None the base's name chooses. If `pooling`, `skip_instruction`, `max_length` or `doc_max_length` (tokens;
+    the official library's limits) is None, it comes from llm2vec_config.json beside the last adapter or the base, else
+    from `ENCODER_DEFAULTS`. A server puts `query_instruction` before queries when a client only says that its input is
+    a query. `parameters` (of the encoder, without output head) and `gated` (the hub asks to accept the base's licence)
+    help people to choose a recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,13 +66,13 @@ class Recipe(BaseModel):
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over everything that moves a vector; a store built from another recipe has another one."""
+        """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
         asked = self.model_dump_json(exclude={"name", "description", "parameters", "gated"})
         return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def read_recipe(text: str, name: str) -> Recipe:
-    """A recipe from TOML; `name` is its name where the text gives none.
+    """A recipe from TOML; `name` is its name if the text gives none.
 
     Raises:
         RecipeError: for bad TOML, an unknown or missing key, or a value that makes no sense.
@@ -96,7 +96,7 @@ def load_recipe(name_or_file: str) -> Recipe:
     """A packaged recipe by name, or one from a .toml file.
 
     Raises:
-        RecipeError: if there is neither, naming the recipes there are.
+        RecipeError: if there is no such recipe or file, naming the packaged recipes.
     """
     if name_or_file.endswith(".toml"):
         path = Path(name_or_file)

@@ -1,7 +1,8 @@
-"""RoPE whose frequencies depend on how long a row is: kept to those of short rows, and to rows that are short.
+"""Limits RoPE whose frequencies depend on the length of a row to short rows, and fixes the frequencies of those.
 
-transformers chooses them by the largest position of the whole packed row: a text's vector would depend on its batch
-mates. So an encoder reads no text for which they would change, and asks for no other frequencies. No torch here.
+transformers would choose the frequencies by the largest position of the whole packed row, so a text's vector would
+depend on its batch mates. So an encoder reads no text that needs other frequencies, and its frequencies never change.
+No torch here.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import Any
 
 from model_store.errors import UserError
 
-# RoPE types that have one set of frequencies for rows up to a border, and others beyond it. The border of `dynamic`
-# (NTK-aware scaling that grows with the row) is max_position_embeddings itself, that of `longrope` (Ding et al. 2024)
-# original_max_position_embeddings.
+# RoPE types that have one set of frequencies for rows up to a border, and others beyond it. The border is
+# max_position_embeddings for `dynamic` (NTK-aware scaling that grows with the row), and
+# original_max_position_embeddings for `longrope` (Ding et al. 2024).
 _BY_LENGTH = ("longrope", "dynamic")
 
-# The name of no type: transformers leaves the frequencies alone that it has made already.
+# No type has this name, so transformers leaves the present frequencies alone.
 _FIXED = "fixed"
 
 
@@ -25,7 +26,7 @@ class RopeError(UserError):
 
 
 def readable_positions(config: Mapping[str, Any]) -> int:
-    """The longest text, in tokens, that has the same frequencies as any shorter text, by a decoder's config.json."""
+    """The longest text, in tokens, that has the same frequencies as all shorter texts, by a decoder's config.json."""
     most: int = config["max_position_embeddings"]
     for parameters in _parameters(config):
         if _type(parameters) == "longrope":
@@ -37,17 +38,17 @@ def readable_positions(config: Mapping[str, Any]) -> int:
 
 
 def limited_by(config: Mapping[str, Any]) -> str:
-    """The RoPE type that keeps an encoder from the length that its base reads; empty where none does."""
+    """The RoPE type that makes an encoder read shorter texts than its base; empty if there is none."""
     if readable_positions(config) == config["max_position_embeddings"]:
         return ""
     return next(_type(parameters) for parameters in _parameters(config) if _type(parameters) in _BY_LENGTH)
 
 
 def fix_frequencies(model: Any, max_positions: int) -> None:
-    """Keep a loaded decoder, which was given rows of at most `max_positions`, to the frequencies that it has now.
+    """Fix the frequencies of a loaded decoder that gets texts of at most `max_positions` tokens.
 
     Raises:
-        RopeError: if longer texts than those may be given would change them.
+        RopeError: if texts of that length would change the frequencies.
     """
     if max_positions > (most := readable_positions(model.config.to_dict())):
         raise RopeError(
@@ -63,7 +64,7 @@ def fix_frequencies(model: Any, max_positions: int) -> None:
 
 
 def _parameters(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """One set for the whole decoder, or one for each type of layer; older files call it rope_scaling."""
+    """One set of parameters for the whole decoder, or one for each type of layer. Older files call it rope_scaling."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     sets = [value for value in found.values() if isinstance(value, Mapping)]
     yield from sets or [found]

@@ -1,4 +1,4 @@
-"""A stored encoder as a module of sentence-transformers, so that programs written for that open it as it is.
+"""A stored encoder as a module of sentence-transformers, so that programs for that library can open it as it is.
 
     SentenceTransformer(folder, trust_remote_code=True).encode(texts, prompt=instruction)
 
@@ -54,7 +54,7 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
         return dict(vars(PackedBatch.pack(rows, self._manifest.pooling)))
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding`, (B, D) float32, to the features of a packed batch."""
+        """Add `sentence_embedding`, (B, D) float32, to the features of a packed batch."""
         batch = PackedBatch(**{name: features[name] for name in PackedBatch.__dataclass_fields__})
         encoder = self._on(batch.token_ids.device)
         vectors: Tensor = torch.nn.functional.normalize(pool(encoder.hidden(batch), batch), dim=-1)
@@ -69,7 +69,7 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
         raise ValueError("copy the stored encoder's folder instead of saving it through sentence-transformers")
 
     def _on(self, device: torch.device) -> Encoder:
-        """The encoder where sentence-transformers has moved the weights to, with the kernel for that device."""
+        """The encoder on the device to which sentence-transformers has moved the weights, with that device's kernel."""
         dtype = next(self.model.parameters()).dtype
         kernel = choose_kernel("auto", device, dtype, self.model.config)
         if kernel != self._kernel:

@@ -1,6 +1,6 @@
-"""How large a decoder is, by its config.json: what its weights and a batch take in memory, and what a token costs.
+"""A decoder's size by its config.json: the memory of its weights and of a batch, and the operations for a token.
 
-Arithmetic only. Norms and biases, less than a thousandth of a model, are left out. No torch here, and no weights.
+Only arithmetic: no torch and no weights. Norms and biases, less than a thousandth of a model, are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
 from model_store.rope import readable_positions
 
-# What a weight takes, by the arithmetic that it is multiplied in.
+# Bytes of a weight, by the arithmetic that it is multiplied in.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}
 
 Arithmetic = Literal["float32", "bfloat16", "fp8"]
@@ -22,7 +22,7 @@ Arithmetic = Literal["float32", "bfloat16", "fp8"]
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes; `windows` has the sliding window of each layer, or None where it attends to all of a text."""
+    """A decoder's sizes; `windows` holds each layer's sliding window, or None if a layer attends to the whole text."""
 
     width: int
     heads: int
@@ -35,7 +35,7 @@ class Shape:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Shape:
-        """From what a config.json says, defaults filled in; of a multimodal wrapper, from its text model.
+        """The shape in a config.json, with defaults filled in. For a multimodal wrapper it is the text model's shape.
 
         Raises:
             UnsupportedArchitectureError: for a family that can't become an encoder.
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def layers(self) -> int:
-        """How many there are."""
+        """The number of layers."""
         return len(self.windows)
 
     @property
@@ -69,7 +69,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """These and the embedding table."""
+        """The linear parameters and the embedding table."""
         return self.linear_parameters + self.vocabulary * self.width
 
     @property
@@ -91,22 +91,23 @@ class Shape:
         return 4 * self.heads * self.head_width * pairs
 
     def flops_per_token(self, text_tokens: int) -> float:
-        """All products, for each token of texts of this length."""
+        """The operations of all products for each token, in texts of this length."""
         return self.linear_flops_per_token + self.attention_flops([text_tokens]) / text_tokens
 
     def weight_bytes(self, arithmetic: Arithmetic = "bfloat16") -> int:
-        """What the weights take on a device. In fp8 the embedding table stays in bfloat16."""
+        """Bytes of the weights on a device. In fp8 the embedding table stays in bfloat16."""
         table = self.vocabulary * self.width * max(WEIGHT_BYTES[arithmetic], 2)
         return self.linear_parameters * WEIGHT_BYTES[arithmetic] + table
 
     def activation_bytes(self, tokens: int, arithmetic: Arithmetic = "bfloat16") -> int:
-        """Most that a batch of so many tokens takes beside the weights, at its widest point, within an MLP.
+        """The most bytes that a batch of this many tokens needs beside the weights: at its widest point, within an MLP.
 
-        Gate, up and their product are held there, the residual stream, the normalised input, and what makes it.
+        There it holds gate, up and their product, the residual stream, the normalised input, and the tensors that make
+        it.
         """
         return tokens * max(WEIGHT_BYTES[arithmetic], 2) * (3 * self.mlp_width + 6 * self.width)
 
 
 def known_configs() -> dict[str, dict[str, Any]]:
-    """What config.json says of the packaged recipes' bases, by their references."""
+    """The config.json of the packaged recipes' bases, by their references."""
     return tomllib.loads((files("model_store") / "shapes.toml").read_text())

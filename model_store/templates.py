@@ -1,7 +1,7 @@
-"""What LLM2Vec puts around a text before tokenizing it, by base model.
+"""The text that LLM2Vec puts around a text before tokenizing it, by base model.
 
-The official library chooses by the exact `_name_or_path` in the raw config.json of the MNTP repository
-(llm2vec 0.2.3, `LLM2Vec.prepare_for_tokenization`); a name that is not in the table gets no template.
+The official library chooses by the exact `_name_or_path` in the raw config.json of the MNTP repository (llm2vec 0.2.3,
+`LLM2Vec.prepare_for_tokenization`). A name that is not in the table gets no template.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from model_store.architectures import Architecture
 
 @dataclass(frozen=True)
 class Template:
-    """`prefix` + text + `suffix`. With `strip`, white space at the outer ends of instruction + text goes."""
+    """`prefix` + text + `suffix`. With `strip`, white space at both ends of instruction + text is removed."""
 
     prefix: str = ""
     suffix: str = ""
@@ -34,7 +34,7 @@ TEMPLATES = {
     "google/gemma-2-9b-it": Template("<bos><start_of_turn>user\n", "<end_of_turn>", strip=True),
 }
 
-# These return before the official library appends the text that eos_token pooling asks for.
+# For these bases the official library does not append the text that eos_token pooling asks for.
 _WITHOUT_EOS_TEXT = ("meta-llama/Meta-Llama-3-8B-Instruct",)
 _EOS_TEXT = {"meta-llama/Meta-Llama-3-8B": "<|end_of_text|>"}
 

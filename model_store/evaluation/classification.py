@@ -1,4 +1,4 @@
-"""Classification by a linear probe: what can be told of a text from its frozen vector by logistic regression."""
+"""Classification by a linear probe: how well logistic regression finds a text's label from its frozen vector."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from model_store.evaluation.text_vectors import TextVectors
 
 
 def read_labelled(path: Path) -> list[tuple[str, str]]:
-    """(text, label) from JSON lines or a tab-separated file with a header (may be .gz), of `text` and `label`.
+    """(text, label) from `text` and `label` of JSON lines or a tab-separated file with a header (may be .gz).
 
     Raises:
-        DatasetError: for a line that lacks one of them, or if there is none.
+        DatasetError: for a line without a text or a label, or a file without lines.
     """
     rows = list(read_table(path))
     if not rows:
@@ -23,14 +23,14 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
 
 
 class Classification:
-    """Fitted to `limit` texts of one file, tried on another; `instruction` is put before every text."""
+    """A probe fitted to `limit` texts of one file and tried on another; `instruction` is put before every text."""
 
     def __init__(self, train: Path, test: Path, instruction: str = "", limit: int | None = None) -> None:
         self._name, self._instruction = f"classification, {test.name}", instruction
         self._train, self._test = sample(read_labelled(train), limit), read_labelled(test)
 
     def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
-        """Accuracy and macro F1."""
+        """Accuracy and macro F1 for each setting."""
         train = vectors.embed([text for text, _ in self._train], self._instruction)
         test = vectors.embed([text for text, _ in self._test], self._instruction)
         expected = [label for _, label in self._test]

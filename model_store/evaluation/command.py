@@ -1,6 +1,6 @@
-"""`llm2vec-service eval`: what is evaluated, on which tasks, and what becomes of the scores.
+"""`llm2vec-service eval`: evaluates models on tasks, and writes the scores.
 
-Knows nothing of HTTP: vectors of a running server come from a function that it is handed.
+It knows nothing of HTTP: the vectors of a running server come from a function that the caller gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model_store.evaluation.text_vectors import EmbedTexts, ServerVectors
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import load_recipe
 
-# Poolings that a base which was never trained as an encoder is compared under: those of the paper.
+# The paper's poolings, under which a base that was never trained as an encoder is compared.
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
 
 
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 class EvaluationError(UserError):
-    """An evaluation that makes no sense as asked for."""
+    """An evaluation whose options contradict each other or lack something."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class Asked:
 
 
 class Task(Protocol):
-    """Data that is read and checked before any model is loaded."""
+    """A task; its data is read and checked before any model is loaded."""
 
     def evaluate(self, model: str, vectors: Any) -> list[Score]: ...
 
 
 def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress) -> None:
-    """Evaluate and print; scores go to stderr one by one as they are found, the tables to stdout at the end.
+    """Evaluate and print. Each score goes to stderr as soon as it is found, the tables go to stdout at the end.
 
-    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept; `progress` is told
-    the bytes written and to be written of each encoder that is built.
+    `embed_texts` asks the server at `asked.url`; `models_dir` is the folder for encoders built from recipes; `progress`
+    gets the bytes written and the total bytes of each encoder that is built.
 
     Raises:
-        EvaluationError, DatasetError, ReportError: before anything is computed, but for data that mteb can't fetch.
-        UserError: what building, loading and embedding raise.
+        EvaluationError, DatasetError, ReportError: before anything is computed, except for data that mteb can't fetch.
+        UserError: the errors of building, loading and embedding.
     """
     _refuse_contradictions(asked)
     tasks = _tasks(asked)
@@ -84,7 +84,7 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: 
 
 
 def _scores(name: str, vectors: Any, tasks: Sequence[Task]) -> Iterator[Score]:
-    """Each task's, of one model, which nothing holds any more when the next is loaded."""
+    """Each task's scores of one model. Nothing keeps the model in memory when the next one is loaded."""
     for task in tasks:
         for score in task.evaluate(name, vectors):
             print(f"{name}: {score.task}, {score.metric}, {score.setting}: {score.value:.4f}", file=sys.stderr)
@@ -111,7 +111,7 @@ def _refuse_contradictions(asked: Asked) -> None:
 def _tasks(asked: Asked) -> list[Task]:
     tasks: list[Task] = [Sts(path, asked.instruction) for path in asked.sts]
     tasks += [Retrieval(folder, asked.query_instruction) for folder in asked.retrieval]
-    # Probes need torch, and MTEB its package: a server is evaluated on the others without.
+    # Probes need torch, and MTEB needs its package. A server is evaluated on the other tasks without them.
     if asked.words:
         from model_store.evaluation.words import Words
 
@@ -135,7 +135,7 @@ def _tasks(asked: Asked) -> list[Task]:
 def _models(
     asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, how to load its vectors) of what is evaluated, one after the other."""
+    """(name, function that loads its vectors) of each model to evaluate, one after the other."""
     if asked.url:
         yield asked.url, partial(ServerVectors, embed_texts)
         return

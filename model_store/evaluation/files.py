@@ -1,4 +1,4 @@
-"""Reading evaluation files: plain or gzipped text, and JSON lines, with errors that name file and line."""
+"""Reads evaluation files: plain or gzipped text, and JSON lines. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from model_store.json_text import parse_json, unicode_problem
 
 
 class DatasetError(UserError):
-    """An evaluation file that can't be read or used; the message names the file, and the line where there is one."""
+    """An evaluation file that can't be read or used; the message names the file and, if there is one, the line."""
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""The lines of a UTF-8 file (gzipped where it is called .gz), without their ends, which are \n or \r\n.
+    r"""The lines of a UTF-8 file (gzipped if its name ends in .gz), without their ends, which are \n or \r\n.
 
     Raises:
-        DatasetError: if there is none, or it is not such a file.
+        DatasetError: if the file does not exist or has another format.
     """
     try:
         content = path.read_bytes()
@@ -33,7 +33,7 @@ def read_lines(path: Path) -> list[str]:
         raise DatasetError(f"{path}, line {line} is not valid UTF-8") from error
     except (EOFError, zlib.error) as error:
         raise DatasetError(f"{path} can't be read: {error}") from error
-    # splitlines() would also split at what a sentence can hold, such as U+2028.
+    # splitlines() would also split at characters that a sentence can hold, such as U+2028.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines if lines[-1] else lines[:-1]
 
@@ -42,7 +42,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(line number, object) of each line that is not empty.
 
     Raises:
-        DatasetError: for a line that is no JSON object, or holds half of a surrogate pair.
+        DatasetError: for a line that is no JSON object, or that holds half of a surrogate pair.
     """
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
@@ -59,10 +59,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, row by column name) of a .jsonl file, or of a tab-separated one with a header and no quoting.
+    """(line number, row by column name) of a .jsonl file, or a tab-separated file with a header and without quoting.
 
     Raises:
-        DatasetError: for a line that has not the header's number of columns, or is no JSON object.
+        DatasetError: for a line with fewer columns than the header, or a line that is no JSON object.
     """
     if ".jsonl" in path.suffixes or path.suffix == ".json":
         yield from read_json_lines(path)
@@ -77,10 +77,10 @@ def read_table(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def text_field(path: Path, number: int, row: Mapping[str, Any], name: str, blank: bool = False) -> str:
-    """A row's string, of white space alone only if it may be `blank`.
+    """A row's string. It may hold only white space if `blank` is true.
 
     Raises:
-        DatasetError: if it has none of that name.
+        DatasetError: if the row has no string of that name.
     """
     value = row.get(name)
     if not isinstance(value, str):

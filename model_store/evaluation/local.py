@@ -1,4 +1,4 @@
-"""Vectors for evaluation from an encoder in this process: of texts under several poolings, and of words.
+"""Vectors from an encoder in this process, for evaluation: of texts under several poolings, and of words.
 
 Texts are cut as the official library cuts them, so that scores can be compared with published ones.
 """
@@ -25,14 +25,14 @@ from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
 # D width
 
-# A GPU wants much at once; on a CPU, and where transformers makes a mask of its square, more only costs.
+# A GPU needs large batches. On a CPU, and where transformers makes a mask of this size squared, they only cost more.
 _BATCH_TOKENS = 1024
 _GPU_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class LocalEncoder:
-    """An encoder and its tokenizer; `poolings` are those that texts are evaluated under."""
+    """An encoder and its tokenizer; texts are evaluated under each of `poolings`."""
 
     encoder: Encoder
     tokenizer: TextTokenizer
@@ -48,7 +48,7 @@ class LocalEncoder:
         dtype: Dtype = "auto",
         causal: bool = False,
     ) -> LocalEncoder:
-        """Load a stored encoder; without `poolings` it has its own. `causal` gives it the base's attention back.
+        """Load a stored encoder. Without `poolings` it uses its own pooling; with `causal` it attends as its base does.
 
         Raises:
             StoreError, DeviceError: as `Encoder.load`.
@@ -63,7 +63,7 @@ class LocalEncoder:
         return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,), batch_tokens)
 
     def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
-        """(n, D) normalised vectors for each of the poolings, in the texts' order, from one forward pass.
+        """(n, D) normalised vectors for each pooling, in the texts' order, from one forward pass.
 
         Raises:
             TokenizationError: for a text without tokens.
@@ -83,13 +83,13 @@ class LocalEncoder:
         return vectors
 
     def embed_words(self, sentences: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float32]]:
-        """(words, D) vectors of every sentence's words end to end: the mean of a word's tokens, and of those before.
+        """(words, D) vectors of the words of all sentences, end to end, for `same_token` and for `next_token`.
 
-        `same_token` and `next_token`: see `words`. Where nothing stands before a word's first token it is left out, or
-        stands for itself if it is the only one. A sentence is read as its words with a space between them.
+        See `words` for the two. If no token comes before a word's first token, `next_token` leaves out that place, or
+        uses the token itself if it is the word's only one. A sentence is read as its words with a space between them.
 
         Raises:
-            DatasetError: for a sentence that the model is too short for, or a word that the tokenizer drops.
+            DatasetError: for a sentence longer than the model reads, or a word that the tokenizer drops.
         """
         rows = [self._with_word_spans(words) for words in sentences]
         ends = np.cumsum([len(words) for words in sentences])
@@ -106,7 +106,7 @@ class LocalEncoder:
         return {"same_token": same, "next_token": following}
 
     def _with_word_spans(self, words: Sequence[str]) -> TokenizedText:
-        """The row of a sentence; its spans are each word's tokens, and then each word's tokens one position before."""
+        """The row of a sentence. Its spans are the tokens of each word, and then those spans one position earlier."""
         text = " ".join(words)
         row, characters = self.tokenizer.locate(text, "")
         if len(row) > (most := self.encoder.manifest.max_positions):
@@ -115,7 +115,7 @@ class LocalEncoder:
         begin = 0
         for word in words:
             end = begin + len(word)
-            # The space before a word is the word's, whether it is in a token with it or has one of its own.
+            # The space before a word belongs to the word, whether they share a token or the space has its own.
             own = [place for place, (start, stop) in enumerate(characters) if start < end and max(begin - 1, 0) < stop]
             if not own:
                 raise DatasetError(f"the tokenizer has no token for {word!r} in {text[:80]!r}: leave the word out")
@@ -129,9 +129,9 @@ class LocalEncoder:
 
 
 def make_causal(encoder: Encoder) -> None:
-    """Have the model attend as its base does: each token to those before it, through transformers' own attention.
+    """Make the model attend as its base does: each token to those before it, through transformers' own attention.
 
-    transformers itself sees from `position_ids` where texts begin, and its mask keeps them apart.
+    transformers finds the beginnings of texts from `position_ids`, and its mask keeps the texts apart.
     """
     softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
     encoder.model.config.is_causal = True
@@ -139,7 +139,7 @@ def make_causal(encoder: Encoder) -> None:
 
 
 def _batches(rows: Sequence[TokenizedText], most: int) -> Iterable[list[int]]:
-    """Places of rows in batches of up to `most` tokens, the longest texts first: if memory fails, it does at once."""
+    """Places of rows in batches of up to `most` tokens, the longest first, so that a lack of memory shows at once."""
     batches: list[list[int]] = []
     tokens = 0
     for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):

@@ -1,6 +1,6 @@
-"""MTEB's tasks (Muennighoff et al. 2023) through the `mteb` package, for anything that gives text vectors.
+"""MTEB's tasks (Muennighoff et al. 2023) through the `mteb` package, for any source of text vectors.
 
-Needs the extra `eval`; mteb fetches a task's data from the hub.
+It needs the extra `eval`. The `mteb` package fetches a task's data from the hub.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from model_store.json_text import parse_json, unicode_problem
 class MtebEncoder:
     """The encoder protocol of mteb 2 over text vectors.
 
-    A text gets the instruction that `instructions` has for the task, else the one that mteb has for it, ended by a
-    colon as LLM2Vec was trained with; a document gets none.
+    A text gets the task's instruction from `instructions`, or else mteb's own, with a colon at its end as in LLM2Vec's
+    training. A document gets no instruction.
     """
 
     def __init__(self, name: str, vectors: TextVectors, instructions: dict[str, str] | None = None) -> None:
@@ -38,17 +38,17 @@ class MtebEncoder:
     def encode(
         self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, prompt_type: Any = None, **_: Any
     ) -> NDArray[np.float32]:
-        """(n, D) vectors of the texts in mteb's batches, under the first setting there is."""
+        """(n, D) vectors of the texts in mteb's batches, under the first setting."""
         texts = [text or " " for batch in inputs for text in batch["text"]]  # an empty text has no vector
         vectors = self._vectors.embed(texts, self._instruction(task_metadata, prompt_type))
         return next(iter(vectors.values()))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines, each with each."""
+        """The cosines of all pairs of vectors."""
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines of the vectors at the same place."""
+        """The cosines of the vectors at the same place."""
         return pairwise_cos_sim(embeddings1, embeddings2)
 
     def _instruction(self, task: Any, prompt_type: Any) -> str:
@@ -71,11 +71,11 @@ class MtebTask:
         """A score for each split.
 
         Raises:
-            DatasetError: if its data can't be had.
+            DatasetError: if its data can't be loaded.
         """
         try:
             self._task.load_data()
-        except Exception as error:  # the hub's client and the task's own code let all kinds through
+        except Exception as error:  # the hub's client and the task's own code may raise anything
             name = self._task.metadata.name
             raise DatasetError(f"mteb can't load the data of {name} ({error}): it comes from the hub") from error
         encoder = MtebEncoder(model.replace("/", "_"), vectors, self._instructions)
@@ -86,7 +86,7 @@ class MtebTask:
 
 
 def mteb_tasks(names: Sequence[str], instructions: Path | None = None) -> list[MtebTask]:
-    """The tasks of these names; `instructions` is JSON, {task: instruction}, as the official library has it.
+    """The tasks of these names. `instructions` is JSON, {task: instruction}, as in the official library.
 
     Raises:
         DatasetError: for a name that mteb does not know, or instructions that can't be read.

@@ -1,7 +1,7 @@
-"""A linear probe: multinomial logistic regression on frozen vectors, which shows what can be read off them.
+"""A linear probe: multinomial logistic regression on frozen vectors, which shows what they hold.
 
-Deterministic: features are standardised, L-BFGS minimises a convex loss from zero, and the weight penalty is the one
-that does best on a tenth of the examples, the same each time: too weak a one costs a part-of-speech probe points.
+The result is deterministic: features are standardised, and L-BFGS minimises a convex loss from zero. The weight penalty
+is chosen on a tenth of the examples, the same each time, as too weak a penalty costs a part-of-speech probe points.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from model_store.errors import UserError
 
 _MOST_STEPS = 200
 
-# From strong to weak, as 1/C of scikit-learn.
+# The penalties that are tried, from strong to weak, as 1/C in scikit-learn.
 _PENALTIES = (1000.0, 100.0, 10.0, 1.0)
 
 Example = TypeVar("Example")
 
 
 class ProbeError(UserError):
-    """Examples that no probe can be fitted to."""
+    """Examples to which no probe can be fitted."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Fitted weights, and how features are standardised before them."""
+    """Fitted weights, and the mean and scale that standardise features before them."""
 
     classes: tuple[str, ...]
     mean: Tensor  # (D,)
@@ -45,7 +45,7 @@ class Probe:
 
     @classmethod
     def tuned(cls, features: NDArray[np.float32], labels: Sequence[str]) -> Probe:
-        """Fitted to all examples, with the penalty before a weaker one does no better on a tenth held out.
+        """Fit to all examples. Weaker penalties are tried until one does no better on a held-out tenth.
 
         Raises:
             ProbeError: for fewer than two classes.
@@ -64,9 +64,9 @@ class Probe:
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], labels: Sequence[str], penalty: float) -> Probe:
-        """Minimise Σ cross-entropy + penalty/2 · Σ weight², as scikit-learn's LogisticRegression with C = 1/penalty.
+        """Minimise Σ cross-entropy + penalty/2 · Σ weight², like scikit-learn's LogisticRegression with C = 1/penalty.
 
-        `features` are (N, D), and `labels` one for each of them.
+        `features` are (N, D), with one label for each row.
 
         Raises:
             ProbeError: for fewer than two classes.
@@ -87,7 +87,7 @@ class Probe:
 
         def loss() -> Tensor:
             optimizer.zero_grad()
-            # Of the mean, not the sum, so that the tolerances mean the same for any number of examples.
+            # The mean, not the sum, so that the tolerances mean the same for any number of examples.
             value = F.cross_entropy(F.linear(inputs, weight, bias), targets)
             value = value + penalty / 2 * weight.square().sum() / len(targets)
             value.backward()
@@ -97,21 +97,21 @@ class Probe:
         return cls(classes, mean, scale, weight.detach(), bias.detach())
 
     def predict(self, features: NDArray[np.float32]) -> list[str]:
-        """The likeliest class of each of (N, D) features."""
+        """The likeliest class of each row of (N, D) features."""
         return [self.classes[number] for number in self._logits(features).argmax(1).tolist()]
 
     def _logits(self, features: NDArray[np.float32]) -> Tensor:
         return F.linear((torch.from_numpy(features) - self.mean) / self.scale, self.weight, self.bias)
 
     def _loss(self, features: NDArray[np.float32], labels: Sequence[str]) -> float:
-        """The mean cross-entropy of the examples whose class is known."""
+        """The mean cross-entropy of the examples whose class the probe knows."""
         known = [place for place, label in enumerate(labels) if label in self.classes]
         targets = torch.tensor([self.classes.index(labels[place]) for place in known], dtype=torch.long)
         return float(F.cross_entropy(self._logits(features[known]), targets))
 
 
 def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
-    """As many of the examples in their order, drawn at random but the same each time; all of them without a limit."""
+    """`limit` of the examples, in their order, drawn at random but the same each time. Without a limit all of them."""
     if limit is None or limit >= len(examples):
         return list(examples)
     return [examples[place] for place in sorted(random.Random(0).sample(range(len(examples)), limit))]

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table, as JSON and as a picture."""
+"""The scores of an evaluation as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ReportError(UserError):
 
 @dataclass(frozen=True)
 class Score:
-    """One figure, `value` from −1 or 0 to 1: of a `model`, in a `task`, by a `metric`, under a `setting`.
+    """One figure: the `value`, from −1 or 0 to 1, of a `model` in a `task`, by a `metric`, under a `setting`.
 
-    A setting is what the same model can be asked in several ways: a pooling, or which tokens stand for a word.
+    A setting is one of several ways to use the same model: a pooling, or the tokens that stand for a word.
     """
 
     model: str
@@ -34,7 +34,7 @@ class Score:
 
 
 def table(scores: Sequence[Score]) -> str:
-    """A block for each task and metric: a line for each model, a column for each setting; values × 100."""
+    """A block for each task and metric, with a line for each model and a column for each setting; values × 100."""
     blocks = []
     for (task, metric), some in _by_task(scores).items():
         models, settings = _names(some)
@@ -51,17 +51,17 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def write_json(path: Path, scores: Sequence[Score], asked: dict[str, Any]) -> None:
-    """The scores, what was `asked`, and the versions of the packages that computed them."""
+    """Write the scores, the options `asked`, and the versions of the packages that computed the scores."""
     versions = {name: _version(name) for name in ("llm2vec-service", "torch", "transformers", "numpy", "scipy")}
     document = {"asked": asked, "versions": versions, "scores": [asdict(score) for score in scores]}
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def check_picture(path: Path) -> None:
-    """See that `draw` can write there, before anything is computed.
+    """Check that `draw` can write to the path, before anything is computed.
 
     Raises:
-        ReportError: if matplotlib is not installed, or the name ends in no kind of picture.
+        ReportError: if matplotlib is not installed, or the name's ending is no kind of picture.
     """
     if find_spec("matplotlib") is None:
         raise ReportError("a picture needs matplotlib: pip install 'llm2vec-service[eval]'")
@@ -70,7 +70,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(path: Path, scores: Sequence[Score]) -> None:
-    """A picture: a panel for each task and metric, a bar for each figure."""
+    """Draw a panel for each task and metric, with a bar for each figure."""
     from matplotlib.figure import Figure
 
     panels = _by_task(scores)

@@ -1,4 +1,4 @@
-"""Retrieval by cosine: does a query's vector lie near those of the documents that people judged relevant?
+"""Retrieval by cosine: is a query's vector near the vectors of the documents that people judged relevant?
 
 Data is in the layout of BEIR (Thakur et al. 2021); the measures are trec_eval's ndcg_cut.10, recall.100 and recip_rank.
 """
@@ -23,7 +23,7 @@ _QUERIES_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Collection:
-    """Texts by id, and for each query the documents that help to answer it and how much: always at least one."""
+    """Texts by id, and for each query its relevant documents with their gains: at least one."""
 
     documents: Mapping[str, str]
     queries: Mapping[str, str]
@@ -33,12 +33,12 @@ class Collection:
 def read_collection(folder: Path, split: str = "test") -> Collection:
     """The collection in a folder: corpus.jsonl, queries.jsonl and qrels/test.tsv (the first two may be .gz).
 
-    A document is its title, where it has one, and its text, or a space where both are empty. A query that no document
-    is relevant for is left out, and so is a judgement that is given twice alike.
+    A document is its title, if it has one, and its text; it is a space if both are empty. A query without a relevant
+    document is left out. A judgement that is repeated unchanged counts once.
 
     Raises:
-        DatasetError: naming the file and line that can't be read, that names a text which is not there, or that judges
-            a pair otherwise than a line before it.
+        DatasetError: naming the file and line that can't be read, that names a missing text, or that contradicts an
+                earlier judgement.
     """
     documents = _texts(_one_of(folder, "corpus.jsonl"))
     queries = _texts(_one_of(folder, "queries.jsonl"))
@@ -66,7 +66,7 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
 
 @dataclass(frozen=True)
 class Measures:
-    """Means over the queries."""
+    """The measures, as means over the queries."""
 
     ndcg_at_10: float
     recall_at_100: float
@@ -76,7 +76,7 @@ class Measures:
 def measure(collection: Collection, documents: NDArray[np.float32], queries: NDArray[np.float32]) -> Measures:
     """Rank by the product of (N, D) and (Q, D) normalised vectors, in the collection's order.
 
-    As BEIR has it, a document that has the query's own id is not counted as found.
+    As in BEIR, a document that has the query's own id is not counted as found.
     """
     places = {name: place for place, name in enumerate(collection.documents)}
     sums = np.zeros(3)
@@ -137,7 +137,7 @@ def _texts(path: Path) -> dict[str, str]:
 
 
 def _one_of(folder: Path, name: str) -> Path:
-    """The file, or its gzipped form where only that is there."""
+    """The path of the file, or of its gzipped form if only that exists."""
     path = folder / name
     zipped = folder / f"{name}.gz"
     return zipped if zipped.is_file() and not path.is_file() else path

@@ -1,7 +1,7 @@
-"""The stages that LLM2Vec makes of a base, in the paper's order (BehnamGhader et al. 2024), to be evaluated one by one.
+"""The stages from a base to an LLM2Vec encoder, in the paper's order (BehnamGhader et al. 2024), for evaluation.
 
-The base as it is, causal; the base made bidirectional and nothing else; then with one more of its adapters merged each
-time. Encoders are built in a temporary folder when their turn comes, so disk and memory hold one at a time.
+First comes the causal base as it is, then the base with bidirectional attention alone, then with one more adapter
+merged each time. Each encoder is built in a temporary folder at its turn, so disk and memory hold one at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from model_store.recipe import Recipe
 def each_stage(
     recipe: Recipe, load: Callable[[Path, bool], LocalEncoder], progress: Progress
 ) -> Iterator[tuple[str, Callable[[], LocalEncoder]]]:
-    """(name, how to load it) of every stage, to be loaded before the next is asked for.
+    """(name, function that loads it) of every stage. A stage must be loaded before the next one is asked for.
 
-    `load` is given a stored encoder's folder and whether it is to attend causally.
+    `load` gets a stored encoder's folder, and whether its attention is causal.
 
     Raises:
-        ValueError: what `build_encoder` raises.
+        ValueError: the errors of `build_encoder`.
     """
     for merged, name in enumerate(["bidirectional", *_names(recipe.adapters)]):
         with tempfile.TemporaryDirectory(prefix="llm2vec-stage-") as scratch:
@@ -37,6 +37,6 @@ def each_stage(
 
 
 def _names(adapters: tuple[str, ...]) -> list[str]:
-    """The last part of each reference, or all of it where they would be the same."""
+    """The last part of each reference, or whole references if two last parts are the same."""
     short = [re.split("[/:]", reference.partition("@")[0].rstrip("/"))[-1] for reference in adapters]
     return [f"+ {name}" for name in (short if len(set(short)) == len(short) else adapters)]

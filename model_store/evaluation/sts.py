@@ -1,6 +1,6 @@
-"""Semantic textual similarity: does the cosine of two sentences' vectors rank pairs as people do?
+"""Semantic textual similarity: do the cosines of sentence pairs rank them as people do?
 
-Spearman's rank correlation of cosine and score, as the STS benchmark (Cer et al. 2017) is reported.
+The measure is Spearman's rank correlation of cosine and score, as for the STS benchmark (Cer et al. 2017).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model_store.evaluation.text_vectors import TextVectors
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """Two sentences and how alike people found them."""
+    """Two sentences, and people's score of their similarity."""
 
     first: str
     second: str
@@ -28,12 +28,12 @@ class ScoredPair:
 
 
 def read_pairs(path: Path) -> list[ScoredPair]:
-    """Pairs from a file that names score, sentence1 and sentence2, and may be gzipped.
+    """Pairs from a file with the columns score, sentence1 and sentence2. It may be gzipped.
 
-    It is tab-separated with a header and no quoting, as the STS benchmark is distributed with GLUE, or JSON lines.
+    The file is tab-separated with a header and no quoting, as GLUE distributes the STS benchmark, or JSON lines.
 
     Raises:
-        DatasetError: for a line that lacks one of them, or fewer than two pairs.
+        DatasetError: for a line that lacks a column, or fewer than two different scores.
     """
     pairs = [
         ScoredPair(

@@ -1,4 +1,4 @@
-"""What text tasks ask of whatever is evaluated: a server, or an encoder in this process."""
+"""The interface between text tasks and the evaluated model: a server, or an encoder in this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextVectors(Protocol):
 
 @dataclass(frozen=True)
 class ServerVectors:
-    """Those of a running server, whose pooling is its own."""
+    """The vectors of a running server, under its own pooling."""
 
     embed_texts: EmbedTexts
 

@@ -1,8 +1,8 @@
-"""Word-level probes: part of speech, chunks and entities read off frozen token vectors by a linear layer.
+"""Word-level probes: a linear layer finds part of speech, chunks and entities from frozen token vectors.
 
-A word's vector is the mean of its tokens'; under `next_token` of those one position before, since MNTP has position
-i − 1 predict token i (BehnamGhader et al. 2024, section 4.1; the names are the official script's, which takes
-`same_token` before MNTP and `next_token` after it).
+A word's vector is the mean over its tokens. Under `next_token` it is the mean one position earlier, since MNTP makes
+position i − 1 predict token i (BehnamGhader et al. 2024, section 4.1; the names are those of the official script, which
+uses `same_token` before MNTP and `next_token` after it).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model_store.evaluation.report import Score
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a line of so many columns has the word, and each layer of tags."""
+    """The columns of the word and of each layer of tags."""
 
     word: int
     tags: dict[str, int]
@@ -39,27 +39,27 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class TaggedSentence:
-    """Its words, and for each layer of tags one for every word."""
+    """A sentence's words, and in each layer of tags one tag for every word."""
 
     words: tuple[str, ...]
     tags: dict[str, tuple[str, ...]]
 
 
 class WordVectors(Protocol):
-    """(words, D) vectors of every sentence's words end to end, for each way to stand for a word."""
+    """(words, D) vectors of the words of all sentences, end to end, for each setting."""
 
     def embed_words(self, sentences: Sequence[Sequence[str]]) -> dict[str, NDArray[np.float32]]: ...
 
 
 def read_conll(path: Path) -> list[TaggedSentence]:
-    """Sentences from a file (may be .gz) in columns, an empty line after each.
+    """Sentences from a file in columns (may be .gz), with an empty line after each sentence.
 
-    The number of columns says which they are: 2 word, tag · 3 word, part of speech, chunk (CoNLL-2000) · 4 the same and
-    entity (CoNLL-2003) · 5 number, word, entity (Universal NER) · 10 CoNLL-U, of which the universal part of speech is
-    read. Columns end at a tab where a line has one, else at white space.
+    The number of columns tells their meaning: 2 word, tag · 3 word, part of speech, chunk (CoNLL-2000) · 4 the same
+    with entity (CoNLL-2003) · 5 number, word, entity (Universal NER) · 10 CoNLL-U, of which the universal part of
+    speech is read. Columns end at tabs if the line has a tab, else at white space.
 
     Raises:
-        DatasetError: for a line of another number of columns than the first, or if there is no sentence.
+        DatasetError: for a line with another number of columns than the first, or a file without sentences.
     """
     sentences: list[TaggedSentence] = []
     columns = 0
@@ -71,13 +71,13 @@ def read_conll(path: Path) -> list[TaggedSentence]:
             rows = []
             continue
         cells = line.split("\t") if "\t" in line else line.split()
-        # Where words are numbered a # begins a comment, else it can be a word.
+        # If words are numbered, a # begins a comment; otherwise it can be a word.
         if line.startswith("#" if columns in (5, 10) else "# ") and columns in (0, 5, 10):
             continue
         columns = columns or len(cells)
         if len(cells) != columns or columns not in _LAYOUTS:
             raise DatasetError(f"{path}, line {number}: {len(cells)} columns, not {_expected(columns)}")
-        # CoNLL-U numbers what was one word in the text 3-4, and words that are not in the text 3.1.
+        # CoNLL-U gives a word of the text that was split a number such as 3-4, and a word that is not in the text 3.1.
         if columns == 10 and not cells[0].isdigit():
             continue
         rows.append(cells)
@@ -98,7 +98,7 @@ class Words:
             )
 
     def evaluate(self, model: str, vectors: WordVectors) -> list[Score]:
-        """Accuracy for each layer and way to stand for a word; F1 of whole spans where tags are in B-, I- and O."""
+        """Accuracy for each layer and setting, and F1 of whole spans if the tags are B-, I- and O."""
         train = vectors.embed_words([sentence.words for sentence in self._train])
         test = vectors.embed_words([sentence.words for sentence in self._test])
         scores = []
@@ -117,9 +117,10 @@ class Words:
 
 
 def span_f1(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
-    """F1 of whole spans of B-, I- and O tags, each sentence's on its own; a span counts if its type and ends are right.
+    """F1 of whole spans of B-, I- and O tags within sentences. A span counts if its type and both ends are right.
 
-    As CoNLL's `conlleval` (Tjong Kim Sang and Buchholz 2000) reads tags: I- after O or another type begins a span too.
+    Tags are read as by CoNLL's `conlleval` (Tjong Kim Sang and Buchholz 2000): I- after O or another type also begins a
+    span.
     """
     wanted = {(number, *span) for number, tags in enumerate(expected) for span in _spans(tags)}
     given = {(number, *span) for number, tags in enumerate(found) for span in _spans(tags)}

@@ -1,6 +1,6 @@
-"""The keys of transformers' TrainingArguments that the trainer honours, with the values that each may have.
+"""The keys of transformers' TrainingArguments that the trainer honours, and the values that each may have.
 
-transformers itself takes any value of any type, and fails on it when a model has been loaded. No torch here.
+transformers itself accepts any value of any type, and fails on it only after a model is loaded. No torch here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# As configurations are read: "3e-5" is no number, true no whole one, and NaN none at all.
+# How configurations are read: "3e-5" is no number, true is no whole number, and NaN is not allowed.
 AS_WRITTEN = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -23,11 +23,11 @@ _LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "
 
 
 class Arguments(BaseModel):
-    """What a configuration may say; a value that is not given is left to transformers, whatever stands here."""
+    """The keys of a configuration. A key that is not given is left to transformers; the defaults here are not used."""
 
     model_config = AS_WRITTEN
 
-    # How long, and how fast.
+    # The length of the run, and its speed.
     max_steps: Annotated[int, Field(ge=1)] | Literal[-1] = -1
     num_train_epochs: float = Field(default=3, gt=0)
     per_device_train_batch_size: _Positive = 8
@@ -60,7 +60,7 @@ class Arguments(BaseModel):
     seed: int = Field(default=42, ge=0, lt=1 << 32)
     full_determinism: bool = False
 
-    # What is evaluated, logged and kept, and when.
+    # Evaluation, logs and checkpoints.
     do_eval: bool = False
     eval_strategy: _When = "no"
     eval_steps: _Weight | None = None
@@ -100,7 +100,7 @@ class Arguments(BaseModel):
     ddp_timeout: _Positive = 1800
 
 
-# What is needed, by pydantic's name of what is wrong; in braces what it says of the limit.
+# The value that is needed, by pydantic's name for the mistake. The braces are filled with pydantic's limit.
 _NEEDED = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -121,7 +121,7 @@ _NEEDED = {
 
 
 def sentences(error: ValidationError) -> Iterator[str]:
-    """For each key what is wrong with its value, and what to write instead."""
+    """A sentence for each key with a bad value: the value, and what to write instead."""
     needed: dict[str, list[str]] = {}
     values: dict[str, str] = {}
     for issue in error.errors():

@@ -1,7 +1,7 @@
 """A training run's configuration: the JSON files of the official LLM2Vec scripts, read as they are.
 
-Their keys are of two kinds: the scripts' own, and those of transformers' TrainingArguments. What a key asks for is
-done, or refused with the way out; a key that has nothing left to decide here is accepted, and `notes` says so.
+Their keys are of two kinds: the scripts' own, and those of transformers' TrainingArguments. Each key is honoured, or
+refused with the way out. A key that has nothing to decide here is accepted, and `notes` says so.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _Path = Annotated[Path, Field(strict=False)]
 
 
 class TrainingConfigError(UserError):
-    """A configuration that can't be run; the message names the key and the way out."""
+    """A configuration that can't run; the message names the key and the way out."""
 
 
 class _Config(BaseModel):
-    """What every stage has. `arguments` are the keys of TrainingArguments that were given, `file` is where."""
+    """The keys of every stage. `arguments` are the given keys of TrainingArguments; `file` is the file of all keys."""
 
     model_config = AS_WRITTEN
 
@@ -74,7 +74,7 @@ class _Config(BaseModel):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What an evaluation measures."""
+        """The metrics of an evaluation."""
         return ("loss", "accuracy")
 
     @property
@@ -84,7 +84,7 @@ class _Config(BaseModel):
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn at random."""
+        """The seed of everything that is drawn at random."""
         return int(self.arguments.get("seed", 42))
 
 
@@ -108,7 +108,7 @@ class _ContrastiveConfig(_Config):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Correlation needs pairs."""
+        """The metrics of an evaluation; a correlation needs pairs."""
         return ("loss", "spearman") if self.eval_sts_file else ("loss",)
 
 
@@ -133,7 +133,7 @@ _STAGES: dict[Stage, type[TrainingConfig]] = {
     "supervised": SupervisedConfig,
 }
 
-# Keys that ask for what is so already, or for a way of getting there that packed training has no use for.
+# Keys for something that always holds here, or for a method that packed training does not need.
 _NOTHING_TO_DECIDE = {
     "attn_implementation": "packed attention takes the fastest kernel of this device",
     "low_cpu_mem_usage": "",
@@ -150,7 +150,7 @@ _NOTHING_TO_DECIDE = {
     "fp16_full_eval": "",
 }
 
-# Keys with one value that is done: the value, and the way out of any other.
+# Keys with only one supported value: that value, and the way out for any other.
 _ONLY: dict[str, tuple[Any, str]] = {
     "bidirectional": (True, "training is of bidirectional encoders: set it true"),
     "loss_class": ("HardNegativeNLLLoss", "HardNegativeNLLLoss is the only one"),
@@ -174,7 +174,7 @@ _RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
 }
 
-# Fields of a configuration that are no keys.
+# Fields of the configuration classes that are no keys of a file.
 _NOT_KEYS = ("arguments", "notes", "file")
 
 
@@ -199,7 +199,7 @@ def read_config(stage: Stage, path: Path) -> TrainingConfig:
 
 
 def parse_config(stage: Stage, given: dict[str, Any]) -> TrainingConfig:
-    """The configuration that a JSON object holds; see `read_config`."""
+    """The configuration in a JSON object; see `read_config`."""
     config_class = _STAGES[stage]
     own: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
@@ -243,7 +243,7 @@ def _renamed(given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_key(stage: Stage, key: str, value: Any) -> None:
-    """Raise, unless the key asks for what transformers does by itself."""
+    """Raise, unless the key's value is transformers' own default."""
     from transformers import TrainingArguments
 
     others = [other for other in _STAGES if key in _STAGES[other].model_fields]

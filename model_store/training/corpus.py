@@ -1,4 +1,4 @@
-"""The examples of a configuration: those to train on, and those to hold out."""
+"""The examples of a configuration: the training examples and the held-out ones."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from model_store.evaluation.sts import ScoredPair, read_pairs
 from model_store.training.config import MntpConfig, TrainingConfig, TrainingConfigError
 from model_store.training.texts import TrainingDataError, read_texts, read_triplets, triplet_of
 
-# The percentage of texts held out where a configuration does not say: as the official scripts.
+# The default percentage of texts held out, as in the official scripts.
 _DEFAULT_HELD_OUT = {"mntp": 5, "simcse": 0, "supervised": 0}
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples to train on and to hold out: texts or triplets. `pairs` are those of eval_sts_file."""
+    """The training examples and the held-out examples: texts or triplets. `pairs` are the pairs of eval_sts_file."""
 
     train: list[Any]
     held_out: list[Any]
@@ -63,7 +63,7 @@ def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], 
 
     try:
         splits = load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
-    except Exception as error:  # whatever the hub's client and the dataset's reader raise
+    except Exception as error:  # the hub's client and the dataset's reader may raise anything
         raise TrainingDataError(
             f"the dataset {config.dataset_name} could not be fetched ({error}): check its name and the network, or "
             "give its texts as train_file"

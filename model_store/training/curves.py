@@ -1,4 +1,4 @@
-"""A run's log as a picture: what was logged, over steps."""
+"""A run's log as a picture: the logged figures over the steps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Of what the Trainer logs: not how long it took.
+# Entries of the Trainer's log that are not drawn, such as its timings.
 _NOT_DRAWN = ("epoch", "step", "runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 
 
 def draw_curves(log: list[dict[str, Any]], path: Path) -> None:
-    """One panel for each figure in the Trainer's `log_history`; eval_ and training ones of a name share theirs."""
+    """Draw a panel for each figure in the Trainer's `log_history`. A training figure and its eval_ figure share one."""
     series: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for entry in log:
         for name, value in entry.items():

@@ -1,7 +1,7 @@
-"""A base and the adapters before it → a bidirectional decoder with new LoRA adapters to train, and its output head.
+"""A base and earlier adapters → a bidirectional decoder with new LoRA adapters to train, and its output head.
 
-What comes before is merged, as the official recipe has it: the adapters of a second stage are trained on the merged
-weights of the first. Only the new adapters learn.
+The earlier adapters are merged, as in the official recipe: the adapters of a second stage are trained on the merged
+weights of the first stage. Only the new adapters learn.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from model_store.build.sources import Source
 from model_store.encoder.attention import choose_kernel, implementation_name
 from model_store.errors import CheckpointError
 
-# transformers' names for dropout of attention weights; other dropouts are of pre-training and stay off.
+# transformers' name for the dropout of attention weights. Other dropouts belong to pre-training and stay off.
 _ATTENTION_DROPOUT = "attention_dropout"
 
 
 @dataclass(frozen=True)
 class TrainableDecoder:
-    """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None where it is the embeddings'.
+    """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None if it is tied to the embeddings.
 
-    `base_config` is the configuration before it was made bidirectional.
+    `base_config` is the base's configuration before the decoder was made bidirectional.
     """
 
     adapted: Any
@@ -55,9 +55,9 @@ def load_trainable(
     gradient_checkpointing: bool,
     with_head: bool,
 ) -> TrainableDecoder:
-    """The base on the CPU in `dtype`, with `before` merged and a new adapter of `rank` on every linear layer.
+    """Load the base on the CPU in `dtype`, with `before` merged and a new adapter of `rank` on every linear layer.
 
-    The adapter's B is zero, its A random: seed before. Dropout, too, takes torch's own generator.
+    The adapter's B is zero and its A is random, so set the seed before. Dropout also uses torch's own generator.
 
     Raises:
         CheckpointError, AdapterError, UnsupportedArchitectureError: as `build_encoder` does.
@@ -84,24 +84,24 @@ def load_trainable(
     decoder = _assemble(config, tensors, dtype)
     decoder.set_attn_implementation(implementation_name(choose_kernel("auto", device, dtype, config)))
     if gradient_checkpointing:
-        # Until transformers 5.20 it has the other name.
+        # Before transformers 5.20 the method has the other name.
         enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout, target_modules=linear_names(decoder))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks by a name that transformers has given up
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers has deprecated
         adapted = get_peft_model(decoder, lora, autocast_adapter_dtype=False)
     return TrainableDecoder(adapted, head, checkpoint.config)
 
 
 def linear_names(decoder: Any) -> list[str]:
-    """The names of the decoder's linear layers, such as q_proj: the last part alone, each once."""
+    """The names of the linear layers in a decoder layer, such as q_proj: only the last part of each name."""
     modules = decoder.layers[0].named_modules()
     return [name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)]
 
 
 def _assemble(config: Any, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """The decoder of a configuration around tensors that are there already."""
+    """The decoder of a configuration, made from tensors in memory."""
     from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 

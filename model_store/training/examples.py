@@ -1,7 +1,7 @@
-"""Which examples make which batch, and what a batch holds.
+"""Chooses the examples of each batch, and makes batches from them.
 
-An example's place in a run, (epoch, index), decides everything about it: the order is a function of seed and epoch,
-the masking of seed, epoch and index. So a run that was cut off goes on with the very same batches.
+An example's place in a run, (epoch, index), decides everything about it: the order is a function of seed and epoch, and
+the masking is a function of seed, epoch and index. So an interrupted run goes on with exactly the same batches.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from model_store.training.texts import TrainingDataError, Triplet
 
 # T packed tokens, B texts
 
-# Which epoch an evaluation is masked in.
+# The epoch number that masks the examples of an evaluation.
 EVALUATION = 1 << 30
 
-# A place in the labels where there is nothing to predict.
+# The label of a token that is not predicted.
 NO_LABEL = -100
 
 Place = tuple[int, int]
 
 
 class Order(Sampler[Place]):
-    """Every example once an epoch, shuffled; where there are groups, no batch has examples of two.
+    """Every example once an epoch, shuffled. A batch never mixes examples of two groups.
 
-    Of each group the examples that fill no batch are left out. `batch` is that of all processes together.
+    In each group the last examples that don't fill a batch are left out. `batch` counts all processes together.
     """
 
     def __init__(self, groups: Sequence[str], batch: int, seed: int) -> None:
@@ -48,7 +48,7 @@ class Order(Sampler[Place]):
             raise TrainingDataError(f"{len(groups)} examples don't fill a batch of {batch}: give more, or lower it")
 
     def set_epoch(self, epoch: int) -> None:
-        """Have the next iteration be that of `epoch`, from 0."""
+        """Set the epoch of the next iteration, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -68,10 +68,10 @@ class Order(Sampler[Place]):
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are hidden: each with `probability`, by `mask_token`.
+    """How tokens are hidden: each with `probability`, replaced by `mask_token`.
 
-    With `mixed`, of those hidden 80 % become the mask token, 10 % a random one and 10 % stay (Devlin et al. 2019).
-    `untouched` (vocabulary,) bool are the tokens that are never hidden.
+    With `mixed`, 80 % of the hidden tokens become the mask token, 10 % become a random token and 10 % stay as they are
+    (Devlin et al. 2019). `untouched` (vocabulary,) bool marks the tokens that are never hidden.
     """
 
     mask_token: int
@@ -81,7 +81,7 @@ class Masking:
     seed: int
 
     def of(self, token_ids: NDArray[np.int64], place: Place) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """What is shown of a row, and its labels: the token hidden there, or NO_LABEL.
+        """A row with its hidden tokens replaced, and its labels: the hidden token at each place, or NO_LABEL.
 
         The first token can be hidden too, but nothing predicts it.
         """
@@ -106,7 +106,7 @@ class TokenRows(Dataset[tuple[NDArray[np.int64], Place]]):
 
     @classmethod
     def in_blocks(cls, rows: Sequence[NDArray[np.int32]], length: int) -> TokenRows:
-        """All rows end to end, cut into blocks of `length`; what is left at the end goes."""
+        """All rows end to end, cut into blocks of `length`; an incomplete block at the end is dropped."""
         whole = cls(rows)
         whole._ends = np.arange(0, len(whole._tokens) + 1, length)
         return whole
@@ -121,7 +121,7 @@ class TokenRows(Dataset[tuple[NDArray[np.int64], Place]]):
 
 
 class Triplets(Dataset[Triplet]):
-    """Examples of texts."""
+    """Triplets as a dataset."""
 
     def __init__(self, triplets: Sequence[Triplet]) -> None:
         self.triplets = triplets
@@ -151,7 +151,7 @@ class MaskedBatches:
 class ContrastiveBatches:
     """Collates triplets into packed chunks of at most `chunk` texts: all queries, then positives, then negatives.
 
-    For SimCSE the positives are the queries once more.
+    For SimCSE the positives are the queries again.
     """
 
     tokenizer: TextTokenizer
@@ -190,7 +190,7 @@ class ContrastiveBatches:
 
 
 def as_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """What a decoder is given of a packed batch."""
+    """The fields of a packed batch that a decoder gets."""
     return {
         "token_ids": batch.token_ids,
         "position_ids": batch.position_ids,

@@ -1,4 +1,4 @@
-"""The two losses: of masked tokens over the vocabulary, and of texts among each other."""
+"""The two losses: masked tokens against the vocabulary, and texts against each other."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 # N masked tokens, V vocabulary, D width, B queries
 
-# Logits in memory at a time.
+# The most logits in memory at a time.
 _LOGITS = 1 << 25
 
 
 def token_losses(
     hidden: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None, at_once: int = _LOGITS
 ) -> tuple[Tensor, Tensor]:
-    """(N,) float32 cross-entropies of `targets` (N,), and (N,) bool which of them were the most likely token.
+    """(N,) float32 cross-entropies of `targets` (N,), and (N,) bool: whether each target was the most likely token.
 
-    `hidden` is (N, D), the output head (V, D), which gets no gradient. Logits are products in the head's dtype, with
-    soft-capping where the model has it; their sums are float32. Only `at_once` of them are in memory: the
-    gradient of `hidden` is made along with the loss, as there is nothing to learn in the head.
+    `hidden` is (N, D); the output head is (V, D) and gets no gradient. Logits are products in the head's dtype, with
+    soft-capping if the model has it; their sums are float32. Only `at_once` logits are in memory at a time: as the head
+    learns nothing, the gradient of `hidden` is computed together with the loss.
     """
     result: tuple[Tensor, Tensor] = _TokenLosses.apply(hidden, head, targets, softcap, at_once)  # type: ignore[no-untyped-call]
     return result
@@ -67,10 +67,10 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def contrastive_loss(parts: Sequence[Tensor], scale: float) -> Tensor:
-    """`in_batch_loss` over the texts of all processes, each of which gives as many.
+    """`in_batch_loss` over the texts of all processes. Each process must give the same number of texts.
 
-    A process's own texts alone carry a gradient, multiplied by the number of processes, as data parallelism divides by
-    it: the result is that of one process with the whole batch. The value is that of the whole batch too.
+    In each process only its own texts carry a gradient, multiplied by the number of processes, because data parallelism
+    divides by that number. So the value and the gradient are those of one process with the whole batch.
     """
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes == 1:
@@ -80,16 +80,16 @@ def contrastive_loss(parts: Sequence[Tensor], scale: float) -> Tensor:
 
 
 def in_batch_loss(parts: Sequence[Tensor], scale: float) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018) over cosines · `scale`: each query must find its own positive among all texts.
+    """InfoNCE (van den Oord et al. 2018) over cosines · `scale`: each query must find its positive among all texts.
 
-    `parts` are queries, positives and, where there are any, hard negatives: (B, D) each.
+    `parts` are queries, positives and, if there are any, hard negatives: (B, D) each.
     """
     queries, passages = F.normalize(parts[0], dim=1), F.normalize(torch.cat(list(parts[1:])), dim=1)
     return F.cross_entropy(queries @ passages.T * scale, torch.arange(len(queries), device=queries.device))
 
 
 def _gather(own: Tensor) -> Tensor:
-    """The rows of all processes, in their order; only this one's carry a gradient. All must have as many."""
+    """The rows of all processes, in order. Only this process's rows carry a gradient. All must have the same number."""
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own.detach().contiguous())
     parts[dist.get_rank()] = own

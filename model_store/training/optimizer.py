@@ -1,7 +1,7 @@
 """AdamW on float32 copies of 16-bit parameters.
 
-A 16-bit parameter has steps of about 1/256 of its size, and most updates are smaller: they would be lost. So updates
-are summed in a copy, and the parameter is what the copy rounds to.
+A 16-bit parameter changes in steps of about 1/256 of its size. Most updates are smaller and would be lost. So the
+updates are summed in a copy, and the parameter is the rounded copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter 2019) whose parameter groups are the copies; parameters in float32 are their own."""
+    """AdamW (Loshchilov and Hutter 2019) whose parameter groups are the copies; float32 parameters need no copy."""
 
     def __init__(self, parameters: Iterable[Tensor], **options: Any) -> None:
         self._parameters = list(parameters)
@@ -26,7 +26,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of the copies by the parameters' gradients, and of the parameters by the copies."""
+        """Update the copies by the parameters' gradients, and then the parameters by the copies."""
         pairs = [pair for pair in zip(self._parameters, self._masters, strict=True) if pair[0] is not pair[1]]
         for parameter, master in pairs:
             master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -41,12 +41,12 @@ class MasterAdamW(torch.optim.AdamW):
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's own, and the copies: what a parameter rounded away is in them alone."""
+        """AdamW's own state and the copies: only they hold the digits that the parameters have rounded away."""
         return {**super().state_dict(), "masters": [master.detach().clone() for master in self._masters]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` gave; the parameters follow."""
+        """Load a result of `state_dict`, and set the parameters from the copies."""
         state = dict(state_dict)
         for parameter, master, stored in zip(self._parameters, self._masters, state.pop("masters"), strict=True):
             master.copy_(stored)

@@ -1,7 +1,7 @@
-"""Adapters on disk in the shape that LLM2Vec's are published in, which the official library and `build` both read.
+"""Saves adapters in the layout of LLM2Vec's published ones, which the official library and `build` both read.
 
 The first adapter of a chain comes with the base's config.json, which names the base and so chooses the template. All
-have llm2vec_config.json and the tokenizer.
+adapters have llm2vec_config.json and the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Published:
-    """What is said of an adapter beside its weights; `config` is the base's as transformers has it."""
+    """The data of an adapter beside its weights; `config` is the base's configuration in transformers."""
 
     base: Source
     before: tuple[Source, ...]
@@ -35,19 +35,19 @@ class Published:
     pooling: PoolingMode
 
     def save(self, adapted: Any, folder: Path) -> None:
-        """Write the adapter of peft's model, as it is now, and what goes with it but the tokenizer."""
+        """Write the present adapter of peft's model and its other files, except the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in _lora_tensors(adapted).items()}
         save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
         (folder / _WEIGHTS).chmod(0o644)
         _write(folder / _CONFIG, self._adapter_config(adapted))
-        # No max_length: texts that it was trained on are shorter than those that it may read.
+        # No max_length: the encoder may read longer texts than those of its training.
         _write(folder / "llm2vec_config.json", {"pooling_mode": self.pooling, "skip_instruction": True})
         if not self.before:
             _write(folder / "config.json", self._base_config())
 
     def _adapter_config(self, adapted: Any) -> dict[str, Any]:
-        """The keys that peft 0.10 has, which LLM2Vec's adapters were made by: later ones it would refuse."""
+        """The keys of peft 0.10, which made LLM2Vec's adapters: that version refuses the keys of later ones."""
         lora = adapted.peft_config["default"]
         return {
             "alpha_pattern": {},
@@ -76,11 +76,11 @@ class Published:
         }
 
     def _base_config(self) -> dict[str, Any]:
-        """The base's own config.json under its name. A GGUF file has none, and gets transformers'."""
+        """The base's own config.json, with the base's name. A GGUF file has none, so it is transformers'."""
         raw = read_raw_config(self.base.folder) or self.config.to_dict()
         raw.pop("auto_map", None)
         rope = raw.get("rope_parameters") or {}
-        if "rope_theta" in rope:  # where transformers looked for it until version 5
+        if "rope_theta" in rope:  # transformers before version 5 looks for it there
             raw.setdefault("rope_theta", rope["rope_theta"])
         return {**raw, "_name_or_path": base_name(self.base, self.before)}
 
@@ -89,7 +89,7 @@ def load_weights(adapted: Any, folder: Path) -> None:
     """Put a saved adapter's weights into peft's model of the same shape.
 
     Raises:
-        AdapterError: if they are not of that shape.
+        AdapterError: if the weights do not have that shape.
     """
     tensors = load_file(folder / _WEIGHTS)
     if tensors.keys() != _lora_tensors(adapted).keys():
@@ -98,7 +98,7 @@ def load_weights(adapted: Any, folder: Path) -> None:
 
 
 def _lora_tensors(adapted: Any) -> dict[str, Tensor]:
-    # Asked about embeddings, peft would look for the base on the hub.
+    # With the default for embeddings, peft would look for the base on the hub.
     tensors: dict[str, Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return tensors
 

@@ -1,4 +1,4 @@
-"""Where a run begins: in an empty folder, or at the newest whole checkpoint of the same run."""
+"""Decides where a run begins: in an empty folder, or at the newest complete checkpoint of the same run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model_store.training.config import TrainingConfig, TrainingConfigError
 
 CONFIG_FILE = "training_config.json"
 
-# Keys that don't change what a run comes to.
+# Keys that don't change the result of a run.
 _FREE_TO_CHANGE = ("notes", "output_dir", "cache_dir", "eval_sts_file")
 _FREE_ARGUMENTS = re.compile(
     r"(logging|log|save|eval|per_device_eval|dataloader|ddp|resume|overwrite|report|run)_.*|disable_tqdm"
@@ -21,7 +21,7 @@ _FREE_ARGUMENTS = re.compile(
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints from which a run can go on, oldest first: one that was cut off while written is left out."""
+    """The checkpoints from which a run can go on, oldest first. Half-written checkpoints are left out."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
     whole = [path for path in found if all((path / name).is_file() for name in needed)]
@@ -29,7 +29,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) -> str | None:
-    """Make output_dir ready; the checkpoint to go on from, or None."""
+    """Make output_dir ready. Returns the checkpoint to go on from, or None."""
     folder, main = config.output_dir, arguments.process_index == 0
     asked = config.arguments.get("resume_from_checkpoint")
     overwrite = bool(config.arguments.get("overwrite_output_dir"))
@@ -61,7 +61,7 @@ def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) ->
 
 
 def _refuse_other_run(config: TrainingConfig, path: Path) -> None:
-    """A checkpoint goes on exactly only with the configuration it was begun with."""
+    """Refuse another configuration than the run began with: it would not go on exactly."""
     if not path.is_file():
         return
     then, now = json.loads(path.read_text()), json.loads(config.model_dump_json())

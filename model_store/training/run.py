@@ -39,22 +39,22 @@ from model_store.training.trainer import ContrastiveTrainer, Measure, MntpTraine
 
 CURVES_FILE = "curves.png"
 
-# Tokens of a row where a configuration does not say: as the official scripts.
+# The default length of a row in tokens, as in the official scripts.
 _DEFAULT_LENGTH = {"mntp": 1024, "simcse": 512, "supervised": 512}
 
-# Texts that are tokenized by one call.
+# Texts that one call tokenizes.
 _TOKENIZED_TOGETHER = 1000
 
 
 def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
-    """Train an adapter and save it in `config.output_dir`, which is returned.
+    """Train an adapter and save it in `config.output_dir`. Returns that folder.
 
-    Run by torchrun or `accelerate launch` it is one process of several. With `resume` it goes on from the newest whole
-    checkpoint in output_dir, if there is one, and comes to what the run would have come to.
-    `callbacks` are called by the Trainer.
+    Under torchrun or `accelerate launch` it is one process of several. With `resume` it goes on from the newest
+    complete checkpoint in output_dir, if there is one, and reaches the same result as an uninterrupted run. The Trainer
+    calls the `callbacks`.
 
     Raises:
-        TrainingConfigError, TrainingDataError: and what the readers of base and adapters raise.
+        TrainingConfigError, TrainingDataError: and the errors of the readers of base and adapters.
     """
     try:
         return _train(config, resume, callbacks)
@@ -90,7 +90,7 @@ def prepare(
     base: Source,
     before: tuple[Source, ...],
 ) -> PackedTrainer:
-    """All before the first step: the trainer of a configuration, and the tokenizer in output_dir."""
+    """Do everything before the first step: write the tokenizer to output_dir, and make the trainer."""
     pooling = "mean" if isinstance(config, MntpConfig) else config.pooling_mode
     with arguments.main_process_first(desc="writing the tokenizer"):
         if arguments.process_index == 0:
@@ -124,15 +124,15 @@ def prepare(
 
 
 def training_arguments(config: TrainingConfig) -> TrainingArguments:
-    """What transformers is given of a configuration.
+    """The arguments that transformers gets from a configuration.
 
     Raises:
-        TrainingConfigError: for values that don't go together, or that need what this machine has not.
+        TrainingConfigError: for values that contradict each other, or that this machine does not support.
     """
     given = {key: value for key, value in config.arguments.items() if key not in _NOT_OF_TRANSFORMERS}
     ratio = config.arguments.get("warmup_ratio")
     if ratio and not given.get("warmup_steps"):
-        given["warmup_steps"] = ratio  # below 1 it is one
+        given["warmup_steps"] = ratio  # transformers reads a value below 1 as a ratio
     try:
         arguments = TrainingArguments(
             **{
@@ -163,7 +163,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
 
 
 def _try_schedule(arguments: TrainingArguments) -> None:
-    """Make the schedule once for nothing: some need lr_scheduler_kwargs, and the Trainer makes it behind the model."""
+    """Make the schedule once as a check: some need lr_scheduler_kwargs, and the Trainer makes it after the model."""
     kind, given = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
     nothing = torch.optim.SGD([torch.zeros(1)], lr=arguments.learning_rate)
     try:
@@ -178,7 +178,7 @@ _NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume
 
 
 def _seed_dropout(arguments: TrainingArguments) -> None:
-    """Random numbers of a process's own; a checkpoint brings those it had."""
+    """Give each process its own random numbers. A checkpoint restores the state of its generators."""
     torch.manual_seed(arguments.seed + arguments.process_index)
 
 
@@ -219,10 +219,10 @@ def _mntp(
 
 
 def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
-    """The id of what stands for a hidden token.
+    """The id of the token that replaces hidden tokens.
 
     Raises:
-        TrainingConfigError: if the base has none of that kind.
+        TrainingConfigError: if the base has no such token.
     """
     if config.mask_token_type == "eos":
         eos = model.eos_token_id
@@ -237,7 +237,7 @@ def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
 
 
 def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArguments) -> list[NDArray[np.int32]]:
-    """Token ids with the special ones; whole texts, in threads. Texts without tokens are left out."""
+    """Tokenize whole texts in threads, with special tokens. Texts without tokens are left out."""
     parts = [texts[start : start + _TOKENIZED_TOGETHER] for start in range(0, len(texts), _TOKENIZED_TOGETHER)]
     bar = tqdm(total=len(texts), desc="tokenizing", unit="text", disable=arguments.disable_tqdm or None)
 
@@ -293,13 +293,13 @@ def _order(groups: Sequence[str], config: TrainingConfig, arguments: TrainingArg
 
 
 def _sts(pairs: Sequence[ScoredPair]) -> Measure:
-    """Spearman's correlation over pairs, as `eval sts` has it, by the weights of the moment."""
+    """Spearman's correlation over pairs, as in `eval --sts`, with the present weights."""
     texts = [text for pair in pairs for text in (pair.first, pair.second)]
     return lambda encode: {"spearman": evaluate_sts(pairs, encode(texts))}
 
 
 class _Curves(TrainerCallback):  # type: ignore[misc]
-    """Draws what was logged at each checkpoint and at the end."""
+    """Draws the log at each checkpoint and at the end."""
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Called by the Trainer."""

@@ -1,4 +1,4 @@
-"""What is trained, as modules that a data-parallel wrapper can hold: packed batches in, what a loss needs out."""
+"""The trained modules, in a form that a data-parallel wrapper can hold: packed batches in, the input of a loss out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model_store.training.losses import token_losses
 
 # T packed tokens, N hidden ones, B texts, D width
 
-# The attention kernels take a longest text of 1 for decoding.
+# The attention kernels would take a longest text of 1 token for decoding.
 _LEAST_LONGEST = 8
 
 
@@ -38,7 +38,7 @@ class _Stage(nn.Module):
 
 
 class MaskedNextToken(_Stage):
-    """MNTP: the token hidden at i is predicted from the hidden state at i − 1, as the head was trained to."""
+    """MNTP: the hidden token at i is predicted from the hidden state at i − 1, as the head was trained to do."""
 
     head: Tensor | None
 
@@ -48,7 +48,7 @@ class MaskedNextToken(_Stage):
         self._softcap = getattr(decoder.config, "final_logit_softcapping", None)
 
     def forward(self, labels: Tensor, **inputs: Any) -> tuple[Tensor, Tensor]:
-        """(N,) float32 losses of the hidden tokens, and (N,) bool which were found; `labels` is (T,)."""
+        """(N,) float32 losses of the hidden tokens, and (N,) bool: whether each was found. `labels` is (T,)."""
         hidden = self._hidden(**inputs)
         places = (labels != NO_LABEL).nonzero()[:, 0]
         head = self.adapted.base_model.model.embed_tokens.weight if self.head is None else self.head
@@ -58,13 +58,14 @@ class MaskedNextToken(_Stage):
 class ContrastiveEncoder(_Stage):
     """Texts' vectors, pooled as the stored encoder pools them.
 
-    In several chunks it is gradient caching (GradCache, Gao et al. 2021): each chunk is computed without keeping
-    anything, and once more, with the same dropout, when its vectors' gradient is known. So a batch takes the memory of
-    a chunk, and its gradient is the whole batch's. That is activation checkpointing of a chunk, and done by it.
+    With several chunks it does gradient caching (GradCache, Gao et al. 2021): each chunk is computed without keeping
+    activations, and computed again, with the same dropout, when the gradient of its vectors is known. So a batch takes
+    the memory of one chunk, but has the gradient of the whole batch. torch's activation checkpointing does this for
+    each chunk.
     """
 
     def forward(self, chunks: list[dict[str, Any]]) -> Tensor:
-        """(B, D) float32, of all chunks' texts in order; a chunk has the fields of a `PackedBatch`."""
+        """(B, D) float32 vectors of all chunks' texts, in order. A chunk has the fields of a `PackedBatch`."""
         if len(chunks) > 1 and torch.is_grad_enabled():
             return torch.cat([checkpoint(self._vectors, *chunk.values(), use_reentrant=False) for chunk in chunks])
         return torch.cat([self._vectors(*chunk.values()) for chunk in chunks])

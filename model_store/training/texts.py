@@ -1,4 +1,4 @@
-"""Training texts from files: one a line, JSON or JSON lines; a bad line is named by file and number. No torch here."""
+"""Training texts from files: plain lines, JSON or JSON lines. Errors name the file and the line. No torch here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from model_store.json_text import parse_json, unicode_problem
 
 
 class TrainingDataError(UserError):
-    """Texts that can't be read or are too few; the message names file and line where there is one."""
+    """Texts that can't be read, or too few texts; the message names the file and, if there is one, the line."""
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """What a query must find, and what it must not. `group` names the texts among which negatives are drawn.
+    """A query, the text it must find, and a text it must not find. Negatives are drawn within a `group`.
 
-    `negative` is None in data of pairs. Instructions are "" for none; the negative has the positive's.
+    `negative` is None in data of pairs. An instruction "" is none; the negative has the positive's instruction.
     """
 
     query: str
@@ -37,9 +37,9 @@ class Triplet:
 
 
 def read_texts(path: Path) -> list[str]:
-    """Texts of a .txt file (one a line), or of a .json, .jsonl file (strings, or objects with "text"); each may be .gz.
+    """Texts of a .txt file (one a line), or a .json or .jsonl file (strings, or objects with "text"). All may be .gz.
 
-    Lines of white space alone are left out.
+    Lines with only white space are left out.
 
     Raises:
         TrainingDataError: for a file that can't be read, or a line that is no text.
@@ -67,9 +67,9 @@ _FIELDS = {
 
 
 def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
-    """Triplets or pairs of a .jsonl or .json file (may be .gz), or of every such file in a folder, one group each.
+    """Triplets or pairs of a .jsonl or .json file (may be .gz), or of all such files in a folder. Each file is a group.
 
-    With `e5` a query without an instruction gets the one that LLM2Vec gave to queries of a file of that name.
+    With `e5` a query without an instruction gets the instruction that LLM2Vec used for a file of that name.
 
     Raises:
         TrainingDataError: for a file that can't be read, or a line that is no triplet.
@@ -92,7 +92,7 @@ def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
 
 
 def e5_instructions(name: str) -> list[str]:
-    """Those for a file of the public E5 data, which its lines take in turn; [""] for any other name."""
+    """The instructions for a file of the public E5 data, used by its lines in turn; [""] for any other name."""
     table = tomllib.loads((files("model_store.training") / "e5_instructions.toml").read_text())
     found = table.get(name, "")
     return found if isinstance(found, list) else [found]
@@ -102,7 +102,7 @@ def triplet_of(value: Any, where: str, group: str) -> Triplet:
     """The triplet that a JSON object holds.
 
     Raises:
-        TrainingDataError: if it holds none.
+        TrainingDataError: if the object holds no triplet.
     """
     if not isinstance(value, dict):
         raise TrainingDataError(f"{where}: an example must be an object with query and positive, not {_kind(value)}")
@@ -112,7 +112,7 @@ def triplet_of(value: Any, where: str, group: str) -> Triplet:
         if name is None:
             continue
         text = value[name]
-        if isinstance(text, list) and field in ("positive", "negative"):  # several to choose from
+        if isinstance(text, list) and field in ("positive", "negative"):  # a list of several: the first is taken
             text = text[0] if text else None
         if not isinstance(text, str):
             raise TrainingDataError(f"{where}: {name} must be a string, not {_kind(text)}")
@@ -141,7 +141,7 @@ def _values(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _decoded(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
-    """The same; bytes that are not UTF-8 are lone surrogates, so that their line is known."""
+    """As `_values`, but bytes that are not UTF-8 become lone surrogates, so that their line can be named."""
     name = path.name.removesuffix(".gz")
     how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
     try:
@@ -169,7 +169,7 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path, content: str) -> Iterator[tuple[str, Any]]:
-    """A JSON array, or what many call .json: JSON lines."""
+    """The items of a JSON array. Many .json files hold JSON lines instead, which are read too."""
     try:
         whole = parse_json(content)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """transformers' Trainer over packed batches.
 
-Its own are the training loop, schedules, checkpoints, logs and processes; ours the order of examples, the losses, an
-optimiser for 16-bit adapters, and what a checkpoint holds of the model: the adapter alone.
+transformers does the training loop, schedules, checkpoints, logs and processes. This module adds the order of examples,
+the losses, an optimiser for 16-bit adapters, and checkpoints that hold only the adapter.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from model_store.training.published import Published, load_weights
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
-# Adds to the metrics of an evaluation, given what encodes texts as rows of length 1; called in every process.
+# Gives further metrics of an evaluation. Its argument encodes texts as vectors of length 1. Every process calls it.
 Measure = Callable[[Callable[[Sequence[str]], NDArray[np.float32]]], dict[str, float]]
 
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
-    """A stage's module, its examples in their order, and how they become batches."""
+    """Trains a stage's module on its examples in their order."""
 
     optimizer: Any
     control: Any
@@ -69,7 +69,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss over the held-out examples, and what the measures add; logged, and told to the callbacks."""
+        """The loss over the held-out examples and the metrics of the measures; logged, and given to the callbacks."""
         began = time.perf_counter()
         self.model.eval()
         metrics: dict[str, float] = {}
@@ -99,7 +99,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
             yield self._prepare_inputs(batch)
 
     def _summed(self, sums: Tensor) -> list[float]:
-        """Over all processes."""
+        """Sum over all processes."""
         total: list[float] = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
         return total
 
@@ -114,11 +114,11 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
 
 class MntpTrainer(PackedTrainer):
-    """The mean loss of all hidden tokens of a step, whatever batches and processes they are in."""
+    """The loss is the mean over all hidden tokens of a step, in all its batches and processes."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.model_accepts_loss_kwargs = True  # so that a step's hidden tokens are counted
+        self.model_accepts_loss_kwargs = True  # makes the Trainer count a step's hidden tokens
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -139,7 +139,7 @@ class MntpTrainer(PackedTrainer):
 
 
 class ContrastiveTrainer(PackedTrainer):
-    """InfoNCE over the texts of a batch of all processes."""
+    """The loss is InfoNCE over the texts of a batch in all processes."""
 
     def __init__(
         self, *arguments: Any, loss_scale: float, dropout_in_evaluation: bool, measures: Sequence[Measure]
@@ -150,11 +150,11 @@ class ContrastiveTrainer(PackedTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of this batch, of all processes."""
+        """The loss of this batch over all processes."""
         return contrastive_loss(model(inputs["chunks"]).split(inputs["queries"]), self._loss_scale)
 
     def _held_out_metrics(self) -> dict[str, float]:
-        """With dropout where the loss is about it; its random numbers are the same each time, and no one else's."""
+        """Use dropout only if the loss depends on it, with random numbers of its own that are the same each time."""
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
@@ -170,7 +170,7 @@ class ContrastiveTrainer(PackedTrainer):
         return {name: value for measure in self._measures for name, value in measure(self.encode).items()}
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(B, D), each of length 1, as they would be served; texts of about one length together."""
+        """(B, D) vectors of length 1, as they would be served. Texts of about the same length are computed together."""
         size = self.args.eval_batch_size
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         vectors = np.empty((len(texts), self.model.adapted.base_model.model.config.hidden_size), dtype=np.float32)
@@ -182,7 +182,7 @@ class ContrastiveTrainer(PackedTrainer):
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]
-    """Ends a run after so many steps, with a learning rate that was planned for all of it: as the official scripts."""
+    """Ends a run after `steps` steps. As in the official scripts, the learning rate is planned for the whole run."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
