@@ -38,7 +38,7 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
 
     Raises:
         DatasetError: naming the file and line that can't be read, that names a missing text, or that contradicts an
-                earlier judgement.
+            earlier judgement.
     """
     documents = _texts(_one_of(folder, "corpus.jsonl"))
     queries = _texts(_one_of(folder, "queries.jsonl"))

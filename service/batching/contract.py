@@ -45,7 +45,7 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Computed(Generic[Vector]):
-    """One input's vector, how long it waited for its batch and how long the batch took. Both are 0 from the cache."""
+    """One input's vector, how long it waited for its batch and how long the batch took; both are 0 if it was cached."""
 
     vector: Vector
     queue_seconds: float = 0.0

@@ -30,9 +30,8 @@ class VectorCache:
         """Remember a vector, and forget the least recently used ones if the room is exceeded."""
         if key in self._vectors:
             return
-        self._vectors[key] = (
-            vector.copy()
-        )  # a batch's vectors share one array, and one vector would keep all of it in memory
+        # A batch's vectors share one array: without a copy one vector would keep all of it in memory.
+        self._vectors[key] = vector.copy()
         self._bytes += self._size(key, vector)
         while self._bytes > self._most_bytes:
             self._bytes -= self._size(*self._vectors.popitem(last=False))

@@ -32,7 +32,7 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
 
     Raises:
         UserError, ServiceError, OSError: with a sentence that says what to change. The finished
-                shards stay, and the same command goes on from there.
+            shards stay, and the same command goes on from there.
     """
     _refuse_contradictions(asked)
     check_format(asked.format)
@@ -94,9 +94,7 @@ def _vectors(asked: Asked, progress: Progress) -> LocalVectors | ServerVectors:
     given = {name: value for name in ("model", "device", "dtype") if (value := getattr(asked, name)) is not None}
     settings = load_settings(given)
     if "log_level" not in settings.model_fields_set:
-        settings = settings.model_copy(
-            update={"log_level": "warning"}
-        )  # info lines are for somebody who watches a server
+        settings = settings.model_copy(update={"log_level": "warning"})  # info lines are for a server's log
     return LocalVectors.prepare(settings, wanted, progress)
 
 

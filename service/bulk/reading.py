@@ -373,9 +373,8 @@ def _parquet(path: Path) -> Any:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InputError(f"{path}: parquet needs pyarrow: pip install 'llm2vec-service[bulk]'") from error
-    return ParquetFile(
-        path, buffer_size=_PARQUET_BUFFER
-    )  # without a buffer size, a whole row group's columns are read at once
+    # Without a buffer size, a whole row group's columns are read at once.
+    return ParquetFile(path, buffer_size=_PARQUET_BUFFER)
 
 
 def _binary(path: Path) -> IO[bytes]:

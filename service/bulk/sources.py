@@ -64,9 +64,7 @@ class LocalVectors:
         settings = settings.model_copy(update={"max_queued_tokens": _NO_LIMIT})
         prepared = prepare(settings, progress)
         if settings.batch_tokens is None:
-            prepared.limits.batch_tokens = (
-                prepared.limits.token_budget
-            )  # batches may be large, as no single request waits for its end
+            prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a single batch
         return cls(prepared, settings, wanted)
 
     @property
