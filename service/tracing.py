@@ -53,8 +53,8 @@ class Traces:
     ) -> None:
         """Record the spans of one request, under the caller's `traceparent` if it sent one.
 
-        `steps` are names and seconds, in order. If a request took several batches, each step is as long as the longest of
-        them.
+        `steps` are names and seconds, in order. If a request took several batches, each step is as long as the longest
+        of them.
         """
         carrier = {name: headers[name.encode()].decode("latin-1") for name in _CARRIED if name.encode() in headers}
         attributes: dict[str, Any] = {

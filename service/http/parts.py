@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +44,7 @@ class Parts:
     writer: AnswerWriter
     in_flight: InFlight
     started_at: int
+    parsing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body is parsed
     life: Life = field(default_factory=Life)
 
 

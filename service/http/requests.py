@@ -253,22 +253,28 @@ async def read_document(request: Request) -> dict[str, Any]:
         RequestTooLarge: past the settings' limit.
         InvalidRequest: if it is not JSON, or no object, or has too many values: an object would be made for each.
     """
-    settings = parts_of(request).settings
+    parts = parts_of(request)
+    settings = parts.settings
     body = await read_body(request, settings.max_body_bytes)
-    large = len(body) > _COUNTED_BYTES
-    if large:
+    if len(body) <= _COUNTED_BYTES:
+        document = _parsed(body)
+    else:
         _check_size(await asyncio.to_thread(json_size, body), settings)
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        reason = _not_utf8(body) if "UTF-8" in str(error) else f"valid JSON: {error}"
-        raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
+        async with parts.parsing:
+            document = _parsed(body)
+            await asyncio.sleep(0)  # everybody else has a turn before the next large body, and before what follows
     if not isinstance(document, dict):
         raise InvalidRequest("the body must be a JSON object", "invalid_json")
     _check_lists(document, settings.max_inputs_per_request)
-    if large:
-        await asyncio.sleep(0)  # others have their turn between the parser and all that comes after it
     return document
+
+
+def _parsed(body: bytearray) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = _not_utf8(body) if "UTF-8" in str(error) else f"valid JSON: {error}"
+        raise InvalidRequest(f"the body is not {reason}", "invalid_json") from error
 
 
 def _check_size(size: JSONSize, settings: Settings) -> None:

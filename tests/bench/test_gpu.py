@@ -55,7 +55,7 @@ def test_every_step_on_a_stand_in_gpu(tmp_path: Path) -> None:
     assert "worker gemma3_text against the CPU" in found["checks"]
     served = figures["1.3B over HTTP"]
     assert served["queries × 16 beside bulk"]["p99_ms"] > 0
-    assert found["targets"]["1.3B, HTTP / engine rate"]["value"] == served["http / engine"]
+    assert found["targets"]["1.3B, HTTP / engine rate"]["value"] == pytest.approx(served["http / engine"], rel=0.01)
 
 
 def test_the_tests_for_a_gpu_need_neither_plugins_nor_pydantic() -> None:
