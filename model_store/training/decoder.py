@@ -31,6 +31,8 @@ _ATTENTION_DROPOUT = "attention_dropout"
 class TrainableDecoder:
     """`adapted` is peft's model around the decoder; `head` (V, D) is frozen, and None if it is tied to the embeddings.
 
+    The adapter's weights, their gradients and their optimizer's state are float32, whatever the decoder's dtype is.
+
     `base_config` is the base's configuration before the decoder was made bidirectional.
     """
 
@@ -90,7 +92,8 @@ def load_trainable(
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout, target_modules=linear_names(decoder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers has deprecated
-        adapted = get_peft_model(decoder, lora, autocast_adapter_dtype=False)
+        # Steps of 16-bit weights are coarser than most updates, and sums of 16-bit gradients lose most of their digits.
+        adapted = get_peft_model(decoder, lora, autocast_adapter_dtype=True)
     return TrainableDecoder(adapted, head, checkpoint.config)
 
 

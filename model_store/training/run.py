@@ -137,6 +137,7 @@ def training_arguments(config: TrainingConfig) -> TrainingArguments:
         arguments = TrainingArguments(
             **{
                 "output_dir": str(config.output_dir),
+                "optim": "adamw_torch",
                 "report_to": ["tensorboard"],
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 **given,
@@ -174,7 +175,7 @@ def _try_schedule(arguments: TrainingArguments) -> None:
         ) from error
 
 
-_NOT_OF_TRANSFORMERS = ("optim", "warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
+_NOT_OF_TRANSFORMERS = ("warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 def _seed_dropout(arguments: TrainingArguments) -> None:

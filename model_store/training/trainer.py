@@ -1,7 +1,7 @@
 """transformers' Trainer over packed batches.
 
-transformers does the training loop, schedules, checkpoints, logs and processes. This module adds the order of examples,
-the losses, an optimiser for 16-bit adapters, and checkpoints that hold only the adapter.
+transformers does the training loop, AdamW, schedules, checkpoints, logs and processes. This module adds the order of
+examples, the losses, and checkpoints that hold only the adapter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from model_store.training.examples import EVALUATION, Place
 from model_store.training.losses import contrastive_loss, in_batch_loss
-from model_store.training.optimizer import MasterAdamW
 from model_store.training.published import Published, load_weights
 
 Collate = Callable[[list[Any]], dict[str, Any]]
@@ -33,7 +32,6 @@ Measure = Callable[[Callable[[Sequence[str]], NDArray[np.float32]]], dict[str, f
 class PackedTrainer(Trainer):  # type: ignore[misc]
     """Trains a stage's module on its examples in their order."""
 
-    optimizer: Any
     control: Any
 
     def __init__(
@@ -52,19 +50,6 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Place]:
         return self._order
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with float32 copies of the adapters."""
-        if self.optimizer is None:
-            arguments = self.args
-            self.optimizer = MasterAdamW(
-                [parameter for parameter in self.model.parameters() if parameter.requires_grad],
-                lr=arguments.learning_rate,
-                betas=(arguments.adam_beta1, arguments.adam_beta2),
-                eps=arguments.adam_epsilon,
-                weight_decay=arguments.weight_decay,
-            )
-        return self.optimizer  # type: ignore[no-any-return]
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

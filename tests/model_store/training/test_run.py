@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
 from model_store.build.build import build_encoder
 from model_store.build.sources import resolve
@@ -101,6 +103,40 @@ def test_it_learns(stage: Stage, tmp_path: Path) -> None:
     folder = run(stage, tmp_path, lora_dropout=0.0, max_steps=40, save_strategy="no")
     found = losses(folder)
     assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+
+
+class SumsOfGradients(TrainerCallback):  # type: ignore[misc]
+    """Of each update: how far the gradients that reach AdamW are from the float64 sums of the batches' own."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+        self._summed: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        for name, parameter in others["model"].named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._add, name))
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        self._summed[name] = self._summed.get(name, torch.zeros((), dtype=torch.float64)) + gradient.double()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        parameters = dict(others["model"].named_parameters())
+        for name, expected in self._summed.items():
+            error = (parameters[name].grad.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+            self.errors.append(error.item())
+        self._summed.clear()
+
+
+def test_gradients_of_a_16_bit_base_are_summed_in_float32(tmp_path: Path) -> None:
+    """Eight batches an update. Their sum in bfloat16 is off by a hundredth."""
+    sums = SumsOfGradients()
+    changes: dict[str, Any] = {"gradient_accumulation_steps": 8, "max_steps": 2, "save_strategy": "no"}
+    config = tiny_config("mntp", tmp_path, **changes, torch_dtype="bfloat16", max_grad_norm=0)
+    folder = train(parse_config("mntp", config), callbacks=[sums])
+    assert len(sums.errors) == 2 * 3 * 7 * 2
+    assert max(sums.errors) < 1e-6
+    assert {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_steps_to_stop_after_leave_the_learning_rate_as_planned(tmp_path: Path) -> None:
