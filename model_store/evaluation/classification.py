@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sklearn.metrics import accuracy_score, f1_score
+
 from model_store.evaluation.files import DatasetError, read_table, text_field
-from model_store.evaluation.probe import Probe, accuracy, macro_f1, sample
+from model_store.evaluation.probe import sample, tuned_probe
 from model_store.evaluation.report import Score
 from model_store.evaluation.text_vectors import TextVectors
 
@@ -36,9 +38,10 @@ class Classification:
         expected = [label for _, label in self._test]
         scores = []
         for setting in test:
-            found = Probe.tuned(train[setting], [label for _, label in self._train]).predict(test[setting])
-            scores.append(Score(model, self._name, "accuracy", setting, accuracy(expected, found)))
-            scores.append(Score(model, self._name, "macro F1", setting, macro_f1(expected, found)))
+            found = tuned_probe(train[setting], [label for _, label in self._train]).predict(test[setting])
+            macro_f1 = float(f1_score(expected, found, average="macro"))
+            scores.append(Score(model, self._name, "accuracy", setting, float(accuracy_score(expected, found))))
+            scores.append(Score(model, self._name, "macro F1", setting, macro_f1))
         return scores
 
 

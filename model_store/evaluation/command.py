@@ -1,6 +1,6 @@
-"""`llm2vec-service eval`: evaluates models on tasks, and writes the scores.
+"""`llm2vec-service eval`: what is evaluated, on which tasks, and what becomes of the scores.
 
-It knows nothing of HTTP: the vectors of a running server come from a function that the caller gives.
+Knows nothing of HTTP: vectors of a running server come from a function that it is handed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from model_store.evaluation.text_vectors import EmbedTexts, ServerVectors
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import load_recipe
 
-# The paper's poolings, under which a base that was never trained as an encoder is compared.
+# Poolings that a base which was never trained as an encoder is compared under: those of the paper.
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
 
 
@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 class EvaluationError(UserError):
-    """An evaluation whose options contradict each other or lack something."""
+    """An evaluation that makes no sense as asked for."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class Asked:
 
 
 class Task(Protocol):
-    """A task; its data is read and checked before any model is loaded."""
+    """Data that is read and checked before any model is loaded."""
 
     def evaluate(self, model: str, vectors: Any) -> list[Score]: ...
 
 
 def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress) -> None:
-    """Evaluate and print. Each score goes to stderr as soon as it is found, the tables go to stdout at the end.
+    """Evaluate and print; scores go to stderr one by one as they are found, the tables to stdout at the end.
 
-    `embed_texts` asks the server at `asked.url`; `models_dir` is the folder for encoders built from recipes; `progress`
-    gets the bytes written and the total bytes of each encoder that is built.
+    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept; `progress` is told
+    the bytes written and to be written of each encoder that is built.
 
     Raises:
-        EvaluationError, DatasetError, ReportError: before anything is computed, except for data that mteb can't fetch.
-        UserError: the errors of building, loading and embedding.
+        EvaluationError, DatasetError, ReportError: before anything is computed, but for data that mteb can't fetch.
+        UserError: what building, loading and embedding raise.
     """
     _refuse_contradictions(asked)
     tasks = _tasks(asked)
@@ -84,7 +84,7 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: 
 
 
 def _scores(name: str, vectors: Any, tasks: Sequence[Task]) -> Iterator[Score]:
-    """Each task's scores of one model. Nothing keeps the model in memory when the next one is loaded."""
+    """Each task's, of one model, which nothing holds any more when the next is loaded."""
     for task in tasks:
         for score in task.evaluate(name, vectors):
             print(f"{name}: {score.task}, {score.metric}, {score.setting}: {score.value:.4f}", file=sys.stderr)
@@ -111,14 +111,18 @@ def _refuse_contradictions(asked: Asked) -> None:
 def _tasks(asked: Asked) -> list[Task]:
     tasks: list[Task] = [Sts(path, asked.instruction) for path in asked.sts]
     tasks += [Retrieval(folder, asked.query_instruction) for folder in asked.retrieval]
-    # Probes need torch, and MTEB needs its package. A server is evaluated on the other tasks without them.
-    if asked.words:
-        from model_store.evaluation.words import Words
+    # Probes need scikit-learn, and MTEB its package: a server is evaluated on the others without.
+    if asked.words or asked.classification:
+        try:
+            from model_store.evaluation.classification import Classification
+            from model_store.evaluation.words import Words
+        except ImportError as error:
+            option = "--words" if asked.words else "--classification"
+            raise EvaluationError(
+                f"{option} needs scikit-learn ({error}): pip install 'llm2vec-service[eval]'"
+            ) from error
 
         tasks += [Words(train, test, asked.probe_limit) for train, test in asked.words]
-    if asked.classification:
-        from model_store.evaluation.classification import Classification
-
         tasks += [
             Classification(train, test, asked.instruction, asked.probe_limit) for train, test in asked.classification
         ]
@@ -135,7 +139,7 @@ def _tasks(asked: Asked) -> list[Task]:
 def _models(
     asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, function that loads its vectors) of each model to evaluate, one after the other."""
+    """(name, how to load its vectors) of what is evaluated, one after the other."""
     if asked.url:
         yield asked.url, partial(ServerVectors, embed_texts)
         return

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score
 
 from model_store.evaluation.files import DatasetError, read_lines
-from model_store.evaluation.probe import Probe, accuracy, sample
+from model_store.evaluation.probe import sample, tuned_probe
 from model_store.evaluation.report import Score
 
 
@@ -105,11 +107,12 @@ class Words:
         for layer in self._test[0].tags:
             expected = [sentence.tags[layer] for sentence in self._test]
             for setting in test:
-                probe = Probe.tuned(train[setting], [tag for sentence in self._train for tag in sentence.tags[layer]])
-                answers = iter(probe.predict(test[setting]))
-                found = [tuple(next(answers) for _ in tags) for tags in expected]
+                probe = tuned_probe(train[setting], [tag for sentence in self._train for tag in sentence.tags[layer]])
+                answers = probe.predict(test[setting]).tolist()
+                following = iter(answers)
+                found = [tuple(islice(following, len(tags))) for tags in expected]
                 task = f"{self._name}, {layer}"
-                right = accuracy([tag for tags in expected for tag in tags], [tag for tags in found for tag in tags])
+                right = float(accuracy_score([tag for tags in expected for tag in tags], answers))
                 scores.append(Score(model, task, "accuracy", setting, right))
                 if all(tag == "O" or tag[:2] in ("B-", "I-") for tags in expected for tag in tags):
                     scores.append(Score(model, task, "span F1", setting, span_f1(expected, found)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,6 +99,15 @@ def test_a_stored_encoder_on_every_kind_of_data(data: Path, capsys: pytest.Captu
 def test_mteb_where_it_is_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--model", "demo", "--mteb", "STSBenchmark"]) == 1
     assert "pip install 'llm2vec-service[eval]'" in capsys.readouterr().err
+
+
+def test_probes_where_scikit_learn_is_not_installed() -> None:
+    hidden = "import sys; sys.modules['sklearn'] = None; from service.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", hidden, "eval", "--model", "demo", "--classification", "a.tsv", "b.tsv"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert "--classification needs scikit-learn" in found.stderr
+    assert "pip install 'llm2vec-service[eval]'\n" in found.stderr
 
 
 @pytest.mark.parametrize(
