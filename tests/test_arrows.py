@@ -28,7 +28,8 @@ LEVELS: list[set[str]] = [
     {"service.logs"},
     {"service.errors", "service.version"},
     {"model_store.sentence_transformers_module"},
-    {"model_store.training", "model_store.evaluation"},
+    {"model_store.training"},
+    {"model_store.evaluation"},
     {"model_store.build"},
     {"model_store.encoder"},
     {"model_store.text"},
@@ -38,7 +39,7 @@ LEVELS: list[set[str]] = [
     {"model_store.architectures", "model_store.pooling_modes"},
     {"model_store.errors"},
 ]
-BESIDE = {("service.ray", "service.bulk"), ("model_store.training", "model_store.evaluation")}
+BESIDE = {("service.ray", "service.bulk")}
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 60
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from model_store.errors import UserError
-from model_store.json_text import parse_json, unicode_problem
+from model_store.text.files import checked, json_values, numbered_lines
 
 
 class DatasetError(UserError):
@@ -23,19 +21,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DatasetError: if the file does not exist or has another format.
     """
-    try:
-        content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except OSError as error:
-        raise DatasetError(f"{path} can't be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DatasetError(f"{path}, line {line} is not valid UTF-8") from error
-    except (EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} can't be read: {error}") from error
-    # splitlines() would also split at characters that a sentence can hold, such as U+2028.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]
+    return [line for _, line in checked(path, numbered_lines(path), DatasetError)]
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -44,15 +30,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     Raises:
         DatasetError: for a line that is no JSON object, or that holds half of a surrogate pair.
     """
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            item = parse_json(line)
-        except ValueError as error:
-            raise DatasetError(f"{path}, line {number} {error}") from error
-        if problem := unicode_problem(item):
-            raise DatasetError(f"{path}, line {number} {problem}")
+    for number, item in checked(path, json_values(numbered_lines(path)), DatasetError):
         if not isinstance(item, dict):
             raise DatasetError(f"{path}, line {number}: not a JSON object")
         yield number, item

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import tomllib
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -14,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from model_store.errors import UserError
-from model_store.json_text import parse_json, unicode_problem
+from model_store.json_text import parse_json
+from model_store.text.files import checked, json_values, numbered_lines, open_text, readable
 
 
 class TrainingDataError(UserError):
@@ -134,52 +133,34 @@ def triplet_of(value: Any, where: str, group: str) -> Triplet:
 
 def _values(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
     """(place, value) of each line of a file, or of each item of a JSON array; every string is Unicode."""
-    for place, value in _decoded(path, plain):
-        if problem := unicode_problem(value):
-            raise TrainingDataError(f"{path}, {place} {problem}")
-        yield place, value
+    name, unit = path.name.removesuffix(".gz"), "line"
+    found: Iterable[tuple[int, Any]]
+    if name.endswith(".jsonl"):
+        found = json_values(numbered_lines(path))
+    elif name.endswith(".json"):
+        unit, found = _json(path)
+    elif plain and name.endswith((".txt", ".text")):
+        found = numbered_lines(path)
+    else:
+        kinds = ".txt, .json or .jsonl" if plain else ".json or .jsonl"
+        raise TrainingDataError(f"{path} is of no known kind: name it {kinds} (or one of them with .gz)")
+    for number, value in checked(path, found, TrainingDataError, unit):
+        yield f"{unit} {number}", value
 
 
-def _decoded(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:
-    """As `_values`, but bytes that are not UTF-8 become lone surrogates, so that their line can be named."""
-    name = path.name.removesuffix(".gz")
-    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape"}
-    try:
-        with gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how) as file:
-            if name.endswith(".jsonl"):
-                yield from _json_lines(path, file)
-            elif name.endswith(".json"):
-                yield from _json(path, file.read())
-            elif plain and name.endswith((".txt", ".text")):
-                yield from ((f"line {number}", line) for number, line in enumerate(file, 1))
-            else:
-                kinds = ".txt, .json or .jsonl" if plain else ".json or .jsonl"
-                raise TrainingDataError(f"{path} is of no known kind: name it {kinds} (or one of them with .gz)")
-    except (OSError, EOFError, zlib.error) as error:
-        raise TrainingDataError(f"{path} can't be read: {error}") from error
-
-
-def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield f"line {number}", parse_json(line)
-            except ValueError as error:
-                raise TrainingDataError(f"{path}, line {number} {error}") from error
-
-
-def _json(path: Path, content: str) -> Iterator[tuple[str, Any]]:
-    """The items of a JSON array. Many .json files hold JSON lines instead, which are read too."""
+def _json(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
+    """("item", a JSON array's items), or ("line", values) of the JSON lines that many call .json."""
+    with readable(path, TrainingDataError), open_text(path) as file:
+        content = file.read()
     try:
         whole = parse_json(content)
     except ValueError as error:
         if not content.lstrip().startswith("{"):
             raise TrainingDataError(f"{path} {error}") from error
-        yield from _json_lines(path, content.split("\n"))  # splitlines() would also split at U+2028
-        return
+        return "line", json_values(enumerate(content.split("\n"), 1))  # splitlines() would also split at U+2028
     if not isinstance(whole, list):
         raise TrainingDataError(f"{path} holds {_kind(whole)}: an array is needed, or JSON lines")
-    yield from ((f"item {number}", value) for number, value in enumerate(whole, 1))
+    return "item", enumerate(whole, 1)
 
 
 def _kind(value: Any) -> str:

@@ -7,19 +7,18 @@ This module knows nothing of encoders, and loads pyarrow only for a parquet file
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from model_store.errors import UserError
-from model_store.json_text import parse_json, unicode_problem
+from model_store.json_text import unicode_problem
+from model_store.text.files import BadText, json_values, numbered_lines, open_text, read_text, readable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -47,8 +46,6 @@ MOST_BYTES = 1 << 26
 # Rows of parquet that are made Python objects at once.
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER = 1 << 20
-
-_UTF8_MARK = b"\xef\xbb\xbf"
 
 
 class InputError(UserError):
@@ -119,7 +116,7 @@ class Input:
             if self.kind == "parquet":
                 return cast(Sequence[str], _parquet(self.path).schema_arrow.names)
             if self.kind in ("csv", "tsv"):
-                with _open(self.path) as file:
+                with open_text(self.path) as file:
                     return next(_cells(self, file), (0, []))[1]
         return {"lines": [columns.text], "files": [PATH_COLUMN, columns.text]}.get(self.kind)
 
@@ -246,30 +243,19 @@ def _no_text(found: Mapping[str, Any], column: str) -> str:
 
 
 def _plain_lines(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
-    for number, line in _lines(one):
+    for number, text in numbered_lines(one.path, one.most_bytes):
         if number > after:
-            text = _decoded(line)
             yield number, text if isinstance(text, BadText) else {column: text}
 
 
 def _json_lines(one: Input, after: int) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
-    for number, line in _lines(one):
-        if number <= after or not (isinstance(line, BadText) or line.strip()):
-            continue
-        text = _decoded(line)
-        if isinstance(text, BadText):
-            yield number, text
-            continue
-        try:
-            item = parse_json(text)
-        except ValueError as error:
-            yield number, str(error)
-        else:
-            yield number, item if isinstance(item, dict) else "is not a JSON object"
+    lines = numbered_lines(one.path, one.most_bytes)
+    for number, item in json_values((number, line) for number, line in lines if number > after):
+        yield number, item if isinstance(item, dict | BadText) else "is not a JSON object"
 
 
 def _tables(one: Input, after: int) -> Iterator[tuple[int, Mapping[str, str] | str]]:
-    with _open(one.path) as file:
+    with open_text(one.path) as file:
         cells = _cells(one, file)
         _, header = next(cells, (0, []))
         for line, row in cells:
@@ -304,43 +290,10 @@ def _texts(one: Input, column: str, after: int) -> Iterator[tuple[int, Mapping[s
     for number, path in enumerate(one.files(), 1):
         if number <= after:
             continue
-        with _readable(path), _binary(path) as file:
-            content = file.read(one.most_bytes + 1)
-        text = _decoded(_too_long(one) if len(content) > one.most_bytes else content.removeprefix(_UTF8_MARK))
+        with _readable(path):
+            text = read_text(path, one.most_bytes)
         name = path.relative_to(one.path).as_posix() if path != one.path else path.name
         yield number, text if isinstance(text, BadText) else {PATH_COLUMN: name, column: text}
-
-
-class BadText(str):
-    """The error of bytes that should have been a text."""
-
-
-def _too_long(one: Input) -> BadText:
-    return BadText(f"has more than {one.most_bytes} bytes")
-
-
-def _decoded(content: bytes | BadText) -> str:
-    if isinstance(content, BadText):
-        return content
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        return BadText(f"is not valid UTF-8: {error.reason} at byte {error.start}")
-
-
-def _lines(one: Input) -> Iterator[tuple[int, bytes | BadText]]:
-    r"""(number, line) without the end of line, which is \n or \r\n."""
-    with _binary(one.path) as file:
-        number = 0
-        while line := file.readline(one.most_bytes):
-            number += 1
-            if len(line) == one.most_bytes and not line.endswith(b"\n"):
-                while (rest := file.readline(one.most_bytes)) and not rest.endswith(b"\n"):
-                    pass
-                yield number, _too_long(one)
-            else:
-                own = line.removeprefix(_UTF8_MARK) if number == 1 else line
-                yield number, own.removesuffix(b"\n").removesuffix(b"\r")
 
 
 def _cells(one: Input, file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -377,21 +330,5 @@ def _parquet(path: Path) -> Any:
     return ParquetFile(path, buffer_size=_PARQUET_BUFFER)
 
 
-def _binary(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
-
-
-def _open(path: Path) -> IO[str]:
-    """Open a table for the csv module. Bytes that are not UTF-8 become lone surrogates, so their row can be named."""
-    how: dict[str, Any] = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-    return cast(IO[str], gzip.open(path, "rt", **how)) if path.suffix == ".gz" else path.open(**how)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are subclasses of these
-        raise InputError(f"{path} can't be read: {error}") from error
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return readable(path, InputError, ValueError)  # pyarrow's errors are kinds of it
