@@ -28,7 +28,6 @@ from model_store.templates import template_for
 from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
 from model_store.training.corpus import Examples, read_examples
-from model_store.training.curves import draw_curves
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, Order, TokenRows, Triplets
 from model_store.training.published import Published
@@ -36,8 +35,6 @@ from model_store.training.resume import begin
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
 from model_store.training.texts import TrainingDataError, Triplet
 from model_store.training.trainer import ContrastiveTrainer, Measure, MntpTrainer, PackedTrainer, StopAfter
-
-CURVES_FILE = "curves.png"
 
 # The default length of a row in tokens, as in the official scripts.
 _DEFAULT_LENGTH = {"mntp": 1024, "simcse": 512, "supervised": 512}
@@ -119,7 +116,6 @@ def prepare(
         trainer = _contrastive(config, arguments, decoder, published, tokenizer, examples, length)
     if config.stop_after_n_steps is not None:
         trainer.add_callback(StopAfter(config.stop_after_n_steps))
-    trainer.add_callback(_Curves())
     return trainer
 
 
@@ -297,14 +293,3 @@ def _sts(pairs: Sequence[ScoredPair]) -> Measure:
     """Spearman's correlation over pairs, as in `eval --sts`, with the present weights."""
     texts = [text for pair in pairs for text in (pair.first, pair.second)]
     return lambda encode: {"spearman": evaluate_sts(pairs, encode(texts))}
-
-
-class _Curves(TrainerCallback):  # type: ignore[misc]
-    """Draws the log at each checkpoint and at the end."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Called by the Trainer."""
-        if state.is_world_process_zero:
-            draw_curves(state.log_history, Path(args.output_dir) / CURVES_FILE)
-
-    on_train_end = on_save

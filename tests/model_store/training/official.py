@@ -68,7 +68,7 @@ def train() -> None:
                 (HERE / folder.name / path.name).write_bytes(text)
 
 
-_NOT_OF_THE_ADAPTER = ("curves.png", "trainer_state.json", "training_config.json")
+_NOT_OF_THE_ADAPTER = ("trainer_state.json", "training_config.json")
 
 
 def vectors() -> None:
