@@ -2,256 +2,98 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
+from json import dumps
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import typer
 from tqdm import tqdm
+from typer.main import get_command
 
 from model_store.build.progress import bar_class
-from model_store.build.sources import shape_of
 from model_store.json_text import read_json_object
 from model_store.manifest import CONFIG_FILE, find_built
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import DType, RecipeError, load_recipe, packaged_recipes, recipe_from
-from service.bulk.asked import FileFormat, OnError
+from model_store.recipe import DType, Recipe, RecipeError, load_recipe, packaged_recipes, recipe_from
+from service.bulk.asked import Asked, FileFormat, OnError
 from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
 from service.logs import unexplained
+from service.options import (
+    SeveralValues,
+    argument,
+    at_most_one,
+    given_settings,
+    offered,
+    option,
+    pairs,
+    signature_of_settings,
+)
 from service.planning.gpus import gpu_named, gpus
 from service.planning.plan import QUERY_TOKENS, Plan, memory_needed
 from service.planning.report import as_json, as_table, asked_of
-from service.settings import BATCH_SECONDS, KEY_VARIABLE, PREFIX, SECRETS, TOKEN_BUDGET, Settings, load_settings
+from service.settings import BATCH_SECONDS, TOKEN_BUDGET, load_settings
+
+_NAME = "llm2vec-service"
 
 # eos_token is last_token with another template, which is fixed when an encoder is built.
-_EVALUATED_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
+_POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
+
+_SERVER = "a running server, such as http://127.0.0.1:8000"
+_ENCODER = "a stored encoder, or a recipe, which is built if needed"
+_DEVICE = "auto, cpu, cuda or cuda:N"
+_ARITHMETIC = "arithmetic, as in `serve`"
+
+_Arithmetic = Literal["auto", DType]
+_Texts = list[str] | None
+_Paths = list[Path] | None
+_Poolings = Annotated[
+    list[str] | None,
+    option(
+        "pooling instead of the encoder's own; several are compared",
+        f"<{'|'.join(_POOLINGS)}>",
+        autocompletion=offered(_POOLINGS),
+    ),
+]
+
+_commands = typer.Typer(
+    help="LLM2Vec text embeddings: build, verify, serve.", context_settings={"help_option_names": ["-h", "--help"]}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit status. An error that the user can correct is one sentence on stderr."""
+    """Run one subcommand. Returns the exit status. An error that the user can correct is one sentence on stderr.
+
+    Raises:
+        SystemExit: with status 2 for arguments that can't be read, after one sentence on stderr.
+    """
     # The server tokenizes in its own threads; the tokenizer's threads would compete with them for the same cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    options = _parser().parse_args(arguments)
+    if os.environ.get("NO_COLOR"):  # rich alone would still print bold and dim text
+        os.environ.setdefault("TTY_COMPATIBLE", "0")
     try:
-        return int(options.run(options))
-    except KeyboardInterrupt:
-        return 130
+        return int(get_command(_commands).main(arguments, _NAME, standalone_mode=False))
+    except typer.TyperException as error:
+        print(f"{_NAME}: {' '.join(error.format_message().replace('Value error, ', '').split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     except Exception as error:
         if unexplained(error):
             raise
-        print(f"llm2vec-service: {error}", file=sys.stderr)
+        print(f"{_NAME}: {error}", file=sys.stderr)
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("llm2vec-service", description="LLM2Vec text embeddings: build, verify, serve.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+@_commands.command()
+def serve(context: typer.Context, **_: str | None) -> int:
+    """Serve an encoder over HTTP.
 
-    serve = commands.add_parser(
-        "serve",
-        help="serve an encoder over HTTP",
-        allow_abbrev=False,  # otherwise --api-keys would mean --api-keys-file
-        description=f"Every option is also a variable: {PREFIX}PORT and so on. Keys are variables only.",
-    )
-    options = {name: field for name, field in Settings.model_fields.items() if name not in SECRETS}
-    for name, field in options.items():
-        default = "" if field.default in (None, "", ()) else f" (default {field.default})"
-        flag = f"--{name.replace('_', '-')}"
-        serve.add_argument(flag, metavar="VALUE", help=f"{field.description}{default}".replace("%", "%%"))
-    serve.set_defaults(run=_serve)
-
-    build = commands.add_parser("build", help="make a stored encoder from a base and its adapters")
-    build.add_argument("--recipe", metavar="NAME|FILE.toml", help="a packaged recipe, or one of your own")
-    build.add_argument(
-        "--base", metavar="REF", help="a folder, a hub id org/name[@revision], or demo:; overrides a recipe's"
-    )
-    build.add_argument("--adapter", metavar="REF", action="append", help="a LoRA adapter; several are merged in order")
-    build.add_argument("--out", metavar="DIR", type=Path, help="the encoder's folder")
-    build.add_argument("--dtype", choices=get_args(DType))
-    build.add_argument("--pooling", choices=get_args(PoolingMode))
-    build.add_argument("--max-length", type=int, metavar="N", help="reference truncation: tokens of a row")
-    build.add_argument("--doc-max-length", type=int, metavar="N", help="reference truncation: tokens of a text")
-    build.add_argument("--no-skip-instruction", action="store_true", help="pool the instruction's tokens too")
-    build.add_argument("--list", action="store_true", help="list the packaged recipes")
-    build.set_defaults(run=_build)
-
-    verify = commands.add_parser("verify", help="check a stored encoder's files, tensors and vectors")
-    verify.add_argument("folder", type=Path)
-    verify.set_defaults(run=_verify)
-
-    show = commands.add_parser("show", help="print what a stored encoder is")
-    show.add_argument("folder", type=Path)
-    show.set_defaults(run=_show)
-
-    _add_embed(commands)
-    _add_plan(commands)
-    _add_eval(commands)
-    _add_train(commands)
-    return parser
-
-
-def _add_embed(commands: Any) -> None:
-    embed = commands.add_parser(
-        "embed",
-        help="embed files of texts into a folder of vectors",
-        allow_abbrev=False,
-        description="A job that was cut off goes on when the same command is given again. Settings of `serve` that "
-        f"have no option here are taken from their variables. A server's key is taken from {KEY_VARIABLE}.",
-    )
-    embed.add_argument(
-        "inputs",
-        nargs="+",
-        type=Path,
-        metavar="INPUT",
-        help=".jsonl, .csv, .tsv or .txt (one text on each line), each also as .gz, or .parquet; or a folder of such "
-        "files, or of .txt files with one text each",
-    )
-    embed.add_argument("--out", metavar="DIR", type=Path, required=True, help="the folder to write")
-    embed.add_argument("--url", help="a running server, such as http://127.0.0.1:8000, instead of an encoder here")
-    embed.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, which is built if needed")
-    embed.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    embed.add_argument("--dtype", choices=("auto", *get_args(DType)), help="arithmetic, as in `serve`")
-    embed.add_argument("--input-format", choices=get_args(Kind), help="format of inputs whose names don't show it")
-    embed.add_argument("--text-column", default="text", metavar="COLUMN", help="(default %(default)s)")
-    embed.add_argument(
-        "--id-column", metavar="COLUMN", help="stored as `id`; for files with one text each it is the path"
-    )
-    embed.add_argument(
-        "--carry",
-        metavar="COLUMN",
-        action="append",
-        default=[],
-        help="a column to store as it is; repeat it for each column",
-    )
-    embed.add_argument("--instruction", default="", help="put before each text, but not pooled")
-    embed.add_argument("--dimensions", type=int, metavar="N", help="cut vectors to N numbers, and normalise them again")
-    embed.add_argument(
-        "--overflow", choices=get_args(Overflow), default="error", help="what to do with a text that is too long"
-    )
-    embed.add_argument(
-        "--embed-dtype", choices=get_args(EmbedDtype), default="float32", help="number format of the stored vectors"
-    )
-    embed.add_argument("--format", choices=get_args(FileFormat), default="parquet", help="(default %(default)s)")
-    embed.add_argument("--rows-per-shard", type=int, default=10_000, metavar="N", help="(default %(default)s)")
-    embed.add_argument(
-        "--on-error",
-        choices=get_args(OnError),
-        default="stop",
-        help="stop at a row that can't be embedded, or leave it out and list it in errors.jsonl",
-    )
-    embed.add_argument("--overwrite", action="store_true", help="begin anew, even if another job wrote the folder")
-    embed.add_argument(
-        "--concurrency", type=int, default=16, metavar="N", help="requests at once to --url (default %(default)s)"
-    )
-    embed.set_defaults(run=_embed)
-
-
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="what speed, memory and number of GPUs to expect",
-        allow_abbrev=False,
-        description="From the model's arithmetic and the GPU's data sheet. Durations: 50ms, 90s, 30m, 24h, 7d.",
-    )
-    plan.add_argument("--model", required=True, metavar="DIR|RECIPE|HUB ID", help="an encoder, a recipe, or a base")
-    plan.add_argument(
-        "--gpu",
-        required=True,
-        metavar="NAME",
-        nargs="+",
-        help=f"{', '.join(gpus())}; several are compared side by side",
-    )
-    plan.add_argument("--quantization", choices=("none", "fp8"), default="none")
-    plan.add_argument("--token-budget", type=int, metavar="N", default=TOKEN_BUDGET["cuda"], help="as in `serve`")
-    plan.add_argument(
-        "--batch-seconds", type=float, metavar="SECONDS", default=BATCH_SECONDS["cuda"], help="as in `serve`"
-    )
-    speed = plan.add_mutually_exclusive_group()
-    speed.add_argument(
-        "--efficiency", type=float, metavar="SHARE", help="share of the GPU's peak, instead of the assumed one"
-    )
-    speed.add_argument(
-        "--timed",
-        type=float,
-        nargs=2,
-        metavar=("TOKENS_PER_SECOND", "SMALLEST_BATCH_MS"),
-        help="the figures that a server logged as `calibrated` on such a GPU",
-    )
-    plan.add_argument("--texts", type=int, metavar="N", help="texts of a bulk job")
-    plan.add_argument("--tokens-per-text", type=int, metavar="N", help="tokens of each text")
-    plan.add_argument(
-        "--within", metavar="DURATION", default="24h", help="time that the bulk job may take (default 24h)"
-    )
-    plan.add_argument("--queries-per-second", type=float, metavar="N", help="queries a second to serve")
-    plan.add_argument(
-        "--query-tokens", type=int, metavar="N", default=QUERY_TOKENS, help="tokens of each query (default 28)"
-    )
-    plan.add_argument(
-        "--p99", metavar="DURATION", default="100ms", help="time to answer 99 %% of queries (default 100ms)"
-    )
-    plan.add_argument("--dimensions", type=int, metavar="N", help="width of the stored vectors; by default the model's")
-    plan.add_argument("--price", type=float, metavar="PRICE", help="price of a GPU-hour")
-    plan.add_argument("--json", action="store_true", help="print the figures as JSON")
-    plan.set_defaults(run=_plan)
-
-
-def _add_eval(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "eval",
-        help="measure vectors: similarity, retrieval, probes, MTEB",
-        allow_abbrev=False,
-        description="Scores of a server, an encoder, or each stage of making one. Data files may be .gz.",
-    )
-    what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--url", help="a running server, such as http://127.0.0.1:8000")
-    what.add_argument("--model", metavar="DIR|RECIPE", help="a stored encoder, or a recipe, which is built if needed")
-    what.add_argument(
-        "--stages",
-        metavar="RECIPE",
-        help="a recipe's base: causal, bidirectional, then with one more adapter each time",
-    )
-    several = partial(evaluate.add_argument, action="append", default=[])
-    several("--adapter", metavar="REF", help="with --stages: these adapters, in this order, instead of the recipe's")
-    several("--sts", metavar="FILE", type=Path, help="TSV or JSON lines with score, sentence1 and sentence2")
-    probe = partial(several, nargs=2, type=Path, metavar=("TRAIN", "TEST"))
-    probe("--words", help="word-level probes: CoNLL columns (CoNLL-2000, CoNLL-2003, CoNLL-U, or word and tag)")
-    probe("--classification", help="a probe of text vectors: TSV or JSON lines with text and label")
-    several("--retrieval", metavar="DIR", type=Path, help="corpus.jsonl, queries.jsonl and qrels/test.tsv, as in BEIR")
-    several("--mteb", metavar="TASK", help="a task of MTEB by its name; needs the extra eval")
-    evaluate.add_argument("--instruction", default="", help="put before sentences of --sts and --classification")
-    evaluate.add_argument("--query-instruction", default="", help="put before queries of --retrieval")
-    evaluate.add_argument("--mteb-instructions", metavar="FILE.json", type=Path, help="{task: instruction} for --mteb")
-    evaluate.add_argument(
-        "--probe-limit", type=int, metavar="N", help="fit probes to N of TRAIN, drawn at random but the same each time"
-    )
-    several("--pooling", choices=_EVALUATED_POOLINGS, help="instead of the encoder's own; several are compared")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    evaluate.add_argument("--dtype", choices=("auto", *get_args(DType)), default="auto")
-    evaluate.add_argument("--json", metavar="FILE", type=Path, help="write the scores to this file")
-    evaluate.add_argument(
-        "--picture", metavar="FILE", type=Path, help="draw the scores to this file: .png, .svg or .pdf"
-    )
-    evaluate.set_defaults(run=_evaluate)
-
-
-def _add_train(commands: Any) -> None:
-    train = commands.add_parser("train", help="train an adapter that makes a decoder an encoder")
-    train.add_argument("stage", choices=("mntp", "simcse", "supervised"))
-    train.add_argument("config", type=Path, metavar="CONFIG.json", help="as the official LLM2Vec scripts read it")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in its output_dir")
-    train.set_defaults(run=_train)
-
-
-def _serve(options: argparse.Namespace) -> int:
-    asked = vars(options)
-    given = {name: value for name in Settings.model_fields if (value := asked.get(name)) is not None}
-    settings = load_settings(given)
+    Every option is also a variable: LLM2VEC_PORT and so on. Keys are variables only.
+    """
+    settings = load_settings(given_settings(context))
 
     if settings.several_processes:
         from service.processes.supervisor import supervise
@@ -263,66 +105,90 @@ def _serve(options: argparse.Namespace) -> int:
     return serve(settings, _ProgressBar("building"))
 
 
-def _build(options: argparse.Namespace) -> int:
-    if options.list:
-        print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
-        for name, recipe in packaged_recipes().items():
-            memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
-            size = f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
-            print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
+serve.__signature__ = signature_of_settings()  # type: ignore[attr-defined]
+
+
+@_commands.command()
+def build(
+    recipe: Annotated[str | None, option("a packaged recipe, or one of your own", "NAME|FILE.toml")] = None,
+    base: Annotated[
+        str | None,
+        option("a folder, a hub id (org/name or org/name@revision), or demo:; overrides a recipe's", "REF"),
+    ] = None,
+    adapter: Annotated[_Texts, option("a LoRA adapter; several are merged in order", "REF")] = None,
+    out: Annotated[Path | None, option("the encoder's folder", "DIR")] = None,
+    dtype: Annotated[DType | None, option("the numbers that the weights are stored as")] = None,
+    pooling: Annotated[PoolingMode | None, option("how token vectors become one text vector")] = None,
+    max_length: Annotated[int | None, option("reference truncation: most tokens of a row")] = None,
+    doc_max_length: Annotated[int | None, option("reference truncation: most tokens of a text")] = None,
+    no_skip_instruction: Annotated[
+        bool, option("pool the instruction's tokens too", name="--no-skip-instruction")
+    ] = False,
+    listed: Annotated[bool, option("list the packaged recipes", name="--list")] = False,
+) -> int:
+    """Make a stored encoder from a base and its adapters."""
+    if listed:
+        _list_recipes()
         return 0
     parts: dict[str, Any] = {
-        "base": options.base,
-        "adapters": options.adapter,
-        "dtype": options.dtype,
-        "pooling": options.pooling,
-        "max_length": options.max_length,
-        "doc_max_length": options.doc_max_length,
-        "skip_instruction": False if options.no_skip_instruction else None,
+        "base": base,
+        "adapters": adapter,
+        "dtype": dtype,
+        "pooling": pooling,
+        "max_length": max_length,
+        "doc_max_length": doc_max_length,
+        "skip_instruction": False if no_skip_instruction else None,
     }
-    if options.recipe:
-        base = parts.pop("base")
-        asked_twice = [name for name, value in parts.items() if value is not None]
-        if asked_twice:
-            raise RecipeError(f"--recipe says it all: leave out {', '.join(asked_twice)}, or write a recipe file")
-        recipe = load_recipe(options.recipe)
-        if base and not options.out:
-            raise RecipeError(
-                "--base with --recipe needs --out DIR: the recipe's own place is for the recipe's own base"
-            )
-        if base:  # a copy of a gated base, or one on this disk
-            recipe = recipe.model_copy(update={"base": base})
-    elif options.base and options.out:
-        recipe = recipe_from(options.out.name, **parts)
-    else:
-        raise RecipeError("build needs --recipe NAME, or --base REF and --out DIR")
-
-    folder = options.out or load_settings({}).models_dir.expanduser() / recipe.name
-    if find_built(folder, recipe):
+    encoder = _asked_recipe(recipe, out, parts)
+    folder = out or load_settings({}).models_dir.expanduser() / encoder.name
+    if find_built(folder, encoder):
         print(f"{folder} has it already, whole and unchanged")
         return 0
 
     from model_store.build.build import build_encoder
 
-    manifest = build_encoder(recipe, folder, _ProgressBar("building"))
+    manifest = build_encoder(encoder, folder, _ProgressBar("building"))
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
     return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
-    given = Path(options.model).expanduser()
-    hub_id = "/" in options.model and not options.model.endswith(".toml")
-    reference = options.model if given.is_dir() or hub_id else load_recipe(options.model).base
-    asked = asked_of(vars(options))
-    plans = [Plan(shape_of(reference), gpu_named(name), asked) for name in options.gpu]
-    print(json.dumps(as_json(options.model, plans)) if options.json else as_table(options.model, plans))
-    return 0
+def _asked_recipe(name: str | None, out: Path | None, parts: dict[str, Any]) -> Recipe:
+    """What `build` is asked to make: a recipe by its name, or one of parts.
+
+    Raises:
+        RecipeError: for options that contradict each other or say too little.
+    """
+    if not name:
+        if not (parts["base"] and out):
+            raise RecipeError("build needs --recipe NAME, or --base REF and --out DIR")
+        return recipe_from(out.name, **parts)
+    base = parts.pop("base")
+    asked_twice = [part for part, value in parts.items() if value is not None]
+    if asked_twice:
+        raise RecipeError(f"--recipe says it all: leave out {', '.join(asked_twice)}, or write a recipe file")
+    recipe = load_recipe(name)
+    if base and not out:
+        raise RecipeError("--base with --recipe needs --out DIR: the recipe's own place is for the recipe's own base")
+    # The base may be a copy of a gated one, or a folder on this disk.
+    return recipe.model_copy(update={"base": base}) if base else recipe
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _list_recipes() -> None:
+    from model_store.build.sources import shape_of
+
+    print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
+    for name, recipe in packaged_recipes().items():
+        memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
+        size = f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
+        print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
+
+
+@_commands.command()
+def verify(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
+    """Check a stored encoder's files, tensors and vectors."""
     from model_store.build.verify import verify_encoder
 
-    checks = verify_encoder(options.folder)
+    checks = verify_encoder(folder)
     for check in checks:
         print(f"{'FAILED' if check.problems else 'ok':7}{check.name}: {check.found}")
         for problem in check.problems:
@@ -330,17 +196,12 @@ def _verify(options: argparse.Namespace) -> int:
     return int(any(check.problems for check in checks))
 
 
-def _read_limit(folder: Path) -> str:
-    from model_store.rope import limited_by
-
-    kind = limited_by(read_json_object(folder / CONFIG_FILE))
-    return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
-
-
-def _show(options: argparse.Namespace) -> int:
+@_commands.command()
+def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
+    """Print what a stored encoder is."""
     from model_store.manifest import read_manifest
 
-    manifest = read_manifest(options.folder)
+    manifest = read_manifest(folder)
     lines: dict[str, Any] = {
         "name": manifest.name,
         "model": f"{manifest.model_type}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.dtype}",
@@ -348,7 +209,7 @@ def _show(options: argparse.Namespace) -> int:
         "adapters": ", ".join(_source(item.reference, item.commit) for item in manifest.adapters) or "none",
         "tokenizer": manifest.tokenizer,
         "dimensions": manifest.width,
-        "reads": f"{manifest.max_positions} tokens" + _read_limit(options.folder),
+        "reads": f"{manifest.max_positions} tokens" + _read_limit(folder),
         "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}",
         "template": f"{manifest.template.prefix!r} + text + {manifest.template.suffix!r}"
         + (" (stripped)" if manifest.template.strip else ""),
@@ -363,30 +224,171 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _embed(options: argparse.Namespace) -> int:
-    from service.bulk.asked import Asked
+@_commands.command()
+def embed(
+    inputs: Annotated[
+        list[Path],
+        argument(
+            ".jsonl, .csv, .tsv or .txt (one text on each line), each also as .gz, or .parquet; or a folder of such "
+            "files, or of .txt files with one text each",
+            "INPUT",
+        ),
+    ],
+    out: Annotated[Path, option("the folder to write", "DIR")],
+    url: Annotated[str | None, option(f"{_SERVER}, instead of an encoder here")] = None,
+    model: Annotated[str | None, option(_ENCODER, "DIR|RECIPE")] = None,
+    device: Annotated[str | None, option(_DEVICE)] = None,
+    dtype: Annotated[_Arithmetic | None, option(_ARITHMETIC)] = None,
+    input_format: Annotated[Kind | None, option("format of inputs whose names don't show it")] = None,
+    text_column: Annotated[str, option("the column of the texts", "COLUMN")] = "text",
+    id_column: Annotated[
+        str | None, option("stored as `id`; for files with one text each it is the path", "COLUMN")
+    ] = None,
+    carry: Annotated[_Texts, option("a column to store as it is; repeat it for each column", "COLUMN")] = None,
+    instruction: Annotated[str, option("instruction put before each text, but not pooled")] = "",
+    dimensions: Annotated[int | None, option("cut vectors to this many dimensions, and normalise them again")] = None,
+    overflow: Annotated[Overflow, option("what to do with a text that is too long")] = "error",
+    embed_dtype: Annotated[EmbedDtype, option("number format of the stored vectors")] = "float32",
+    format: Annotated[FileFormat, option("format of the files written")] = "parquet",  # noqa: A002
+    rows_per_shard: Annotated[int, option("rows in one file")] = 10_000,
+    on_error: Annotated[
+        OnError, option("stop at a row that can't be embedded, or leave it out and list it in errors.jsonl")
+    ] = "stop",
+    overwrite: Annotated[bool, option("begin anew, even if another job wrote the folder", name="--overwrite")] = False,
+    concurrency: Annotated[int, option("requests sent to --url at the same time")] = 16,
+) -> int:
+    """Embed files of texts into a folder of vectors.
+
+    A job that was cut off goes on when the same command is given again.
+    Settings of `serve` that have no option here are taken from their variables.
+    A server's key is taken from EMBED_API_KEY.
+    """
+    asked = Asked(**_given(locals()))
+
     from service.bulk.command import embed
 
-    embed(Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)}), _ProgressBar("building"))
+    embed(asked, _ProgressBar("building"))
     return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+@_commands.command(cls=SeveralValues)
+def plan(
+    context: typer.Context,
+    model: Annotated[str, option("an encoder, a recipe, or a base", "DIR|RECIPE|HUB ID")],
+    gpu: Annotated[list[str], option(f"{', '.join(gpus())}; several are compared side by side", "NAME...")],
+    quantization: Annotated[Literal["none", "fp8"], option("as in `serve`")] = "none",
+    token_budget: Annotated[int, option("as in `serve`")] = TOKEN_BUDGET["cuda"],
+    batch_seconds: Annotated[float, option("as in `serve`")] = BATCH_SECONDS["cuda"],
+    efficiency: Annotated[
+        float | None, option("share of the GPU's peak, instead of the assumed one; not with --timed")
+    ] = None,
+    timed: Annotated[
+        tuple[float, float] | None,
+        option("the figures that a server logged as `calibrated` on such a GPU", "TOKENS_PER_SECOND SMALLEST_BATCH_MS"),
+    ] = None,
+    texts: Annotated[int | None, option("bulk job: number of texts")] = None,
+    tokens_per_text: Annotated[int | None, option("bulk job: tokens of each text")] = None,
+    within: Annotated[str, option("bulk job: time that it may take", "DURATION")] = "24h",
+    queries_per_second: Annotated[float | None, option("serving load: queries a second")] = None,
+    query_tokens: Annotated[int, option("serving load: tokens of each query")] = QUERY_TOKENS,
+    p99: Annotated[str, option("serving load: time in which 99 % of the queries are answered", "DURATION")] = "100ms",
+    dimensions: Annotated[int | None, option("width of the stored vectors; by default the model's")] = None,
+    price: Annotated[float | None, option("price of a GPU-hour")] = None,
+    json: Annotated[bool, option("print the figures as JSON", name="--json")] = False,
+) -> int:
+    """What speed, memory and number of GPUs to expect.
+
+    From the model's arithmetic and the GPU's data sheet.
+    Durations: 50ms, 90s, 30m, 24h, 7d.
+    """
+    at_most_one(efficiency=efficiency, timed=timed)
+    hub_id = "/" in model and not model.endswith(".toml")
+    reference = model if Path(model).expanduser().is_dir() or hub_id else load_recipe(model).base
+
+    from model_store.build.sources import shape_of
+
+    asked = asked_of(context.params)
+    plans = [Plan(shape_of(reference), gpu_named(name), asked) for name in gpu]
+    print(dumps(as_json(model, plans)) if json else as_table(model, plans))
+    return 0
+
+
+@_commands.command("eval", cls=SeveralValues)
+def evaluate(
+    url: Annotated[str | None, option(_SERVER)] = None,
+    model: Annotated[str | None, option(_ENCODER, "DIR|RECIPE")] = None,
+    stages: Annotated[
+        str | None, option("a recipe's base: causal, bidirectional, then with one more adapter each time", "RECIPE")
+    ] = None,
+    adapter: Annotated[
+        _Texts, option("with --stages: these adapters, in this order, instead of the recipe's", "REF")
+    ] = None,
+    sts: Annotated[_Paths, option("TSV or JSON lines with score, sentence1 and sentence2", "FILE")] = None,
+    words: Annotated[
+        _Paths,
+        option("word-level probes: CoNLL columns (CoNLL-2000, CoNLL-2003, CoNLL-U, or word and tag)", "TRAIN TEST"),
+    ] = None,
+    classification: Annotated[
+        _Paths, option("a probe of text vectors: TSV or JSON lines with text and label", "TRAIN TEST")
+    ] = None,
+    retrieval: Annotated[_Paths, option("corpus.jsonl, queries.jsonl and qrels/test.tsv, as in BEIR", "DIR")] = None,
+    mteb: Annotated[_Texts, option("a task of MTEB by its name; needs the extra eval", "TASK")] = None,
+    instruction: Annotated[str, option("instruction put before sentences of --sts and --classification")] = "",
+    query_instruction: Annotated[str, option("instruction put before queries of --retrieval")] = "",
+    mteb_instructions: Annotated[Path | None, option("{task: instruction} for --mteb", "FILE.json")] = None,
+    probe_limit: Annotated[
+        int | None, option("fit probes to this many of TRAIN, drawn at random but the same each time")
+    ] = None,
+    pooling: _Poolings = None,
+    device: Annotated[str, option(_DEVICE)] = "auto",
+    dtype: Annotated[_Arithmetic, option(_ARITHMETIC)] = "auto",
+    json: Annotated[Path | None, option("write the scores to this file", "FILE")] = None,
+    picture: Annotated[Path | None, option("draw the scores to this file: .png, .svg or .pdf", "FILE")] = None,
+) -> int:
+    """Measure vectors: similarity, retrieval, probes, MTEB.
+
+    Scores of a server, an encoder, or each stage of making one. Data files may be .gz.
+    """
+    options = _given(locals())
+    if not at_most_one(url=url, model=model, stages=stages):
+        raise typer.BadParameter("give one of --url, --model and --stages")
+    if wrong := [mode for mode in pooling or () if mode not in _POOLINGS]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not one of {', '.join(_POOLINGS)}", param_hint="--pooling")
+
     from model_store.evaluation.command import Asked, evaluate
     from service.bulk.client import embed_texts
 
-    asked = Asked(**{field.name: getattr(options, field.name) for field in fields(Asked)})
-    embed = partial(embed_texts, options.url or "")
-    evaluate(asked, embed, load_settings({}).models_dir.expanduser(), _ProgressBar("building"))
+    paired: dict[str, Any] = {
+        name: pairs(name, options[name]) for name in ("words", "classification") if name in options
+    }
+    folder = load_settings({}).models_dir.expanduser()
+    evaluate(Asked(**options | paired), partial(embed_texts, url or ""), folder, _ProgressBar("building"))
     return 0
 
 
-def _train(options: argparse.Namespace) -> int:
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@_commands.command()
+def train(
+    stage: Annotated[Literal["mntp", "simcse", "supervised"], argument("what to train")],
+    config: Annotated[Path, argument("as the official LLM2Vec scripts read it", "CONFIG.json")],
+    resume: Annotated[bool, option("go on from the newest checkpoint in its output_dir", name="--resume")] = False,
+) -> int:
+    """Train an adapter that makes a decoder an encoder."""
     from model_store.training.config import read_config
     from model_store.training.run import train
 
-    print(train(read_config(options.stage, options.config), options.resume))
+    print(train(read_config(stage, config), resume))
     return 0
+
+
+def _read_limit(folder: Path) -> str:
+    from model_store.rope import limited_by
+
+    kind = limited_by(read_json_object(folder / CONFIG_FILE))
+    return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
 
 
 def _source(reference: str, commit: str | None) -> str:

@@ -40,7 +40,7 @@ def asked_of(options: Mapping[str, Any]) -> Asked:
     if (texts is None) != (tokens is None):
         raise PlanError("a bulk job is --texts N and --tokens-per-text N")
     for name, given in options.items():
-        for value in given if isinstance(given, list) else [given]:
+        for value in given if isinstance(given, list | tuple) else [given]:
             if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0:
                 raise PlanError(f"--{name.replace('_', '-')} is {value:g}: give a number above 0")
     if (options["efficiency"] or 0) > 1:

@@ -1,0 +1,144 @@
+"""The command's options: one for each setting of the server, and what typer does not do for the others by itself.
+
+Knows no subcommand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import Parameter, Signature
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from service.settings import SECRETS, Settings
+
+# The headings of `serve --help` with their settings. Settings that none of them names come last, under `_OTHERS`.
+_GROUPS = {
+    "Model and texts": (
+        *("model", "models_dir", "served_name", "model_aliases", "any_model", "query_instruction", "prompts_file"),
+        *("default_input_type", "instruction_separator", "max_input_tokens", "truncation", "token_ids", "empty_text"),
+    ),
+    "Device and batches": (
+        *("device", "dtype", "quantization", "attention", "compile", "cuda_graphs", "token_budget", "batch_tokens"),
+        *("batch_seconds", "interactive_inputs", "max_queued_tokens", "cache_bytes", "tokenizer_threads"),
+    ),
+    "HTTP and limits": (
+        *("host", "port", "frontends", "max_inputs_per_request", "max_tokens_per_request", "max_input_characters"),
+        *("max_body_bytes", "max_bytes_in_flight", "max_connections", "keep_alive_seconds", "request_read_seconds"),
+        *("answer_write_seconds", "overload_wait_seconds", "reject_unknown_fields"),
+    ),
+    "Security": ("api_keys_file", "cors_origins"),
+}
+_OTHERS = "Operations"
+
+# Options that take several values after one name, and how many at most.
+_SEVERAL = {"--gpu": sys.maxsize, "--words": 2, "--classification": 2}
+
+
+def signature_of_settings() -> Signature:
+    """The signature of `serve`, from which typer makes the options: one for each setting that is no secret."""
+    grouped = {name: group for group, names in _GROUPS.items() for name in names}
+    ordered = dict.fromkeys([*grouped, *Settings.model_fields])
+    options = [
+        _option_of(name, Settings.model_fields[name], grouped.get(name, _OTHERS))
+        for name in ordered
+        if name not in SECRETS
+    ]
+    return Signature([Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context), *options])
+
+
+def given_settings(context: typer.Context) -> dict[str, Any]:
+    """The settings that the command line names, without the defaults, which would win over variables."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name: context.params[name] for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _option_of(name: str, field: FieldInfo, group: str) -> Parameter:
+    """A setting's option. Its value stays a text here: `load_settings` checks it, as it checks a variable's."""
+    optional = type(None) in get_args(field.annotation)
+    kind: Any = get_args(field.annotation)[0] if optional else field.annotation
+    choices = ("true", "false") if kind is bool else get_args(kind) if get_origin(kind) is Literal else ()
+    types = {Path: "path", int: "int", float: "float", dict[str, str]: "json"}
+    signs = {"ge": ">=", "gt": ">", "le": "<="}
+    bounds = [f"x{signs[key]}{getattr(rule, key)}" for rule in field.metadata for key in signs if hasattr(rule, key)]
+    shown = "|".join(choices) or types.get(kind, "str")
+    default = None if field.default in (None, "", ()) else str(field.default)
+    made = typer.Option(
+        help=field.description,
+        metavar=_narrow(f"<{shown}> [{', '.join(bounds)}]" if bounds else f"<{shown}>"),
+        autocompletion=offered(choices),
+        rich_help_panel=group,
+    )
+    return Parameter(
+        name,
+        Parameter.KEYWORD_ONLY,
+        default=default.lower() if default and kind is bool else default,
+        annotation=Annotated[str | None, made],
+    )
+
+
+def _narrow(shown: str) -> str:
+    """In lines so short that a terminal of 80 columns has room for the option's whole name beside them."""
+    return "\n".join(wrap(shown.replace("|", "| "), 16)).replace("| ", "|")
+
+
+def offered(choices: Iterable[str]) -> Callable[[], list[str]]:
+    """The values that the shell's completion offers."""
+
+    def offer() -> list[str]:
+        return list(choices)
+
+    return offer
+
+
+def option(meaning: str, shown: str | None = None, name: str | None = None, **more: Any) -> Any:
+    """An option of this meaning, whose value the help shows as `shown`: by default as its type."""
+    # With readable=True typer itself refuses a file that can't be read; the subcommand's own error says more.
+    return typer.Option(*([name] if name else []), help=meaning, metavar=shown, readable=False, **more)
+
+
+def argument(meaning: str, shown: str | None = None) -> Any:
+    return typer.Argument(help=meaning, metavar=shown, readable=False)
+
+
+class SeveralValues(TyperCommand):
+    """A subcommand some of whose options take several values: `--gpu l4 h200` means `--gpu l4 --gpu h200`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_one_value_each(args)))
+
+
+def _one_value_each(arguments: Iterable[str]) -> Iterator[str]:
+    name, values = "", 0
+    for given in arguments:
+        if given.startswith("-"):
+            name, values = given, 0
+        else:
+            if 0 < values < _SEVERAL.get(name, 0):
+                yield name
+            values += 1
+        yield given
+
+
+def at_most_one(**options: object) -> list[str]:
+    """Those of these options that are given, which are one or none.
+
+    Raises:
+        BadParameter: for more.
+    """
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"not allowed with {given[0]}", param_hint=given[1])
+    return given
+
+
+def pairs(name: str, files: Sequence[Path]) -> list[tuple[Path, Path]]:
+    if len(files) % 2:
+        raise typer.BadParameter("two files are needed, TRAIN and TEST", param_hint=f"--{name}")
+    return list(zip(files[::2], files[1::2], strict=True))
