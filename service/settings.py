@@ -169,7 +169,7 @@ class Settings(BaseSettings):
     )
     max_inputs_per_request: int = Field(2048, ge=1, description="most inputs in one request")
     max_tokens_per_request: int = Field(300_000, ge=1, description="most tokens in one request")
-    max_body_bytes: int = Field(16 << 20, ge=1024, description="largest request body")
+    max_body_bytes: int = Field(8 << 20, ge=1024, description="largest request body")
     max_bytes_in_flight: int = Field(
         1 << 30,
         ge=1024,

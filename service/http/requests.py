@@ -57,7 +57,7 @@ TEXT_FIELDS = frozenset({"input", "inputs", "texts", "text", "prompt"})
 _COUNTED_BYTES = 1 << 18
 
 # Of an input in its longest form there are fewer: an object with a key for each of its fields.
-_CONTAINERS_AN_INPUT = 16
+_CONTAINERS_AN_INPUT = 8
 
 # Where they may be given as token ids, and where token ids alone are.
 _ID_FIELDS = frozenset({"input", "inputs", "ids"})

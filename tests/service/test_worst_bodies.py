@@ -27,7 +27,7 @@ MOST_HELD_SECONDS = 0.05
 BYTES_A_BYTE = 8
 BYTES_BESIDE = 200 << 20  # 300,000 tokens as objects
 
-INPUTS, TOKENS, BODY = 2048, 300_000, 16 << 20
+INPUTS, TOKENS, BODY = 2048, 300_000, 8 << 20
 
 
 def texts(characters: int = BODY // INPUTS - 20, text: str = "a") -> list[str]:
@@ -43,7 +43,7 @@ def filled(before: bytes, piece: bytes, after: bytes, size: int = BODY) -> bytes
 
 
 IDS = [[5] * 146] * INPUTS
-LONG = ["a" * 27_000] * 580
+LONG = ["a" * 13_500] * 580
 
 # What fits, and what is refused, both at their largest; by what they are to try.
 OF_INPUTS: dict[str, Callable[[str], bytes]] = {
@@ -57,12 +57,12 @@ OF_INPUTS: dict[str, Callable[[str], bytes]] = {
     "numbers": lambda field: filled(b'{"%b":[' % field.encode(), b"1,", b"1]}"),
     "empty lists": lambda field: filled(b'{"%b":[' % field.encode(), b"[],", b"[]]}"),
     "empty objects": lambda field: filled(b'{"%b":[' % field.encode(), b"{},", b"{}]}"),
-    "as many empty lists as are parsed": lambda field: body(**{field: [[]] * 32_000}),
+    "as many empty lists as are parsed": lambda field: body(**{field: [[]] * 16_000}),
     "wrong items": lambda field: body(**{field: [[[]]] * INPUTS}),
     "numbers for texts": lambda field: body(**{field: [0.5] * 300_000}),
-    "fields nobody knows": lambda field: body(**{field: "a"}, **{f"{number:016}": 1 for number in range(30_000)}),
-    "a long name of a field": lambda field: body(**{field: "a", "x" * 8_000_000: 1, "é" * 1_000_000: 2}),
-    "much in a field nobody knows": lambda field: body(**{field: "a"}, x={"y": [1] * 300_000, "z": "a" * 8_000_000}),
+    "fields nobody knows": lambda field: body(**{field: "a"}, **{f"{number:016}": 1 for number in range(16_000)}),
+    "a long name of a field": lambda field: body(**{field: "a", "x" * 4_000_000: 1, "é" * 500_000: 2}),
+    "much in a field nobody knows": lambda field: body(**{field: "a"}, x={"y": [1] * 300_000, "z": "a" * 4_000_000}),
     "no JSON": lambda field: b'{"' + b"\\" * (BODY - 2),
     "not UTF-8": lambda field: b'{"' + b"a" * (BODY - 10) + b"\xff",
 }
@@ -76,10 +76,10 @@ MORE: dict[str, dict[str, Callable[[], bytes]]] = {
         "means": lambda: body(input=["a" * 4000] * 70, overflow="mean"),
         "means of one": lambda: body(input="a" * 290_000, overflow="mean"),
         "cut": lambda: body(input=LONG, truncate=True),
-        "objects": lambda: body(input=[{"text": "a", "instruction": "é" * 1000, "input_type": "query"}] * INPUTS),
+        "objects": lambda: body(input=[{"text": "a", "instruction": "é" * 500, "input_type": "query"}] * INPUTS),
         "objects that name a prompt": lambda: body(input=[{"text": "a", "input_type": "trec-COVID"}] * INPUTS),
-        "an object that names none": lambda: body(input=[{"text": "a", "input_type": "x" * 8_000_000}]),
-        "objects of wrong keys": lambda: body(input=[{"text": "a", **{str(number): 1 for number in range(30_000)}}]),
+        "an object that names none": lambda: body(input=[{"text": "a", "input_type": "x" * 4_000_000}]),
+        "objects of wrong keys": lambda: body(input=[{"text": "a", **{str(number): 1 for number in range(16_000)}}]),
         "instructions": lambda: body(input=["a"] * INPUTS, instruction=texts()),
         "wrong instructions": lambda: body(input=["a"] * INPUTS, instruction=[1] * 300_000),
         "a model's long name": lambda: body(input="a", model="x" * (BODY - 100)),
@@ -124,7 +124,7 @@ MORE: dict[str, dict[str, Callable[[], bytes]]] = {
         "images": lambda: body(images=["a"] * 300_000),
     },
     "/v2/embed": {"cut": lambda: body(texts=LONG, input_type="search_document")},
-    "/api/embed": {"options": lambda: body(model="fake", input="a", options={str(n): n for n in range(30_000)})},
+    "/api/embed": {"options": lambda: body(model="fake", input="a", options={str(n): n for n in range(16_000)})},
     "/api/embeddings": {"a long prompt": lambda: body(model="fake", prompt="a" * (BODY - 100))},
     "/api/show": {"a long name": lambda: body(model="x" * (BODY - 100))},
 }
