@@ -1,4 +1,4 @@
-"""Who may ask: keys as the dialects' clients send them, and the paths that need none."""
+"""Who may ask: the keys that clients send, in the header of each dialect, and the paths that need no key."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from service.errors import Unauthorized
 from service.http.api_keys import ApiKeys
 from service.settings import Settings
 
-# What is asked by orchestrators, which have no key.
+# Orchestrators ask for these paths, and have no key.
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/ping"})
 METRICS_PATH = "/metrics"
 
 
 class Access:
-    """Every path needs one of the keys, if there are any, but those of health; metrics have a key of their own.
+    """If there are keys, every path needs one of them, except the health checks. Metrics have a key of their own.
 
-    Pages are open to be read: what they ask for is not.
+    Everybody can read the pages; the requests that a page sends need a key.
 
     OpenAI's, Cohere's, NVIDIA's, Ollama's, Infinity's and text-embeddings-inference's clients send
     `Authorization: Bearer KEY`; some gateways `x-api-key: KEY`, Azure's `api-key: KEY`.
@@ -30,7 +30,7 @@ class Access:
         self._metrics_key = ApiKeys(settings.metrics_key)
 
     def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Unauthorized | None:
-        """Why a request may not be served; None if it may."""
+        """The reason to refuse a request; None if it may be served."""
         keys = self._metrics_key if path == METRICS_PATH else self._keys
         if not keys.required or path in OPEN_PATHS or (path in self._pages and method == "GET"):
             return None
@@ -41,7 +41,7 @@ class Access:
         return Unauthorized("the API key is not valid" if given else _MISSING)
 
     def caller(self, headers: Mapping[bytes, bytes], client: object) -> int:
-        """A number for whoever sends a request: one for each key, or for each connection where no key is needed."""
+        """The number of a request's caller: one for each key, or for each connection if no key is needed."""
         if self._keys.required:
             for key in _given_keys(headers):
                 if self._keys.knows(key):
@@ -49,7 +49,7 @@ class Access:
         return caller_number(repr(client).encode())
 
     def close(self) -> None:
-        """Look at files no more."""
+        """Stop watching the file of keys."""
         self._keys.close()
 
 

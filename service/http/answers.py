@@ -1,4 +1,4 @@
-"""Vectors → the bytes of an answer, whatever its dialect: never so much at once that other requests would notice."""
+"""Vectors → the bytes of an answer, for every dialect. Large answers are written in slices, so that no other waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.metrics import Metrics
 
 EncodingFormat = Literal["float", "base64"]
 
-# Numbers in a slice: 3 ms of work as decimal fractions, much less as base64; and in an answer written in one go.
+# Numbers in a slice (3 ms of work as decimal fractions, much less as base64), and in an answer written in one go.
 _NUMBERS_AT_ONCE = 1 << 16
 _SMALL_NUMBERS = 1 << 14
 
@@ -38,7 +38,7 @@ def encode_vectors(
 
 
 def json_array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:
-    """A JSON array, by slices of its items."""
+    """A JSON array, written slice by slice."""
     before = b"["
     for part in slices:
         yield before + b",".join(part)
@@ -47,12 +47,12 @@ def json_array(slices: Iterable[list[bytes]]) -> Iterator[bytes]:
 
 
 def json_answer(content: Any, headers: Mapping[str, str] | None = None) -> Response:
-    """A small answer, which may hold arrays."""
+    """A small answer; its content may hold numpy arrays."""
     return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), 200, headers, "application/json")
 
 
 class AnswerWriter:
-    """Writes answers, large ones in slices, so that the event loop is never long at one of them.
+    """Writes answers. It writes large ones in slices, so that the event loop is never busy with one of them for long.
 
     Only one slice of any answer is written between two turns of the loop: a batch can complete many requests at once.
     """
@@ -62,7 +62,7 @@ class AnswerWriter:
         self._turn = asyncio.Lock()
 
     def answer(self, slices: Iterator[bytes], vectors: Sequence[Vector], headers: dict[str, str]) -> Response:
-        """An answer of JSON slices: written at once if it is small, else as it is sent."""
+        """An answer of JSON slices: a small one is written at once, a large one while it is sent."""
         if len(vectors) * vectors[0].size > _SMALL_NUMBERS:
             return StreamingResponse(self._stream(slices), 200, headers, "application/json")
         began = time.perf_counter()

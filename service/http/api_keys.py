@@ -1,6 +1,6 @@
-"""Which keys open the server: only their SHA-256 hashes are ever kept, and a file of them may change at any time.
+"""The keys that open the server. Only their SHA-256 hashes are kept, and a file of keys may change at any time.
 
-Knows nothing of HTTP, nor how keys are sent.
+This module knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class ApiKeys:
             threading.Thread(target=self._watch, args=(self._file,), name="api keys", daemon=True).start()
 
     def knows(self, key: bytes) -> bool:
-        """Whether this is one of them. It is compared with each, whichever it equals."""
+        """Whether this is one of the keys. It is compared with all of them, so that the time says nothing."""
         digest, found = hashlib.sha256(key).digest(), False
         for own in self._digests:
             found |= hmac.compare_digest(digest, own)
         return found
 
     def close(self) -> None:
-        """Look at the file no more."""
+        """Stop watching the file."""
         self._stopped.set()
 
     def look(self) -> None:
-        """Read the file again if it has changed. One that can't be read leaves the keys as they are."""
+        """Read the file again if it has changed. A file that can't be read leaves the keys as they are."""
         if self._file is None or (state := _state(self._file)) == self._seen:
             return
         self._seen = state
@@ -106,7 +106,7 @@ def _digests(hashes: Iterable[str]) -> tuple[bytes, ...]:
 
 
 def _state(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file does, be it written again or replaced."""
+    """A value that changes whenever the file is written again or replaced."""
     try:
         found = os.stat(file)
     except OSError:
@@ -115,7 +115,7 @@ def _state(file: Path) -> tuple[int, int, int] | None:
 
 
 def _reason(error: Exception) -> str:
-    """Never the content: a decoder's own message would show some of it."""
+    """The reason without the content of the file: a decoder's own message would show some of it."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)

@@ -26,12 +26,12 @@ from service.settings import Settings
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
 
-# Of a model's name in a header.
+# Characters of a model's name in a header.
 _NAME_CHARACTERS = 200
 
 
 class Call(Generic[Body]):
-    """A request, its body in a dialect's terms, and what its answer says of it in `headers`."""
+    """A request, its body as a dialect's model, and the `headers` that its answer has beside the usual ones."""
 
     def __init__(self, request: Request, body: Body, began: float) -> None:
         self.request = request
@@ -42,7 +42,7 @@ class Call(Generic[Body]):
 
     @classmethod
     async def read(cls, request: Request, model: type[Body]) -> Call[Body]:
-        """The request, once the server is ready.
+        """Read the request, once the server is ready.
 
         Raises:
             Unavailable: while it loads or drains.
@@ -63,11 +63,11 @@ class Call(Generic[Body]):
 
     @property
     def seconds(self) -> float:
-        """Since the request came."""
+        """Seconds since the request came."""
         return time.perf_counter() - self._began
 
     def alias(self, model: str | None) -> str:
-        """The role or prompt that the model's name asks for; a header says by which other name it was asked.
+        """The role or prompt that the model's name asks for. If that is not the served name, a header repeats it.
 
         Raises:
             ModelNotFound: if no model here has that name.
@@ -78,7 +78,7 @@ class Call(Generic[Body]):
         return alias
 
     def ignore(self, names: Iterable[str] | None) -> None:
-        """Name the fields that nobody knows in a header, and count them.
+        """Name the unknown fields in a header, and count them.
 
         Raises:
             InvalidRequest: instead, where the settings say so.
@@ -94,7 +94,7 @@ class Call(Generic[Body]):
     def choose(
         self, instruction: str | None = None, names: Mapping[str, str | None] | None = None, alias: str = ""
     ) -> Chosen:
-        """The instruction of the inputs that bring none: from fields, the model's alias, headers or settings.
+        """The instruction of inputs without one of their own: from fields, the model's alias, headers or settings.
 
         Raises:
             InvalidRequest: for a name that there is not, or two that contradict each other.
@@ -110,11 +110,11 @@ class Call(Generic[Body]):
         return self.parts.instructions.choose(asked)
 
     def inputs(self, texts: Iterable[str | Sequence[int]], chosen: Chosen) -> list[EmbedInput]:
-        """Inputs of one instruction, but for texts that hold the separator of the settings."""
+        """Inputs with one instruction. A text that holds the separator of the settings brings its own."""
         return with_instruction(texts, chosen, self.settings.instruction_separator)
 
     async def embed(self, asked: EmbedRequest) -> EmbedResult:
-        """The vectors; nothing more is computed once the client has hung up.
+        """The vectors. Once the client has hung up, nothing more is computed.
 
         Raises:
             ServiceError: as `Embedder.embed`.
@@ -125,7 +125,7 @@ class Call(Generic[Body]):
         return result
 
     async def embed_chunks(self, asked: ChunkRequest) -> ChunkResult:
-        """The vectors of one text's chunks; nothing more is computed once the client has hung up.
+        """The vectors of one text's chunks. Once the client has hung up, nothing more is computed.
 
         Raises:
             ServiceError: as `Embedder.embed_chunks`.
@@ -150,7 +150,7 @@ class Call(Generic[Body]):
         result: EmbedResult,
         written: Sequence[Vector] | None = None,
     ) -> Response:
-        """An answer of JSON slices. `written` are its vectors as often as they are written, by default once each."""
+        """An answer of JSON slices. `written` lists each vector as often as the answer holds it, by default once."""
         headers = {**self._about(inputs, result), **self.headers}
         vectors = result.vectors if written is None else written
         if not vectors:
@@ -158,7 +158,7 @@ class Call(Generic[Body]):
         return self.parts.writer.answer(slices, vectors, headers)
 
     def json(self, content: Any, inputs: Sequence[EmbedInput], result: EmbedResult) -> Response:
-        """A small answer of anything that was made of vectors."""
+        """A small answer that was computed from vectors."""
         return json_answer(content, {**self._about(inputs, result), **self.headers})
 
     def _note_lane(self, lane: str) -> None:
@@ -169,5 +169,5 @@ class Call(Generic[Body]):
 
 
 def _utf8(header: str | None) -> str | None:
-    """A header's text: the framework takes its bytes for Latin-1."""
+    """A header's text: the framework decodes its bytes as Latin-1, and clients send UTF-8."""
     return None if header is None else header.encode("latin-1").decode(errors="replace")

@@ -1,4 +1,4 @@
-"""What fields mean the same in all dialects, and the forms in which a text may be given. Pure functions."""
+"""Fields that mean the same in all dialects, and the forms in which a client may give a text. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Name = Annotated[str, StringConstraints(strict=True, max_length=200)]
 
 
 def with_instruction(texts: Iterable[str | Sequence[int]], chosen: Chosen, separator: str) -> list[EmbedInput]:
-    """Inputs of one instruction, unless a text holds the separator: what stands before it is its own then."""
+    """Inputs with one instruction. A text that holds the separator has its own instruction before it."""
     if not separator:
         return [EmbedInput(text, chosen) for text in texts]
     return [split_text(text, chosen, separator) for text in texts]
 
 
 def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> EmbedInput:
-    """An input by the in-band separator."""
+    """An input, split at the separator if the text holds it."""
     if separator and isinstance(text, str) and separator in text:
         instruction, _, rest = text.partition(separator)
         return EmbedInput(rest, Chosen(instruction.strip(), "text"))
@@ -31,7 +31,7 @@ def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> Emb
 
 
 def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
-    """Which part of a too long text stays, by the word for what goes; None where nothing may go.
+    """The part of a too long text that stays, by the dialect's word for the part that goes; None if nothing may be cut.
 
     Raises:
         InvalidRequest: for a word that is not NONE, START or END.
@@ -49,7 +49,7 @@ def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
 
 
 def as_items(value: Any) -> list[Any]:
-    """A list as it is, anything else as the one item of one."""
+    """A list as it is; anything else as a list of one item."""
     return value if isinstance(value, list) else [value]
 
 

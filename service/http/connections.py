@@ -1,7 +1,7 @@
-"""What one connection may take of the server: time to send a request and to read its answer, bytes of header, a place.
+"""The limits of one connection: the time to send a request and to read an answer, the bytes of a header, a place.
 
-uvicorn's protocol on httptools, which bounds none of them. There are no timers for each request: all connections are
-looked at twice a second.
+uvicorn's protocol on httptools has no such limits. No request has timers of its own: the server looks at all
+connections twice a second.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from service.http.requests import LATE
 from service.metrics import Metrics
 from service.settings import Settings
 
-# Of a request's line and header together: an instruction may be in it.
+# Bytes of a request's line and header together. A header can hold an instruction.
 MOST_HEADER_BYTES = 1 << 16
 
-# How long a connection that was told why it ends may take to end.
+# Seconds that a client has to read the reason before its connection is cut.
 _END_SECONDS = 5.0
 
-# How long a connection on which nothing was asked yet is kept by a server that stops: its request is on its way.
+# Seconds that a stopping server keeps a connection without a request: the request may be on its way.
 _FIRST_REQUEST_SECONDS = 0.5
 
-# What every answer begins with, and when a client that was sent it is looked at first, and at the longest.
+# Every answer begins so; and the first and the longest pause before the server looks for the client's reset.
 _BEGINNING = b"HTTP/1.1 "
 _RESET_SECONDS = 0.005
 _MOST_RESET_SECONDS = 0.25
@@ -41,7 +41,7 @@ class _HeaderTooLarge(Exception):
 
 
 class Guard:
-    """The limits, and the look at who breaks them."""
+    """The limits, and the search for connections that break them."""
 
     def __init__(self, settings: Settings, metrics: Metrics, in_flight: InFlight) -> None:
         self.most = settings.max_connections
@@ -51,11 +51,11 @@ class Guard:
         self._metrics = metrics
 
     def dropped(self, reason: str) -> None:
-        """Count a connection."""
+        """Count a connection that the server ends."""
         self._metrics.dropped_connections.labels(reason).inc()
 
     def look(self, connections: Iterable[Any]) -> None:
-        """End those that take too long, and count what is ready for all."""
+        """End the connections that take too long, and add up the bytes that clients have not taken."""
         now = time.monotonic()
         unsent = 0
         for connection in list(connections):
@@ -65,14 +65,14 @@ class Guard:
 
 
 class Unsent:
-    """What is ready for a client. One that takes a little of it from time to time is slow, and not gone."""
+    """The bytes that a client has not taken. A client that takes a few from time to time is slow, and not gone."""
 
     def __init__(self) -> None:
         self._since: float | None = None
         self._bytes = 0
 
     def idle_seconds(self, now: float, unsent_bytes: int) -> float:
-        """Seconds in which the client has taken nothing, by what was ready at each look."""
+        """Seconds in which the client has taken nothing, judged by the bytes at each look."""
         if self._since is None or unsent_bytes < self._bytes or not unsent_bytes:
             self._since = now
         self._bytes = unsent_bytes
@@ -80,7 +80,7 @@ class Unsent:
 
 
 class _Remainder:
-    """The transport of an answer whose beginning has been written."""
+    """The transport for an answer whose first bytes have been written already."""
 
     def __init__(self, transport: Any) -> None:
         self._transport = transport
@@ -88,16 +88,16 @@ class _Remainder:
         self.close = transport.close
 
     def write(self, data: bytes) -> None:
-        """The first piece holds the line of the status and all of the header."""
+        """The first piece holds the status line and the whole header."""
         self._transport.write(data[self._written :])
         self._written = 0
 
 
 class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
-    """httptools' parser, but a request to upgrade to another protocol is read as if it did not ask for that.
+    """httptools' parser, which ignores a client's offer to upgrade to another protocol.
 
-    None is spoken here, and a server may ignore the offer, as the stock HttpClient of Java expects, which makes it with
-    every request. httptools skips the body of such a request: it gets the header again, without the offer.
+    This server speaks no other protocol, and HTTP lets it ignore the offer. The stock HttpClient of Java makes it with
+    every request. httptools would skip the body of such a request, so it gets the header again, without the offer.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -106,7 +106,7 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
         self._connection = connection
 
     def feed_data(self, data: Any) -> None:
-        """Called with what has come."""
+        """Called with the bytes that have come."""
         parser = self
         while True:
             try:
@@ -115,14 +115,14 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
                 if not parser.offers_upgrade:
                     raise
                 data = self._connection.head_without_upgrade() + data[paused.args[0] :]
-                # Another one, since this one may be at the end of what it reads.
+                # A new parser, since this one may have ended.
                 parser = self._connection.parser = _Parser(self._connection)
             else:
                 return
 
     @property
     def offers_upgrade(self) -> bool:
-        """Whether the request that is being parsed may be answered without another protocol; not so for CONNECT."""
+        """Whether the present request offers an upgrade that the server may ignore; it can't ignore CONNECT."""
         return bool(self.should_upgrade()) and self.get_method() != b"CONNECT"
 
 
@@ -168,8 +168,8 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Called by the event loop when the client ends its side; True keeps ours open, for the answer.
 
-        A client that hangs up ends its side too, like one that goes on reading, such as `nc -N`. The answer's first
-        bytes tell them apart: they are the same in every answer, and whoever has hung up resets the connection.
+        Two kinds of client do this: one that has hung up, and one that still reads, such as `nc -N`. The server writes
+        the first bytes, which all answers share: a client that has hung up resets the connection.
         """
         if not self._answering or self.cycle.more_body:
             return False
@@ -187,7 +187,7 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn for what is not HTTP, or where one of the methods below raised."""
+        """Called by uvicorn for bytes that are not HTTP, or if one of the methods below raised."""
         if self._header_bytes > MOST_HEADER_BYTES:
             self._refuse_header()
         else:
@@ -206,7 +206,7 @@ class Connection(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by the parser, also for what chunked bodies bring after their end, which uvicorn keeps as well."""
+        """Called by the parser, also for the trailers of chunked bodies, which uvicorn keeps as well."""
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
@@ -235,16 +235,16 @@ class Connection(HttpToolsProtocol):
             self._end_with_answer()
 
     def head_without_upgrade(self) -> bytes:
-        """The request's line and header as they came, but for the offer to speak another protocol."""
+        """The request's line and header as they came, without the offer to upgrade."""
         line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
         return b"\r\n".join([line, *fields, b"", b""])
 
     def shutdown(self) -> None:
-        """Called by uvicorn when the server stops: an answer to what is being asked, and then the end.
+        """Called by uvicorn when the server stops: answer the present request, then end the connection.
 
-        Not before all that was asked has been read: what comes after a close resets the connection, and with it goes
-        the answer that the client has not read yet.
+        The whole request is read first. Bytes that arrive after a close reset the connection, and the client would lose
+        the answer that it has not read yet.
         """
         self._last = True
         if self._reading_since is None:
@@ -253,7 +253,7 @@ class Connection(HttpToolsProtocol):
             self.loop.call_later(_FIRST_REQUEST_SECONDS, self._end_unasked)
 
     def look(self, now: float, read_seconds: float, write_seconds: float) -> int:
-        """End it if it takes too long, with an answer where there is none yet; the bytes that are ready for it."""
+        """End the connection if it takes too long, with an answer if there is none yet. Returns the bytes not taken."""
         unsent = self.transport.get_write_buffer_size()
         if self._ends_at is not None and now > self._ends_at:
             self.transport.abort()
@@ -279,7 +279,7 @@ class Connection(HttpToolsProtocol):
         return not self._in_header or bool(self._header_bytes or self._unparsed_bytes)
 
     def _end_with_answer(self) -> None:
-        """End now, or with the answer that is under way."""
+        """End the connection now, or after the answer that is under way."""
         if self._answering:
             self.cycle.keep_alive = False
         else:
@@ -290,7 +290,7 @@ class Connection(HttpToolsProtocol):
             self._end_with_answer()
 
     def _look_for_reset(self, seconds: float) -> None:
-        """End it if the client has hung up, which an event loop does not see on a side that has ended."""
+        """End the connection if the client has reset it: the event loop no longer reads, and would not see that."""
         if self.transport.is_closing() or self.cycle.response_started:
             return
         poll = select.poll()
@@ -329,7 +329,7 @@ class Connection(HttpToolsProtocol):
         self._refuse(431, "header_too_large", message, "bad_request")
 
     def _refuse(self, status: int, code: str, message: str, reason: str) -> None:
-        """Say why and end; where an answer is under way, just end."""
+        """Say why, and end the connection. If an answer is under way, only end it."""
         self._guard.dropped(reason)
         self._ends_at = time.monotonic() + _END_SECONDS
         if self._answering:

@@ -1,4 +1,4 @@
-"""Which web pages' scripts may read answers (CORS). Knows origins only: who may ask is a matter of keys."""
+"""The web pages whose scripts may read answers (CORS). This module knows origins only: keys decide who may ask."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 
 
 class PrivateNetwork:
-    """Lets the pages of allowed origins ask a server in a private network, for which browsers ask leave beforehand."""
+    """Lets pages of allowed origins reach a server in a private network, for which browsers ask beforehand."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -58,7 +58,7 @@ class PrivateNetwork:
 
 
 class VaryByOrigin:
-    """Tells caches so of every answer: also of those to nobody's page, which lack what a page's browser looks for."""
+    """Tells caches that every answer depends on the origin, also the answers that no page asked for."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -33,7 +33,7 @@ STATUS: dict[type[errors.ServiceError], int] = {
     errors.ServiceError: 500,
 }
 
-# Of an error's message, and of the name of the field that is to blame.
+# Characters of an error's message, and of the name of the field that is to blame.
 _MOST_CHARACTERS = 2000
 
 # What each status means, for the documentation.
@@ -50,13 +50,13 @@ MEANINGS = {
     504: "the deadline passed in the queue",
 }
 
-# Codes of refused requests that are counted by themselves.
+# These codes of refused requests are counted one by one.
 _KNOWN_REFUSALS = ("context_length_exceeded", "request_too_large", "request_timeout")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one API words an error: the status of the cases in which it differs, and the body."""
+    """How one API words an error: the body, and the status of the cases in which the API differs."""
 
     body: Callable[[str, int, str, str | None], dict[str, Any]]
     status: Mapping[type[errors.ServiceError], int] = field(default_factory=dict)
@@ -85,9 +85,9 @@ def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) ->
 
 
 class ErrorResponses:
-    """Errors → answers, each in the words of the API that was asked: by path, OpenAI's where there is no other.
+    """Errors → answers, in the words of the API that the path belongs to, or in OpenAI's.
 
-    A path that does not exist is told which of the known paths it ends with.
+    The error for a path that does not exist names the known path that it ends with.
     """
 
     def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics, known_paths: Sequence[str] = ()) -> None:
@@ -118,7 +118,7 @@ class ErrorResponses:
         app.add_exception_handler(HTTPException, http_error)
 
     def of(self, request: Request, error: errors.ServiceError) -> Response:
-        """The answer to one of our own errors, counted; its code and reason are left in the request's state."""
+        """The answer to one of our own errors. It is counted, and its code and reason go into the outcome."""
         path = request.scope["path"]
         status = self._dialect(path).status_for(error)
         outcome = outcome_of(request.scope)
@@ -131,7 +131,7 @@ class ErrorResponses:
         return self._answer(path, message, status, error.code, error.param, _headers(error))
 
     def unexpected(self, path: str) -> Response:
-        """The answer to a bug: says nothing of its inside."""
+        """The answer to a bug. It says nothing about the cause."""
         return self._answer(path, "the server failed on this request", 500, "internal_error", None, {})
 
     def _dialect(self, path: str) -> Dialect:
@@ -140,7 +140,7 @@ class ErrorResponses:
     def _answer(
         self, path: str, message: str, status: int, code: str, param: str | None, headers: dict[str, str]
     ) -> Response:
-        # A client's own words may be in these.
+        # These may hold a client's own words.
         message, param = message[:_MOST_CHARACTERS], param and param[:_MOST_CHARACTERS]
         body = orjson.dumps(self._dialect(path).body(message, status, code, param))
         return Response(body, status, headers, "application/json")
@@ -159,7 +159,7 @@ class ErrorResponses:
 
 
 def _way_out(path: str, error: HTTPException, known_paths: Sequence[str]) -> str:
-    """What a message says where a path was joined wrongly to the server's address, or asked with another method."""
+    """The advice for a path that was joined wrongly to the server's address, or asked with another method."""
     if error.status_code == 405 and error.headers:
         return f": use {error.headers['Allow']}"
     if error.status_code != 404:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from service.embedding.embedder import Embedder
 from service.embedding.requests import EmbedInput, EmbedResult
 
-# Of names that a client made up: how many are told, and in how many characters of a header.
+# How many names from a client a header tells, and in how many characters.
 _NAMED = 100
 _HEADER_CHARACTERS = 1024
 
@@ -37,7 +37,7 @@ ANSWER_HEADERS = (
 def answer_headers(
     embedder: Embedder, inputs: Sequence[EmbedInput], result: EmbedResult, total: float
 ) -> dict[str, str]:
-    """What an answer says of itself, in all dialects; times are in milliseconds."""
+    """The headers of an answer in all dialects. Times are in milliseconds."""
     return {
         "x-embedding-space": embedder.manifest.embedding_space,
         "x-instruction-sha": instruction_sha({item.instruction.text for item in inputs}),
@@ -51,7 +51,7 @@ def answer_headers(
 
 
 def instruction_sha(instructions: set[str]) -> str:
-    """A short hash of the instruction that all inputs got: `none`, or `mixed` where it was not the same."""
+    """A short hash of the instruction that all inputs got; `none` without one, `mixed` for several."""
     if len(instructions) != 1:
         return "mixed"
     (instruction,) = instructions
@@ -61,7 +61,7 @@ def instruction_sha(instructions: set[str]) -> str:
 
 
 def ignored_header(names: Sequence[str]) -> str:
-    """Names that a client made up, as far as a header can tell them."""
+    """Names from a client, as many as a header can tell."""
     shown = ", ".join(header_text(name[:_HEADER_CHARACTERS]) for name in names[:_NAMED])
     return shown[:_HEADER_CHARACTERS]
 

@@ -1,4 +1,4 @@
-"""How many values a JSON document holds, before an object is made for each: a pure function of its bytes."""
+"""The number of values in a JSON document, counted in its bytes before a parser makes an object for each."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _OPENING = b"[{"
 
 
 class JSONSize(NamedTuple):
-    """Commas outside strings, one fewer than values at least; and what costs more: arrays, objects and their keys."""
+    """The commas outside strings; and the arrays, objects and keys together, which cost a parser more."""
 
     commas: int
     containers: int
 
 
 def json_size(body: bytes | bytearray, at_once: int = _AT_ONCE) -> JSONSize:
-    """The size of a JSON document; of what is no JSON any numbers, none too small for the values before the fault.
+    """The size of a JSON document. If the document is broken, the values before the fault are still counted.
 
-    Other threads run meanwhile: numpy lets go of the interpreter.
+    Other threads run meanwhile, because numpy releases the interpreter.
     """
     text = np.frombuffer(body, np.uint8)
     commas = containers = 0
@@ -45,9 +45,10 @@ def json_size(body: bytes | bytearray, at_once: int = _AT_ONCE) -> JSONSize:
 
 
 def _unescape(piece: NDArray[np.uint8], quotes: NDArray[np.bool_], escaped: bool) -> bool:
-    """Take out quotes that backslashes escape; `escaped` is whether the first byte is, the answer whether the next is.
+    """Take out the quotes that backslashes escape.
 
-    In a run of backslashes each second one is escaped itself, so only a run of odd length escapes what comes after it.
+    `escaped` says whether the first byte is escaped; the result says the same of the byte after the piece. In a run of
+    backslashes each second one is itself escaped, so only a run of odd length escapes the byte after it.
     """
     places = np.flatnonzero(piece == _BACKSLASH)
     if escaped:

@@ -7,7 +7,7 @@ from service.http.parts import Parts
 
 
 def model_names(parts: Parts) -> list[str]:
-    """What clients may call the model."""
+    """The names by which clients may ask for the model."""
     served = parts.served_name
     return [served, f"{served}:query", f"{served}:document", *parts.instructions.aliases]
 
@@ -22,7 +22,7 @@ def alias_of(parts: Parts, model: str | None) -> str:
 
 
 def check_model(parts: Parts, model: str, alias: str) -> None:
-    """Look up a model by its name alone, where no instruction is asked for.
+    """Check a model's name where no instruction is asked for.
 
     Raises:
         ModelNotFound: if the role or prompt in the name does not exist.

@@ -1,4 +1,4 @@
-"""What is known of a request once it has been answered: the metrics, the log and the traces are written from it."""
+"""What is known of a request after its answer. The metrics, the log and the traces are written from it."""
 
 from __future__ import annotations
 

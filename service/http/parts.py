@@ -22,7 +22,7 @@ from service.settings import Settings
 
 @dataclass
 class Life:
-    """Where the server is in its life, and what its start found out."""
+    """The server's present phase, and the facts that its start found out."""
 
     phase: Literal["loading", "ready", "draining", "failed"] = "loading"
     facts: dict[str, object] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Life:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that requests need, of one application. `started_at` is in seconds since 1970."""
+    """Everything in one application that requests need. `started_at` is in seconds since 1970."""
 
     settings: Settings
     manifest: Manifest

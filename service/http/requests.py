@@ -1,5 +1,4 @@
-"""What every request goes through, whatever its dialect: a key, an id, its measurements, a bounded body, a client that
-may hang up."""
+"""The steps that requests of all dialects share: a key, an id, measurements, a bounded body, a client that hangs up."""
 
 from __future__ import annotations
 
@@ -42,24 +41,24 @@ T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
-# Most requests are answered before it is worth while to listen for their client to hang up.
+# Most requests are answered sooner, and need no task that waits for their client to hang up.
 _LISTEN_AFTER_SECONDS = 0.05
 
-# What text-embeddings-inference says where others say 500.
+# The status of text-embeddings-inference for errors that are 500 elsewhere.
 _DEVICE_FAILED = 424
 
 _SANE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
-# What the dialects call what is to be embedded.
+# The dialects' names for the texts.
 TEXT_FIELDS = frozenset({"input", "inputs", "texts", "text", "prompt"})
 
-# Bodies of more bytes are looked at before they are parsed; fewer can't hold much.
+# The values of larger bodies are counted before the bodies are parsed; smaller bodies can't hold many.
 _COUNTED_BYTES = 1 << 18
 
-# Of an input in its longest form there are fewer: an object with a key for each of its fields.
+# The longest form of an input has fewer: an object with a key for each field.
 _CONTAINERS_AN_INPUT = 8
 
-# Where they may be given as token ids, and where token ids alone are.
+# The fields that may hold token ids.
 _ID_FIELDS = frozenset({"input", "inputs", "ids"})
 
 # What a connection's protocol leaves in the state of a request that has not arrived in time.
@@ -67,11 +66,11 @@ LATE = "late"
 
 
 class RequestContext:
-    """ASGI middleware around all of FastAPI: gives each request an id, asks for its key, and measures, counts, logs and
-    traces it when it has been answered.
+    """ASGI middleware around all of FastAPI. It gives each request an id and asks for its key. After the answer it
+    measures, counts, logs and traces the request.
 
-    `direct` are functions by method and path that it calls itself: finding a route and entering it costs FastAPI as
-    much as all the rest of a short request.
+    It calls the functions in `direct` itself, by method and path: FastAPI's routing costs as much as all the rest of a
+    short request.
     """
 
     def __init__(
@@ -138,11 +137,11 @@ class RequestContext:
         except asyncio.CancelledError:
             if status or self._life.phase != "draining":
                 raise
-            # The grace period is over, for which the server has waited.
+            # The server has waited for the grace period, which is over.
             stopped = Unavailable("the server stopped before it could answer: try again later")
             await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
         except Exception as error:
-            # Where it was and what kind it is: its message may hold a piece of the input.
+            # The place and the kind of the error, without its message, which may hold a piece of the input.
             outcome.code, outcome.reason = "internal_error", f"unexpected {type(error).__name__}"
             log.error("unexpected error", extra={"fields": {"exception": _places(error)}})
             if status and not whole:
@@ -190,7 +189,7 @@ def _single_slashes(path: str) -> str:
 
 
 def _places(error: BaseException) -> str:
-    """An exception's kind and the lines of code it went through, and its causes', without their messages."""
+    """The kinds of an exception and its causes and the lines of code that they passed, without their messages."""
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None and len(parts) < 8:
@@ -199,18 +198,18 @@ def _places(error: BaseException) -> str:
     return "\nafter:\n".join(parts)
 
 
-# Asked for every few seconds by machines: logged at debug level while all is well.
+# Machines ask for these every few seconds, so they are logged at debug level while all is well.
 QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytearray:
-    """The request's body, refused while it streams in if it is too large, and never unpacked.
+    """The request's body. A body that is too large is refused while it streams in, and no body is unpacked.
 
     Raises:
         RequestTooLarge: past `limit_bytes`.
         UnsupportedEncoding: if it is compressed.
         RequestTimeout: if it has not arrived in time.
-        TooMuchInFlight: if all requests together would hold too much with it.
+        TooMuchInFlight: if all requests together would hold too many bytes with it.
         ClientGone: if the client hangs up before it is whole.
     """
     encoding = request.headers.get("content-encoding", "")
@@ -251,7 +250,7 @@ async def read_document(request: Request) -> dict[str, Any]:
 
     Raises:
         RequestTooLarge: past the settings' limit.
-        InvalidRequest: if it is not JSON, or no object, or has too many values: an object would be made for each.
+        InvalidRequest: if it is not JSON, no object, or has too many values.
     """
     parts = parts_of(request)
     settings = parts.settings
@@ -278,10 +277,10 @@ def _parsed(body: bytearray) -> Any:
 
 
 def _check_size(size: JSONSize, settings: Settings) -> None:
-    """Refuse a body that takes long to parse, or much memory, for what it says: everybody waits for the parser.
+    """Refuse a body with more values than any request needs: everybody waits while it is parsed.
 
     Raises:
-        TooManyValues: for more than token ids and inputs in any of their forms come to.
+        TooManyValues: for more values than the most token ids and inputs have, in any form.
     """
     containers = _CONTAINERS_AN_INPUT * settings.max_inputs_per_request
     values = settings.max_tokens_per_request + containers
@@ -292,9 +291,9 @@ def _check_size(size: JSONSize, settings: Settings) -> None:
 
 
 def _check_lists(document: dict[str, Any], most: int) -> None:
-    """Refuse a list longer than those of inputs may be, in any field or in an object in one.
+    """Refuse a list that is longer than a list of inputs may be, in any field or in an object in a field.
 
-    One text's token ids may be more, where a field may hold such.
+    A list of one text's token ids may be longer.
 
     Raises:
         InvalidRequest: naming the field.
@@ -310,7 +309,7 @@ def _check_lists(document: dict[str, Any], most: int) -> None:
 
 
 def _not_utf8(body: bytearray) -> str:
-    """Where a body is not UTF-8, for which the JSON parser has no clear word."""
+    """The place at which a body is not UTF-8: the JSON parser's own words are not clear."""
     try:
         body.decode()
     except UnicodeDecodeError as error:
@@ -336,7 +335,7 @@ def parse(model: type[Body], document: dict[str, Any]) -> Body:
 
 
 def missing(field: str, given: Collection[str]) -> InvalidRequest:
-    """The refusal of a request without its texts; it says so where another API's field was sent instead."""
+    """The refusal of a request without its texts. The message names another API's field if that was sent instead."""
     other = sorted(TEXT_FIELDS.intersection(given))
     hint = f": this path reads {field}, not {other[0]}" if other else ""
     return InvalidRequest(f"{field} is missing{hint}", "invalid_value", field)
