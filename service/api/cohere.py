@@ -24,7 +24,7 @@ from service.logs import request_id
 Version = Literal["1", "2"]
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
 
-# Of a long answer: what is written between two turns of the event loop.
+# Texts of a long answer that are written between two turns of the event loop.
 _TEXTS_AT_ONCE = 64
 
 _INPUTS_SCHEMA = {
@@ -93,7 +93,7 @@ class CohereEmbedBody(BaseModel):
         None, ge=1, strict=True, description="no fewer than the server reads: texts are not cut before"
     )
     truncate: str | None = Field(
-        None, description="what goes of a text that is too long: END (the default) or START; or NONE"
+        None, description="the part of a too long text that is cut: END (the default) or START; NONE refuses the text"
     )
     priority: int | None = Field(
         None, ge=0, le=999, strict=True, description="above 0, the request yields to small ones whatever its size"
@@ -269,7 +269,7 @@ def to_embed_request(
 def write_answer(
     identity: str, result: EmbedResult, texts: Sequence[str], types: Sequence[EmbeddingType], meta: dict[str, Any]
 ) -> Iterator[bytes]:
-    """The answer as JSON bytes, in slices of some milliseconds' work each; without types, one list of float vectors."""
+    """The answer as JSON bytes, in slices of some milliseconds' work each. Without types it has one list of floats."""
     yield b'{"id":%b,"response_type":"embeddings_%b","texts":' % (
         orjson.dumps(identity),
         b"by_type" if types else b"floats",
@@ -293,7 +293,7 @@ def _default_types(version: Version) -> list[EmbeddingType]:
 
 
 def _texts(body: CohereEmbedBody) -> tuple[Sequence[str], str]:
-    """The texts, and the field that they came in.
+    """The texts, and the name of their field.
 
     Raises:
         InvalidRequest: for images, no texts, or texts in both of the fields.

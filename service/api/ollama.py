@@ -24,10 +24,10 @@ from service.http.parts import Parts, parts_of
 from service.http.requests import TEXT_FIELDS, missing, parse, read_document
 from service.settings import Settings
 
-# The release of Ollama that these endpoints follow: its clients tell by this what they may ask. Ours is at /version.
+# The release of Ollama that these endpoints follow, by which its clients know what exists. Ours is at /version.
 _API_VERSION = "0.33.0"
 
-# What a model without a tag is called.
+# The tag of models without one.
 _LATEST = ":latest"
 
 _NOTHING = EmbedResult((), 0, 0, Timings())
@@ -39,7 +39,7 @@ _INPUT_SCHEMA = {
 
 
 class _Body(BaseModel):
-    """What its embedding endpoints share."""
+    """The fields that the embedding endpoints share."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -50,10 +50,10 @@ class _Body(BaseModel):
     keep_alive: Any = Field(None, description="accepted and not used: the model stays loaded")
 
     def check(self, text_field: str) -> None:
-        """Let a request without texts pass, which asks to load the model, but none whose texts are in another field.
+        """Accept a request without texts, which asks to load the model, unless its texts are in another field.
 
         Raises:
-            InvalidRequest: for such a one: a client would take the empty answer for vectors.
+            InvalidRequest: for texts in another field: the client would take the empty answer for vectors.
         """
         extra = self.model_extra or {}
         if getattr(self, text_field) is None and not TEXT_FIELDS.isdisjoint(extra):
@@ -73,7 +73,7 @@ class OllamaEmbedBody(_Body):
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
     truncate: bool | None = Field(
-        None, strict=True, description="cut the end of what is too long, the default; or refuse it"
+        None, strict=True, description="cut the end of a text that is too long, the default; or refuse the text"
     )
     dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
 
@@ -148,7 +148,7 @@ class OllamaTagsAnswer(BaseModel):
 
 
 class OllamaShowAnswer(BaseModel):
-    """What a model is."""
+    """The facts about a model."""
 
     details: _Details
     model_info: dict[str, Any]
@@ -213,12 +213,12 @@ async def embed(request: Request) -> Response:
 async def embeddings(request: Request) -> Response:
     """Embed one text. Superseded by `/api/embed`."""
     call = await Call.read(request, OllamaEmbeddingsBody)
-    # Without a prompt it asks to load the model. An empty prompt is no such request here: it is told so, as a client
-    # that means a text would store the vector of no numbers.
+    # A request without a prompt asks to load the model. An empty prompt is an error: a client that meant a text would
+    # store a vector without numbers.
     texts = [] if call.body.prompt is None else [call.body.prompt]
     inputs, chosen = _begin(call, "prompt", texts)
-    # Once this gave what the model gives. Ollama's present releases give vectors of length 1 here too, but for a few
-    # BERT models, and refuse a text that is too long.
+    # Early releases of Ollama answered with the model's own vectors. Present ones give vectors of length 1 here too,
+    # except for a few BERT models, and refuse a text that is too long.
     asked = EmbedRequest(inputs, wait_seconds=call.settings.overload_wait_seconds, param="prompt")
     result = await call.embed(asked) if texts else _NOTHING
     vectors = [vector for part in encode_vectors(result.vectors, "float") for vector in part]
@@ -245,7 +245,7 @@ async def list_models(request: Request) -> Response:
     **_documented(OllamaShowBody, OllamaShowAnswer, {"model": "demo"}),
 )
 async def show_model(request: Request) -> Response:
-    """What the served model is, by one of its names."""
+    """The facts about the served model, by one of its names."""
     parts = parts_of(request)
     body = parse(OllamaShowBody, await read_document(request))
     name = body.model or body.name
@@ -270,7 +270,7 @@ async def version() -> Response:
 
 DIRECT = {("POST", "/api/embed"): embed, ("POST", "/api/embeddings"): embeddings}
 
-# Beside the paths above, those that its clients may ask for in vain: they read the reason from the same shape.
+# Clients also try paths that do not exist here; they read the reason in the same shape.
 DIALECTS = {
     f"/api/{name}": _DIALECT
     for name in (
@@ -294,7 +294,7 @@ def _texts(given: Any, settings: Settings) -> Sequence[str]:
         InvalidRequest: if it holds anything else.
     """
     if given is None or (given == "" and settings.empty_text == "error"):
-        # How its clients ask to load a model: ollama-python sends an empty text where it is given none.
+        # Clients ask so to load a model: ollama-python sends an empty text if it is given none.
         return []
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -316,7 +316,7 @@ def _begin(call: Call[AnyBody], text_field: str, texts: Sequence[str]) -> tuple[
 
 
 def _alias_of(parts: Parts, model: str | None) -> str:
-    """The role or prompt that a model's name asks for, `:latest` being no name but the tag of those without one.
+    """The role or prompt that a model's name asks for. `:latest` is the tag of models without one, and no role.
 
     Raises:
         ModelNotFound: if no model here has that name.

@@ -58,7 +58,7 @@ _INPUT_SCHEMA = {
 
 
 class EmbedFields(BaseModel):
-    """What our endpoints share; null means absent."""
+    """The fields that our own endpoints share; null means absent."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -108,10 +108,10 @@ class EmbeddingsBody(EmbedFields):
     truncate: bool | str | None = Field(None, description="cut what is too long: true or END, START; false or NONE")
     overflow: Overflow | None = Field(
         None,
-        description="what is done with an input that is too long: error, truncate, or mean of its chunks' vectors",
+        description="for an input that is too long: error refuses it, truncate cuts it, mean averages its chunks",
     )
     token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] | None = Field(
-        None, description="what input of token ids is; by default as the server is set"
+        None, description="whose ids an input of token ids holds; by default the server's setting decides"
     )
 
 
@@ -195,7 +195,7 @@ async def _embed(call: Call[EmbeddingsBody], model: str | None) -> Response:
     return call.answer(slices, asked.inputs, result)
 
 
-# Called for these without FastAPI in between.
+# The middleware calls these functions itself, without FastAPI's routing.
 DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/embeddings")}
 
 
@@ -276,7 +276,7 @@ def write_answer(
 
 
 def usage(result: EmbedResult) -> dict[str, int]:
-    """What the request cost, in tokens, and how many of its inputs were cut."""
+    """The cost of the request in tokens, and the number of inputs that were cut."""
     tokens = result.prompt_tokens
     return {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
 
@@ -318,7 +318,7 @@ def _item_instruction(parts: Parts, index: int, item: dict[str, Any]) -> Chosen 
 
 
 def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> TokenIds:
-    """What the ids among the inputs are.
+    """Whose ids the inputs hold.
 
     Raises:
         InvalidRequest: if there are some and none are taken.
@@ -340,7 +340,7 @@ def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> Toke
 
 
 def _whose(given: Mapping[int, Sequence[int]], vocabulary: int) -> TokenIds:
-    """What ids that an SDK of OpenAI's sends are: cl100k_base's, or where it lacks one of them all the model's own.
+    """Whose ids an SDK of OpenAI sends: cl100k_base's; or the model's own, if cl100k_base lacks one of them.
 
     Raises:
         InvalidRequest: if the model lacks one too.
@@ -366,12 +366,12 @@ def _whose(given: Mapping[int, Sequence[int]], vocabulary: int) -> TokenIds:
 
 @cache
 def _tell_once(whose: str, way_out: str) -> None:
-    """Once a process: each request says it in its answer's header."""
+    """Log it once in a process; the header of each answer says it too."""
     log.warning("token ids of a client built on OpenAI's SDK are taken for %s: %s", whose, way_out)
 
 
 def _by_openai_sdk(request: Request) -> bool:
-    """Whether one of OpenAI's own clients sent this, or what is built on one: they make ids with tiktoken."""
+    """Whether the sender is one of OpenAI's clients, or built on one: these make ids with tiktoken."""
     headers = request.headers
     agent = headers.get("user-agent", "")
     return "x-stainless-lang" in headers or agent.startswith(("OpenAI/", "AsyncOpenAI/"))

@@ -30,7 +30,7 @@ async def livez() -> Response:
 @router.get("/health", responses={503: ERRORS[503]})
 @router.get("/ping", include_in_schema=False)
 async def readyz(request: Request) -> Response:
-    """The server takes requests. Where the last batch failed, one token is encoded to find out."""
+    """The server takes requests. If the last batch failed, the server encodes one token to find out."""
     if parts_of(request).life.phase != "ready":
         raise Unavailable(f"the server is {parts_of(request).life.phase}")
     if parts_of(request).backend.batcher.last_batch_failed:
@@ -53,7 +53,7 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/version", responses={401: ERRORS[401]})
 async def version(request: Request) -> Response:
-    """The server's version and what it serves."""
+    """The server's version and the model that it serves."""
     state = parts_of(request)
     return json_answer(
         {

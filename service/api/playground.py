@@ -1,8 +1,7 @@
 """The playground: one page at `/` on which people try the encoder. Its files are read once and answered from memory.
 
-The page is data: it asks the API for what it shows, with the key that its reader types where keys are set, so that it
-needs none itself and learns nothing that its reader may not. It loads nothing from elsewhere and has no inline script
-or style, which the Content-Security-Policy holds it to.
+The page itself is public. Everything that it shows comes from the API, with the key that its reader types if the server
+has keys. It loads nothing from elsewhere and has no inline script or style; the Content-Security-Policy enforces that.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Kept, but asked for anew each time: so a server's page is never another version's.
+    # Browsers keep the files but ask each time whether they changed, so no page is of another version.
     "cache-control": "no-cache",
 }
 
 
 @dataclass(frozen=True)
 class Page:
-    """A file as it is answered."""
+    """A file and its headers."""
 
     content: bytes
     headers: Mapping[str, str]
@@ -48,7 +47,7 @@ class Page:
         return cls(content, {**HEADERS, "content-type": media_type, "etag": tag})
 
     def answer(self, request: Request) -> Response:
-        """The file; or that the browser has it, in which case nothing but headers."""
+        """The file, or headers alone if the browser has it already."""
         known = request.headers.get("if-none-match", "").split(",")
         if self.headers["etag"] in [tag.strip().removeprefix("W/") for tag in known]:
             return Response(None, 304, self.headers)
@@ -56,7 +55,7 @@ class Page:
 
 
 def load_pages() -> dict[str, Page]:
-    """The page at `/` and what it is made of below `/playground/`, by path."""
+    """The page at `/` and its files below `/playground/`, by path."""
     pages = {}
     for entry in files("service").joinpath("playground").iterdir():
         if media_type := _TYPES.get(PurePath(entry.name).suffix):

@@ -1,4 +1,4 @@
-"""Instructions to look at: those that have names, and what one does to a text, token by token."""
+"""The named instructions, and the effect of an instruction on a text, token by token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PromptsAnswer(BaseModel):
 
 
 class PreviewAnswer(BaseModel):
-    """Each input in tokens: those that the model would read, and where there are such those that are cut."""
+    """The tokens of each input: those that the model would read, and those that are cut."""
 
     class _Row(BaseModel):
         class _Token(BaseModel):
@@ -61,7 +61,7 @@ class PreviewAnswer(BaseModel):
 
 @router.get("/v1/prompts", responses={200: {"model": PromptsAnswer}})
 async def list_prompts(request: Request) -> Response:
-    """What input_type, prompt_name and task may say, and the instruction that each stands for."""
+    """The values of input_type, prompt_name and task, and the instruction behind each."""
     known = parts_of(request).instructions
     answer = {
         "roles": {name: known.query if role == "query" else "" for name, role in ROLES.items()},

@@ -34,7 +34,7 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/docs")
 async def show(request: Request) -> Response:
-    """What the server can be asked."""
+    """All endpoints of the server."""
     # In a thread: the first time it makes the document, which takes a tenth of a second.
     content = await asyncio.to_thread(lambda: write_page(request.app.openapi()))
     return Response(content, 200, {**HEADERS, "content-security-policy": _POLICY}, "text/html; charset=utf-8")

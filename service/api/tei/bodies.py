@@ -33,12 +33,14 @@ Flag = Annotated[bool | None, Field(strict=True)]
 
 
 class TruncateFields(BaseModel):
-    """What is done with a text that is too long; null means absent."""
+    """The fields for texts that are too long; null means absent."""
 
     model_config = ConfigDict(extra="allow")
 
-    truncate: Flag = Field(None, description="cut what is too long; by default it is an error")
-    truncation_direction: Direction = Field(None, description="the side that goes, right by default; in any case")
+    truncate: Flag = Field(None, description="cut a text that is too long; by default it is an error")
+    truncation_direction: Direction = Field(
+        None, description="the side that is cut, right by default; capitals do not matter"
+    )
 
 
 class EmbedAllBody(TruncateFields):
@@ -94,7 +96,7 @@ class TokenizeBody(BaseModel):
 
     inputs: Text | list[Text]
     add_special_tokens: Flag = Field(
-        None, description="all that the model reads, the default, or without what stands around every text"
+        None, description="with the special tokens around each text, the default, or without them"
     )
     prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
 
@@ -109,7 +111,7 @@ class DecodeBody(BaseModel):
 
 
 class TEIRank(BaseModel):
-    """One of a list: how close the text at `index` is to the query."""
+    """How close the text at `index` is to the query."""
 
     index: int
     score: float
@@ -127,7 +129,7 @@ class TEIToken(BaseModel):
 
 
 class TEIInfo(BaseModel):
-    """What is served, and within which limits."""
+    """The model that is served, and the server's limits."""
 
     class _ModelType(BaseModel):
         class _Embedding(BaseModel):

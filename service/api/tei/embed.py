@@ -1,4 +1,4 @@
-"""TEI's `/embed` and its like, which huggingface_hub speaks too. Translation only."""
+"""TEI's `/embed` and `/embed_all`, which huggingface_hub speaks too. Translation only."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def embed_all(request: Request) -> Response:
     call.ignore(call.body.model_extra)
     asked = to_embed_request(call, _inputs(call), call.body, normalize=False, each_token=True)
     result = await call.embed(asked)
-    # The first of those that are written tells whether they are many.
+    # The first of them tells the writer whether the answer is large.
     by_size = sorted(result.vectors, key=np.size, reverse=True)
     return call.answer(write_token_vectors(result.vectors), asked.inputs, result, by_size)
 

@@ -1,4 +1,4 @@
-"""What TEI's clients ask of the server itself, and what they ask at its root. Translation only."""
+"""TEI's `/info`, and the root path, at which clients ask for vectors. Translation only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ router = APIRouter(tags=["text-embeddings-inference"], responses={401: ERRORS[40
 
 @router.post("/", include_in_schema=False)
 async def embed_at_root(request: Request) -> Response:
-    """What huggingface_hub asks of a bare URL: vectors, or how close sentences are."""
+    """huggingface_hub asks a bare URL for vectors, or for how close sentences are."""
     began = time.perf_counter()
     require_ready(request)
     document = await read_document(request)
@@ -30,13 +30,13 @@ async def embed_at_root(request: Request) -> Response:
     return await embed_texts(Call(request, parse(EmbedBody, document), began))
 
 
-# Called for these without FastAPI in between.
+# The middleware calls these functions itself, without FastAPI's routing.
 DIRECT = {("POST", "/embed"): embed, ("POST", "/"): embed_at_root}
 
 
 @router.get("/info", responses={200: {"model": TEIInfo}, 503: ERRORS[503]})
 async def info(request: Request) -> Response:
-    """What is served, and within which limits."""
+    """The model that is served, and the server's limits."""
     require_ready(request)
     parts = parts_of(request)
     settings = parts.settings

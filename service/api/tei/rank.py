@@ -33,7 +33,7 @@ router = APIRouter(tags=["text-embeddings-inference"], responses={401: ERRORS[40
     ),
 )
 async def similarity(request: Request) -> Response:
-    """The cosine of each sentence and the source sentence, which a message calls the input after the last sentence."""
+    """The cosine of each sentence and the source sentence, which messages call the input after the last sentence."""
     return await compare(await Call.read(request, SimilarityBody))
 
 
@@ -52,9 +52,9 @@ async def similarity(request: Request) -> Response:
 async def rerank(request: Request) -> Response:
     """The texts by how close they are to the query, the closest first.
 
-    Both are embedded, the query with the server's query instruction or that of the headers, the texts with none. A
-    score is (1 + cosine) / 2, from 0 to 1 as a classifier's would be; with raw_scores it is the cosine itself, and the
-    order the same. A message calls the query the input after the last text.
+    The query is embedded with the server's query instruction, or with the headers' one, and the texts with none. A
+    score is (1 + cosine) / 2, from 0 to 1 like a classifier's. With raw_scores it is the cosine itself, in the same
+    order. Messages call the query the input after the last text.
     """
     call = await Call.read(request, RerankBody)
     body = call.body

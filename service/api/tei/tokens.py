@@ -27,7 +27,7 @@ router = APIRouter(tags=["text-embeddings-inference"], responses={401: ERRORS[40
     **tei_documented(TokenizeBody, list[list[TEIToken]], {"inputs": "how much protein a day", "prompt_name": "query"}),
 )
 async def tokenize(request: Request) -> Response:
-    """The tokens of each text, before anything is cut, and the bytes of prompt and text that each stands for."""
+    """The tokens of each text, before anything is cut, and the bytes of prompt and text behind each token."""
     call = await Call.read(request, TokenizeBody)
     body = call.body
     call.ignore(body.model_extra)
