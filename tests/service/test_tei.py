@@ -503,7 +503,7 @@ def test_loading_and_draining() -> None:
 def test_a_deadline_and_a_bug(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[Exception] = [DeadlineExceeded(), ZeroDivisionError("secret")]
 
-    async def fail(request: Any) -> None:
+    async def fail(*_: Any) -> None:
         raise failures.pop(0)
 
     monkeypatch.setattr(server.app.state.parts.embedder, "embed", fail)
