@@ -168,7 +168,8 @@ def load_and_kill(
         killed_at.append(time.perf_counter())
 
     found = load(requests, client, after=len(requests) // 3, then=kill)
-    seconds_until(lambda: running_replicas() == 2 and victims[0] not in replica_processes())
+    # Ray says for a moment that both run, before it knows that one is gone.
+    seconds_until(lambda: running_replicas() == len(set(replica_processes()) - {victims[0]}) == 2)
     return found, round(time.perf_counter() - killed_at[0], 1)
 
 
