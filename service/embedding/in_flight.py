@@ -11,9 +11,9 @@ from contextvars import ContextVar
 
 from service.errors import TooMuchInFlight
 
-# An answer's vectors are float32. Only a slice of its text is in memory at a time: see service.http.answers.
+# An answer's vectors are float32. It is written in slices of so many numbers, of which one at a time is in memory.
 _BYTES_A_NUMBER = 4
-_NUMBERS_WRITTEN = 1 << 16
+NUMBERS_IN_A_SLICE = 1 << 16
 _BYTES_A_NUMBER_WRITTEN = 20
 
 # Memory for each token that an answer shows: its objects and its JSON.
@@ -83,7 +83,7 @@ def hold_vectors(numbers: int) -> None:
     Raises:
         TooMuchInFlight: as `hold`.
     """
-    hold(_BYTES_A_NUMBER * numbers + _BYTES_A_NUMBER_WRITTEN * min(numbers, _NUMBERS_WRITTEN))
+    hold(_BYTES_A_NUMBER * numbers + _BYTES_A_NUMBER_WRITTEN * min(numbers, NUMBERS_IN_A_SLICE))
 
 
 def hold_tokens(tokens: int) -> None:

@@ -79,10 +79,16 @@ def encode(
             if not allow_empty:
                 _refuse_emptied(rows)
             return rows
-        return [
-            tokenizer.encode_nothing() if is_empty(text) else tokenizer.encode_batch([text], [instruction])[0]
-            for text, instruction in zip(texts, instructions, strict=True)
-        ]
+        filled = [(index, text) for index, text in enumerate(texts) if not is_empty(text)]
+        try:
+            encoded = iter(
+                tokenizer.encode_batch([text for _, text in filled], [instructions[index] for index, _ in filled])
+                if filled
+                else ()
+            )
+        except TokenizationError as error:
+            raise TokenizationError(str(error), filled[error.index][0]) from error
+        return [tokenizer.encode_nothing() if is_empty(text) else next(encoded) for text in texts]
     except TokenizationError as error:
         code = "invalid_input" if isinstance(inputs[error.index].text, str) else "invalid_token_ids"
         raise InvalidRequest(f"input index {start + error.index}: {error}", code, request.param) from error

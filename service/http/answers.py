@@ -13,14 +13,15 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 
 from service.embedding.choices import EmbedDtype
+from service.embedding.in_flight import NUMBERS_IN_A_SLICE
 from service.embedding.rows import Vector
 from service.embedding.vector_dtypes import quantize_vectors
 from service.metrics import Metrics
 
 EncodingFormat = Literal["float", "base64"]
 
-# Numbers in a slice (3 ms of work as decimal fractions, much less as base64), and in an answer written in one go.
-_NUMBERS_AT_ONCE = 1 << 16
+# Numbers in an answer that is written in one go. A slice of a larger one takes 3 ms of work as decimal fractions, and
+# much less as base64.
 _SMALL_NUMBERS = 1 << 14
 
 
@@ -28,7 +29,7 @@ def encode_vectors(
     vectors: Sequence[Vector], encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
 ) -> Iterator[list[bytes]]:
     """Each vector as a JSON value, in slices: a list of numbers, or a string of base64 of its little-endian bytes."""
-    at_once = max(_NUMBERS_AT_ONCE // len(vectors[0]), 1) if vectors else 1
+    at_once = max(NUMBERS_IN_A_SLICE // len(vectors[0]), 1) if vectors else 1
     for start in range(0, len(vectors), at_once):
         part = [quantize_vectors(vector, dtype) for vector in vectors[start : start + at_once]]
         if encoding_format == "base64":

@@ -16,7 +16,7 @@ from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import json_answer
 from service.http.common import with_instruction
-from service.http.headers import answer_headers, header_text, ignored_header
+from service.http.headers import MOST_NAMED, answer_headers, header_text, ignored_header
 from service.http.models import alias_of
 from service.http.outcome import outcome_of
 from service.http.parts import parts_of
@@ -87,7 +87,7 @@ class Call(Generic[Body]):
         if not ignored:
             return
         if self.settings.reject_unknown_fields:
-            raise InvalidRequest(f"unknown fields: {', '.join(ignored[:100])}", "unknown_field", ignored[0])
+            raise InvalidRequest(f"unknown fields: {', '.join(ignored[:MOST_NAMED])}", "unknown_field", ignored[0])
         self.parts.metrics.ignored_fields.inc(len(ignored))
         self.headers["x-ignored-fields"] = ignored_header(ignored)
 

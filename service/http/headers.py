@@ -10,8 +10,8 @@ from functools import lru_cache
 from service.embedding.embedder import Embedder
 from service.embedding.requests import EmbedInput, EmbedResult
 
-# How many names from a client a header tells, and in how many characters.
-_NAMED = 100
+# How many names from a client an answer tells, and in how many characters of a header.
+MOST_NAMED = 100
 _HEADER_CHARACTERS = 1024
 
 # An instruction of more characters is hashed each time: those of many clients would fill the memory.
@@ -62,7 +62,7 @@ def instruction_sha(instructions: set[str]) -> str:
 
 def ignored_header(names: Sequence[str]) -> str:
     """Names from a client, as many as a header can tell."""
-    shown = ", ".join(header_text(name[:_HEADER_CHARACTERS]) for name in names[:_NAMED])
+    shown = ", ".join(header_text(name[:_HEADER_CHARACTERS]) for name in names[:MOST_NAMED])
     return shown[:_HEADER_CHARACTERS]
 
 

@@ -22,7 +22,7 @@ from service.embedding.tokenizing import slice_ends
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import Metrics
 from service.settings import Settings
-from tests.service.fakes import WIDTH, FakeTokenizer, FakeWorker, fake_manifest, fake_vector
+from tests.service.fakes import NO_TOKENS, WIDTH, FakeTokenizer, FakeWorker, fake_manifest, fake_vector
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 
@@ -113,6 +113,19 @@ async def test_many_texts_tokenized_in_slices_keep_their_order() -> None:
         result = await one.embed(request(*texts))
     rows = FakeTokenizer().encode_batch(texts, [""] * 300)
     assert (np.stack(result.vectors) == np.stack([fake_vector(EmbedRow(row, WIDTH)) for row in rows])).all()
+
+
+async def test_a_text_beside_an_empty_one_is_named_by_its_own_index() -> None:
+    async with embedder(FakeWorker(), empty_text="bos") as one:
+        result = await one.embed(request("", "abc", " ", "de"))
+        assert result.prompt_tokens == 1 + 4 + 1 + 3
+        with pytest.raises(InvalidRequest, match=r"^input index 3: ") as caught:
+            await one.embed(request("", "abc", " ", NO_TOKENS, "de"))
+        assert caught.value.code == "invalid_input"
+        ids = EmbedRequest([EmbedInput(""), EmbedInput("abc"), EmbedInput([-1])])
+        with pytest.raises(InvalidRequest, match=r"^input index 2: ") as caught:
+            await one.embed(ids)
+        assert caught.value.code == "invalid_token_ids"
 
 
 class CountsCharacters(FakeTokenizer):
