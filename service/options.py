@@ -25,8 +25,9 @@ _GROUPS = {
         *("default_input_type", "instruction_separator", "max_input_tokens", "truncation", "token_ids", "empty_text"),
     ),
     "Device and batches": (
-        *("device", "dtype", "quantization", "attention", "compile", "cuda_graphs", "token_budget", "batch_tokens"),
-        *("batch_seconds", "interactive_inputs", "max_queued_tokens", "cache_bytes", "tokenizer_threads"),
+        *("device", "dtype", "quantization", "equal_bits", "attention", "compile", "cuda_graphs", "token_budget"),
+        *("batch_tokens", "batch_seconds", "interactive_inputs", "max_queued_tokens", "cache_bytes"),
+        *("tokenizer_threads",),
     ),
     "HTTP and limits": (
         *("host", "port", "frontends", "max_inputs_per_request", "max_tokens_per_request", "max_input_characters"),

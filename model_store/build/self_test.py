@@ -36,8 +36,17 @@ CASES = (
 # The 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
-# Three texts of different lengths, of token ids that every vocabulary has.
-_CHECKED = [TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0) for length in (3, 24, 9)]
+
+def _text_of(length: int) -> TokenizedText:
+    """A text of token ids that every vocabulary has."""
+    return TokenizedText([(7 * i + length) % 100 + 3 for i in range(length)], 0)
+
+
+_CHECKED = [_text_of(length) for length in (3, 24, 9)]
+
+# For equal bits: each of these is computed alone, and with all the others and as many of other lengths.
+_ALONE = (1, 2, 5, 16, 24, 40, 130)
+_BESIDE = (300, *range(7, 64, 2))
 
 
 class SelfTestError(UserError):
@@ -92,14 +101,15 @@ def check_attention(encoder: Encoder) -> None:
     )
 
 
-def pack_checked(encoder: Encoder) -> None:
+def pack_checked(encoder: Encoder, equal_bits: bool) -> None:
     """Pack the weights if that makes products faster, and check that the vectors stay the same.
 
     Raises:
+        DeviceError: as `Encoder.pack_weights` does.
         SelfTestError: if they change.
     """
     before = _packed_vectors(encoder, _CHECKED)
-    encoder.pack_weights()
+    encoder.pack_weights(equal_bits)
     _refuse_other(_packed_vectors(encoder, _CHECKED), before, "products of packed weights", encoder)
 
 
@@ -136,6 +146,23 @@ def compile_checked(encoder: Encoder) -> None:
     except BaseException:
         encoder.uncompile_layers()
         raise
+
+
+def check_equal_bits(encoder: Encoder) -> None:
+    """Check that texts have the same bits alone and among others.
+
+    Raises:
+        SelfTestError: if they have not.
+    """
+    most = encoder.manifest.max_positions
+    texts, others = ([_text_of(min(length, most)) for length in lengths] for lengths in (_ALONE, _BESIDE))
+    among_others = _packed_vectors(encoder, [*others, *texts])[len(others) :]
+    for text, expected in zip(texts, among_others, strict=True):
+        if not torch.equal(_packed_vectors(encoder, [text])[0], expected):
+            raise SelfTestError(
+                f"on this {encoder.device.type.upper()} a text has other bits alone than among "
+                "others, even by products of a fixed number of rows: leave LLM2VEC_EQUAL_BITS out"
+            )
 
 
 def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:

@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from model_store.architectures import architecture_of
 from model_store.encoder.attention import Kernel, choose_kernel, implementation_name
-from model_store.encoder.cpu_linear import can_pack, pack_linears
-from model_store.encoder.devices import Dtype, choose_device, choose_dtype
+from model_store.encoder.cpu_linear import ROW_BLOCK, can_pack, pack_linears
+from model_store.encoder.devices import DeviceError, Dtype, choose_device, choose_dtype
 from model_store.encoder.merged_linear import merge_projections
 from model_store.encoder.packing import PackedBatch, to_device
 from model_store.encoder.pooling import pool
@@ -130,10 +130,21 @@ class Encoder:
             del tensors["cu_seqlens"]
         return replace(filled, **to_device(tensors, self.device))  # type: ignore[arg-type]
 
-    def pack_weights(self) -> None:
-        """On a CPU with 16-bit products, reorder the linear layers' weights for them; elsewhere do nothing."""
+    def pack_weights(self, equal_bits: bool = False) -> None:
+        """On a CPU, reorder the linear layers' weights for its products; elsewhere do nothing.
+
+        With `equal_bits`, products are taken over blocks of a fixed number of rows: see docs/fidelity.md.
+
+        Raises:
+            DeviceError: if equal bits are asked for and the device does not multiply packed weights of this dtype.
+        """
         if can_pack(self.device, self.dtype):
-            pack_linears(self.model)
+            pack_linears(self.model, ROW_BLOCK if equal_bits else 0)
+        elif equal_bits:
+            raise DeviceError(
+                f"equal bits (LLM2VEC_EQUAL_BITS) need a CPU and float32, or bfloat16 where the CPU has its "
+                f"instructions, not {self.device} and {str(self.dtype).removeprefix('torch.')}: leave them out"
+            )
 
     def compile_layers(self) -> None:
         """Compile each layer at its next use: layers of one kind share a graph for any number of tokens and texts.

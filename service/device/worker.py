@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from model_store.build.self_test import (
     check_attention,
+    check_equal_bits,
     check_same_vectors,
     compile_checked,
     pack_checked,
@@ -132,12 +133,14 @@ class EncoderWorker:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         encoder = Encoder.load(self._folder, str(device), settings.dtype, settings.attention, settings.quantization)
         check_attention(encoder)
-        pack_checked(encoder)
+        pack_checked(encoder, settings.equal_bits)
         self._newer_flash = upgrade_flash_checked(encoder) if settings.attention == "auto" else ""
         self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
         metrics.model_load_seconds.set(loaded - began)
         self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
+        if settings.equal_bits:
+            check_equal_bits(encoder)
         cost = self._calibrate(limits)
         self._switch_on("cuda_graphs", settings.cuda_graphs, self._lacks_graphs(), partial(self._capture, cost, limits))
         if device.type == "cuda":

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from model_store.build.self_test import SelfTestError, check_equal_bits
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
 from service.cli import main
-from tests.cpus import assert_same_vectors
+from tests.cpus import SAME_BITS, assert_same_vectors
 from tests.e2e.process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -56,14 +57,22 @@ def test_alike_texts_have_alike_vectors(server: ServerProcess) -> None:
     assert cosines[0, 1] > 0.9 > cosines[0, 2]
 
 
-@pytest.mark.parametrize(("dtype", "packed"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
+@pytest.mark.parametrize("products", ["plain", "packed", "by blocks"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_text_s_vector_is_the_same_alone_among_others_and_beside_a_long_one(
-    demo_encoder: Path, dtype: Any, packed: bool
+    demo_encoder: Path, dtype: Any, products: str
 ) -> None:
     """To the bit where the CPU has that, else within its rounding: see tests/cpus.py and docs/fidelity.md."""
     encoder = Encoder.load(demo_encoder, device="cpu", dtype=dtype)
-    if packed:
-        encoder.pack_weights()
+    same_bits = SAME_BITS
+    if products != "plain":
+        encoder.pack_weights(equal_bits=products == "by blocks")
+    if products == "by blocks":
+        try:
+            check_equal_bits(encoder)
+        except SelfTestError as error:
+            pytest.skip(str(error))
+        same_bits = True
     tokenizer = TextTokenizer.load(demo_encoder, encoder.manifest)
     others = tokenizer.encode_batch([f"sentence {i} " * (i % 9 + 1) for i in range(64)], [""] * 64)
     long = TokenizedText((others[8].token_ids * 200)[:4096], 1)
@@ -75,8 +84,10 @@ def test_a_text_s_vector_is_the_same_alone_among_others_and_beside_a_long_one(
     beside_long = vectors([long, *texts])[1:]
     for text, beside in zip(texts, beside_long, strict=True):
         (alone,) = vectors([text])
-        assert_same_vectors(alone, vectors([*others[:31], text, *others[31:]])[31], dtype, "among 64 others")
-        assert_same_vectors(alone, beside, dtype, "beside 4096 tokens")
+        assert_same_vectors(
+            alone, vectors([*others[:31], text, *others[31:]])[31], dtype, "among 64 others", same_bits=same_bits
+        )
+        assert_same_vectors(alone, beside, dtype, "beside 4096 tokens", same_bits=same_bits)
 
 
 def test_sts_of_a_few_pairs(server: ServerProcess, tmp_path: Path) -> None:

@@ -38,6 +38,9 @@ a text of 4096 tokens, the largest difference of a component of the demo model's
 Other CPUs have not been measured. tests/e2e/test_demo.py holds the demo model to equal bits on every AMD CPU, and to
 differences of at most 1e-2 with a cosine of at least 0.9995 (bfloat16) or 2e-6 (float32) on all others.
 
+`LLM2VEC_EQUAL_BITS=true` makes the bits equal on a CPU by products of a fixed number of rows (docs/performance.md). The
+start checks that they are, and ends with the reason where they are not. It has run on the AMD CPU only.
+
 ## The official library
 
 Vectors of this project against those of llm2vec 0.2.3, from raw text, for tiny seeded checkpoints in the published

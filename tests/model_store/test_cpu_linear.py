@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from model_store.encoder import cpu_linear
-from model_store.encoder.cpu_linear import PackedGatedMlp, PackedLinear, can_pack, pack_linears
+from model_store.encoder.cpu_linear import ROW_BLOCK, PackedGatedMlp, PackedLinear, can_pack, pack_linears
 from tests.tiny import FAMILIES, product_weights, tiny_model
 
 CPU = torch.device("cpu")
@@ -46,6 +46,25 @@ def test_every_family_s_mlp(family: str) -> None:
     for layer, expected in zip(model.layers, plain, strict=True):
         assert isinstance(layer.mlp, PackedGatedMlp) == (family != "phi3")  # which has gate and up in one layer
         assert near(layer.mlp(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, ROW_BLOCK, 3 * ROW_BLOCK + 5])
+@torch.inference_mode()
+def test_every_product_over_blocks_has_the_same_number_of_rows(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama").to(dtype)
+    x = torch.randn(1, rows, model.config.hidden_size, dtype=dtype)
+    mlp, attention = model.layers[0].mlp, model.layers[0].self_attn
+    plain = mlp(x), attention.q_proj(x)
+    pack_linears(model, ROW_BLOCK)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = model.layers[0].mlp(x), attention.q_proj(x)
+    products = [event for event in profile.events() if event.name.startswith("mkldnn::_linear_pointwise")]
+    assert len(products) == 4 * -(-rows // ROW_BLOCK)  # gate, up, down and q
+    assert {event.input_shapes[0][0] for event in products} == {ROW_BLOCK}
+    for blocks, expected in zip(found, plain, strict=True):
+        assert near(blocks, expected)
 
 
 def test_no_layer_is_left_out_and_none_is_counted_twice() -> None:
