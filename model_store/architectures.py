@@ -7,8 +7,12 @@ position only in RoPE; recurrent, hybrid and absolute-position models do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from model_store.errors import UserError
+
+# What a token sees: its whole text, or the text up to itself.
+Attention = Literal["bidirectional", "causal"]
 
 
 class UnsupportedArchitectureError(UserError):
@@ -80,6 +84,26 @@ def architecture_of(model_type: str) -> Architecture:
             f"model_type {model_type!r} is not supported: an encoder can be made from {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[model_type]
+
+
+def direct(config: Any, attention: Attention) -> None:
+    """Change a transformers configuration so that its classes attend in one direction or in both.
+
+    Raises:
+        UnsupportedArchitectureError: if a model that is bidirectional by itself is asked to be causal.
+    """
+    if getattr(config, "use_bidirectional_attention", False):
+        if attention == "causal" or config.model_type != "gemma3_text":
+            raise UnsupportedArchitectureError(
+                f"use_bidirectional_attention of a {config.model_type} with {attention} attention is not reproduced"
+            )
+        # transformers has halved the window by then, and leaves out its border: the other way to ask for bidirectional
+        # attention, which is used here, has the border within.
+        config.use_bidirectional_attention = False
+        config.sliding_window -= 1
+    elif attention == "bidirectional" and not architecture_of(config.model_type).windowed:
+        config.sliding_window = None
+    config.is_causal = attention == "causal"
 
 
 def is_encoder_tensor(name: str) -> bool:

@@ -14,12 +14,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, is_plain_name
 from model_store.templates import Template
 
-FORMAT = 1
+# Format 1 had none of the fields with a default.
+FORMAT = 2
+_READ = (1, 2)
+
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -60,6 +64,7 @@ class Manifest(_Frozen):
     vocabulary: int
     parameters: int
     dtype: DType
+    attention: Attention = "bidirectional"
     base: SourceRecord
     adapters: tuple[SourceRecord, ...]
     tokenizer: str
@@ -69,6 +74,9 @@ class Manifest(_Frozen):
     max_length: int
     doc_max_length: int
     query_instruction: str
+    document_instruction: str = ""
+    prompts: dict[str, str] = {}
+    default_prompt: str = ""
     recipe: Recipe
     recipe_fingerprint: str
     tools: dict[str, str]
@@ -92,13 +100,15 @@ class Manifest(_Frozen):
 
         The id is a hash of the weights, configuration and tokenizer files, the template, the pooling and the span.
         """
+        template = self.template
+        lead = [] if template.lead == Template().lead else [template.lead]  # format 1 had only that one
         moves_vectors = {
             "files": {
                 name: file.sha256
                 for name, file in sorted(self.files.items())
                 if name.endswith(".safetensors") or name in (CONFIG_FILE, TOKENIZER_FILE)
             },
-            "template": [self.template.prefix, self.template.suffix, self.template.strip],
+            "template": [template.prefix, template.suffix, template.strip, *lead],
             "pooling": self.pooling,
             "skip_instruction": self.skip_instruction,
         }
@@ -131,9 +141,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         document: dict[str, Any] = json.loads(path.read_text())
         claimed = document.pop("manifest_sha256", None)
-        if document.get("format") != FORMAT:
+        if document.get("format") not in _READ:
             raise StoreError(
-                f"{path} has format {document.get('format')}, this version reads {FORMAT}: build the encoder again"
+                f"{path} has format {document.get('format')}, this version reads {' and '.join(map(str, _READ))}: "
+                "build the encoder again"
             )
         manifest = Manifest.model_validate(document)
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:

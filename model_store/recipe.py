@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.templates import Template
@@ -18,7 +20,16 @@ DType = Literal["bfloat16", "float32"]
 
 
 # The official library's defaults (llm2vec 0.2.3, `LLM2Vec.__init__`).
-ENCODER_DEFAULTS = {"pooling": "mean", "skip_instruction": True, "max_length": 512, "doc_max_length": 400}
+ENCODER_DEFAULTS = {
+    "attention": "bidirectional",
+    "pooling": "mean",
+    "skip_instruction": True,
+    "max_length": 512,
+    "doc_max_length": 400,
+}
+
+# Keys of a recipe that the first version did not have, with the value that asks for nothing.
+_LATER = {"attention": None, "document_instruction": ""}
 
 
 class RecipeError(UserError):
@@ -33,12 +44,13 @@ def is_plain_name(name: str) -> bool:
 class Recipe(BaseModel):
     """One encoder to build.
 
-    `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. With
-    `template` None the base's name chooses. If `pooling`, `skip_instruction`, `max_length` or `doc_max_length` (tokens;
-    the official library's limits) is None, it comes from llm2vec_config.json beside the last adapter or the base, else
-    from `ENCODER_DEFAULTS`. A server puts `query_instruction` before queries when a client only says that its input is
-    a query. `parameters` (of the encoder, without output head) and `gated` (the hub asks to accept the base's licence)
-    help people to choose a recipe.
+    `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. What is
+    None, and roles' instructions that are "", come from the files beside the last adapter or the base that describe an
+    encoder (`build.description`); else the base's name chooses the `template`, and the rest is in `ENCODER_DEFAULTS`.
+    `max_length` and `doc_max_length` are in tokens, the official library's limits. A server puts `query_instruction`
+    before queries, and `document_instruction` before documents, when a client only says which of them its input is.
+    `parameters` (of the encoder, without output head) and `gated` (the hub asks to accept the base's licence) help
+    people to choose a recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +58,7 @@ class Recipe(BaseModel):
     name: str = Field(min_length=1)
     base: str = Field(min_length=1)
     adapters: tuple[str, ...] = ()
+    attention: Attention | None = None
     template: Template | None = None
     pooling: PoolingMode | None = None
     skip_instruction: bool | None = None
@@ -53,6 +66,7 @@ class Recipe(BaseModel):
     doc_max_length: int | None = Field(default=None, ge=1)
     dtype: DType = "bfloat16"
     query_instruction: str = ""
+    document_instruction: str = ""
     description: str = ""
     parameters: int | None = Field(default=None, ge=1)
     gated: bool = False
@@ -67,8 +81,13 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
-        asked = self.model_dump_json(exclude={"name", "description", "parameters", "gated"})
-        return hashlib.sha256(asked.encode()).hexdigest()
+        asked = self.model_dump(mode="json", exclude={"name", "description", "parameters", "gated"})
+        # What recipes could not ask for when the first encoders were built is left out while it is not asked for.
+        for values, later in ((asked, _LATER), (asked["template"] or {}, {"lead": Template().lead})):
+            for key, unasked in later.items():
+                if values.get(key) == unasked:
+                    values.pop(key, None)
+        return hashlib.sha256(json.dumps(asked, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 
 def read_recipe(text: str, name: str) -> Recipe:

@@ -20,7 +20,6 @@ from torch import Tensor
 from model_store.encoder.attention import choose_kernel, implementation_name
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
-from model_store.encoder.pooling import pool
 from model_store.text.tokenizer import TextTokenizer
 
 
@@ -32,6 +31,7 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
         self.model = encoder.model
         self._manifest = encoder.manifest
         self._kernel = encoder.kernel
+        self._head = encoder.head
         self._text_tokenizer = tokenizer
         self.max_seq_length = encoder.manifest.max_positions
 
@@ -57,7 +57,7 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
         """Add `sentence_embedding`, (B, D) float32, to the features of a packed batch."""
         batch = PackedBatch(**{name: features[name] for name in PackedBatch.__dataclass_fields__})
         encoder = self._on(batch.token_ids.device)
-        vectors: Tensor = torch.nn.functional.normalize(pool(encoder.hidden(batch), batch), dim=-1)
+        vectors: Tensor = torch.nn.functional.normalize(encoder.vectors(batch), dim=-1)
         return {**features, "sentence_embedding": vectors}
 
     def get_embedding_dimension(self) -> int:
@@ -75,4 +75,4 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
         if kernel != self._kernel:
             self.model.set_attn_implementation(implementation_name(kernel))
             self._kernel = kernel
-        return Encoder(self.model, self._manifest, device, dtype, kernel)
+        return Encoder(self.model, self._manifest, device, dtype, kernel, self._head and self._head.to(device))

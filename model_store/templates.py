@@ -10,14 +10,37 @@ from dataclasses import dataclass, replace
 
 from model_store.architectures import Architecture
 
+# Where a template's `lead` puts the instruction, and the lead that is the instruction as it was given.
+_INSTRUCTION = "{instruction}"
+VERBATIM = _INSTRUCTION
+
 
 @dataclass(frozen=True)
 class Template:
-    """`prefix` + text + `suffix`. With `strip`, white space at both ends of instruction + text is removed."""
+    """`prefix` + lead + text + `suffix`; the lead is left out if there is no instruction.
+
+    With `strip`, white space at both ends of lead + text is removed. The default `lead` is LLM2Vec's.
+    """
 
     prefix: str = ""
     suffix: str = ""
     strip: bool = False
+    lead: str = f"{_INSTRUCTION} "
+
+    def __post_init__(self) -> None:
+        if self.lead.count(_INSTRUCTION) != 1:
+            raise ValueError(f"lead must hold {_INSTRUCTION} once, where the instruction stands")
+
+    def before_text(self, instruction: str) -> str:
+        """What stands between prefix and text.
+
+        An instruction loses white space at both ends, unless it is the whole lead. White space alone becomes what the
+        lead puts beside it, or nothing if the template strips.
+        """
+        if not instruction:
+            return ""
+        before = self.lead.replace(_INSTRUCTION, instruction if self.lead == VERBATIM else instruction.strip())
+        return before.lstrip() if self.strip else before
 
 
 _INST = Template("[INST] ", " [/INST]", strip=True)

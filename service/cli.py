@@ -211,10 +211,12 @@ def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
         "dimensions": manifest.width,
         "reads": f"{manifest.max_positions} tokens" + _read_limit(folder),
         "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}",
-        "template": f"{manifest.template.prefix!r} + text + {manifest.template.suffix!r}"
+        "attention": manifest.attention,
+        "template": f"{manifest.template.prefix!r} + {manifest.template.lead!r} + text + {manifest.template.suffix!r}"
         + (" (stripped)" if manifest.template.strip else ""),
         "limits": f"{manifest.max_length} tokens, text {manifest.doc_max_length} (reference truncation)",
         "query instruction": manifest.query_instruction or "none",
+        "of documents": manifest.document_instruction or "none",
         "embedding space": manifest.embedding_space,
         "size": f"{sum(file.size for file in manifest.files.values()) / 1e9:.2f} GB in {len(manifest.files)} files",
         "built with": ", ".join(f"{name} {found}" for name, found in manifest.tools.items()),

@@ -161,14 +161,19 @@ def random_rows(lengths: list[int], seed: int = 0) -> list[TokenizedText]:
 
 @torch.inference_mode()
 def padded_vectors(model: Any, rows: list[TokenizedText]) -> Tensor:
-    """The slow twin: (B, D) float32 mean-pooled vectors from transformers' own padded, bidirectional forward."""
+    """The slow twin: (B, D) float32 mean-pooled vectors from transformers' own padded forward.
+
+    It is bidirectional unless the model's configuration says that it is causal.
+    """
     batch = PackedBatch.pack(rows, "mean")
     lengths = [len(row) for row in rows]
     pad = torch.nn.utils.rnn.pad_sequence
     token_ids = pad(list(batch.token_ids.split(lengths)), batch_first=True)
     weights = pad(list(batch.pooling_weights.split(lengths)), batch_first=True)
     mask = pad([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
-    hidden = model(input_ids=token_ids, attention_mask=mask, is_causal=False, use_cache=False).last_hidden_state.float()
+    causal = getattr(model.config, "is_causal", False)
+    output = model(input_ids=token_ids, attention_mask=mask, is_causal=causal, use_cache=False)
+    hidden = output.last_hidden_state.float()
     vectors: Tensor = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
     return vectors
 

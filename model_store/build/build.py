@@ -6,12 +6,13 @@ of weights while merging, and at one copy of the model for the self-test.
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,14 +24,15 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model_store.architectures import architecture_of
+from model_store.architectures import Attention, architecture_of, direct
 from model_store.build.adapters import Adapter, check_fit, load_adapter, merge_adapter
 from model_store.build.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
+from model_store.build.description import MODULES_FILE, OWN_MODULE, description_of
 from model_store.build.self_test import write_self_test
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
+from model_store.encoder.head import Head
 from model_store.errors import UserError
-from model_store.json_text import read_json_object
 from model_store.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -41,14 +43,15 @@ from model_store.manifest import (
     find_built,
 )
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import ENCODER_DEFAULTS, Recipe, RecipeError, packaged_recipes, recipe_from
+from model_store.recipe import ENCODER_DEFAULTS, Recipe, packaged_recipes
 from model_store.rope import readable_positions
 from model_store.templates import template_for
 from model_store.text.tokenizer import special_tokens_around
 
 SHARD_BYTES = 2 << 30
 
-SENTENCE_TRANSFORMERS_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
+# What a recipe may say of an encoder beside its weights; else the files that come with them say it.
+_DESCRIBED = (*ENCODER_DEFAULTS, "template", "query_instruction", "document_instruction")
 
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -102,12 +105,17 @@ def _build(
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters)
+        described = description_of([*stages[-1:], base])
+        fields = {**ENCODER_DEFAULTS, **described.fields}
+        fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "")}
         with _appearing_whole(folder) as staging:
-            _write_config(checkpoint.config, recipe.dtype, staging)
+            _write_config(checkpoint.config, recipe.dtype, fields["attention"], staging)
             tokenizer_source = write_tokenizer(base, stages, staging)
             _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
-            _write_sentence_transformers_files(recipe, staging)
-            manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, staging)
+            if described.head:
+                described.head.write(staging)
+            _write_sentence_transformers_files(fields, staging)
+            manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, fields, staging)
             manifest.write(staging)
             write_self_test(staging)
             manifest = manifest.model_copy(update={"files": describe_files(staging)})
@@ -154,14 +162,12 @@ def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter])
     return shapes
 
 
-def _write_config(config: Any, dtype: str, folder: Path) -> None:
-    """Write the bare decoder's config.json, which tells transformers that its attention is bidirectional."""
-    config = config.from_dict(config.to_dict())
+def _write_config(config: Any, dtype: str, attention: Attention, folder: Path) -> None:
+    """Write the bare decoder's config.json, which tells transformers whether its attention is bidirectional."""
+    config = copy.deepcopy(config)
     for stale in ("auto_map", "_name_or_path", "quantization_config"):
         config.__dict__.pop(stale, None)
-    if not architecture_of(config.model_type).windowed:
-        config.sliding_window = None
-    config.is_causal = False
+    direct(config, attention)
     config.use_cache = False
     config.dtype = getattr(torch, dtype)
     config.architectures = [type(decoder_on_meta(config)).__name__]
@@ -172,16 +178,17 @@ def _write_config(config: Any, dtype: str, folder: Path) -> None:
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
-def _write_sentence_transformers_files(recipe: Recipe, folder: Path) -> None:
-    """Write the files that sentence-transformers reads: the module for this folder, and the query instruction."""
-    modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_TRANSFORMERS_MODULE}]
+def _write_sentence_transformers_files(fields: Mapping[str, Any], folder: Path) -> None:
+    """Write the files that sentence-transformers reads: the module for this folder, and the instructions by name."""
+    modules = [{"idx": 0, "name": "0", "path": "", "type": OWN_MODULE}]
+    roles = {role: fields.get(f"{role}_instruction", "") for role in ("query", "document")}
     settings = {
         "model_type": "SentenceTransformer",
-        "prompts": {"query": recipe.query_instruction, "document": ""},
-        "default_prompt_name": None,
+        "prompts": {**fields.get("prompts", {}), **roles},
+        "default_prompt_name": fields.get("default_prompt") or None,
         "similarity_fn_name": "cosine",
     }
-    for name, content in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
+    for name, content in ((MODULES_FILE, modules), ("config_sentence_transformers.json", settings)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -259,21 +266,21 @@ def _describe(
     checkpoint: Checkpoint,
     shapes: dict[str, tuple[int, ...]],
     tokenizer_source: str,
+    fields: Mapping[str, Any],
     folder: Path,
 ) -> Manifest:
     config = checkpoint.config
-    choices = {**ENCODER_DEFAULTS, **_llm2vec_config(stages[-1] if stages else base)}
-    choices |= {key: value for key in ENCODER_DEFAULTS if (value := getattr(recipe, key)) is not None}
-    pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(choices["pooling"])
+    pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(fields["pooling"])
     before, _ = special_tokens_around(Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
     if pooling == "bos_token" and not before:
         raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
-    template = recipe.template or template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
+    by_name = template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
+    head = Head.read(folder)
     return Manifest.model_validate(
         {
             "name": recipe.name,
             "model_type": config.model_type,
-            "width": config.hidden_size,
+            "width": len(head.bias) if head else config.hidden_size,
             "max_positions": readable_positions(config.to_dict()),
             "vocabulary": shapes["embed_tokens.weight"][0],
             "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
@@ -281,10 +288,10 @@ def _describe(
             "base": SourceRecord(reference=base.reference, commit=base.commit),
             "adapters": [SourceRecord(reference=stage.reference, commit=stage.commit) for stage in stages],
             "tokenizer": tokenizer_source,
-            "template": template,
-            **choices,
+            "template": by_name,
+            "query_instruction": "",
+            **fields,
             "pooling": pooling,
-            "query_instruction": recipe.query_instruction,
             "recipe": recipe,
             "recipe_fingerprint": recipe.fingerprint,
             "tools": _tool_versions(),
@@ -303,24 +310,6 @@ def base_name(base: Source, stages: Sequence[Source]) -> str:
         if name:
             return str(name)
     return base.reference.partition("@")[0]
-
-
-def _llm2vec_config(source: Source) -> dict[str, Any]:
-    """The settings in the official library's own file beside the weights; {} if there is no such file."""
-    path = source.folder / "llm2vec_config.json"
-    if not path.is_file():
-        return {}
-    raw = read_json_object(path)
-    found = {
-        "pooling": raw.get("pooling_mode"),
-        **{key: raw.get(key) for key in ("skip_instruction", "max_length", "doc_max_length")},
-    }
-    asked = {key: value for key, value in found.items() if value is not None}
-    try:
-        recipe_from("llm2vec_config", base=source.reference, **asked)
-    except RecipeError as error:
-        raise BuildError(f"{path}: {error}") from error
-    return asked
 
 
 def _tool_versions() -> dict[str, str]:

@@ -48,7 +48,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: if there is none, or its weights are quantised in a way that can't be merged into.
     """
-    if any(folder.glob("*.safetensors")):
+    if any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors")):
         return _SafetensorsCheckpoint(folder)
     if any(folder.glob("pytorch_model*.bin")):
         return _TorchCheckpoint(folder)

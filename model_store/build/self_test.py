@@ -1,7 +1,7 @@
 """Checks that an encoder gives the right vectors: against its own at build time, and against slower ways.
 
 A few texts and their vectors are stored with the encoder. At build time the same texts show whether packed attention
-is right for the model at all: transformers' own padded forward pass, made bidirectional, must agree.
+is right for the model at all: transformers' own padded forward pass, in the same direction, must agree.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def write_self_test(folder: Path) -> None:
     difference = largest_difference(vectors, _padded_vectors(encoder, rows))
     if not difference <= TOLERANCE[encoder.dtype]:
         raise SelfTestError(
-            f"packed bidirectional attention differs from transformers' own for {encoder.manifest.model_type} "
+            f"packed {encoder.manifest.attention} attention differs from transformers' own for "
+            f"{encoder.manifest.model_type} "
             f"(1 − cosine up to {difference:.1e}): this model can't be served"
         )
     document = {"cases": CASES, "vectors": vectors.tolist()}
@@ -204,7 +205,7 @@ def _packed_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
 
 @torch.inference_mode()
 def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
-    """The slow twin: one padded batch through transformers' eager attention with `is_causal` false."""
+    """The slow twin: one padded batch through transformers' own masks and eager attention."""
     batch = PackedBatch.pack(rows, encoder.manifest.pooling)
     lengths = [len(row) for row in rows]
     token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)
@@ -216,11 +217,9 @@ def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
         output = encoder.model(
             input_ids=token_ids.to(encoder.device),
             attention_mask=mask.to(encoder.device),
-            is_causal=False,
             use_cache=False,
         )
     finally:
         encoder.model.set_attn_implementation(packed)
     hidden = output.last_hidden_state.float().cpu()
-    vectors: Tensor = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
-    return vectors
+    return encoder.project((hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None])

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
 from model_store.build.progress import bar_class
@@ -27,12 +27,14 @@ DEMO = "demo:"
 # The package's own adapters for the demo model, each a folder.
 _DEMO_ADAPTERS = Path(__file__).parents[1] / "demo"
 
-# Weights in the order of preference; a repository often has the same weights in several formats.
+# Weights of a model and of an adapter in the order of preference; repositories often have them in several formats.
 _WEIGHTS = (
-    re.compile(r"(model|adapter_model)(-\d+-of-\d+)?\.safetensors"),
-    re.compile(r"(pytorch_model|adapter_model)(-\d+-of-\d+)?\.bin"),
-    re.compile(r".+\.gguf"),
+    (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin", r".+\.gguf"),
+    (r"adapter_model\.safetensors", r"adapter_model\.bin"),
 )
+# sentence-transformers keeps each module behind the decoder in a folder such as 1_Pooling or 2_Dense.
+_MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -112,11 +114,19 @@ def _fetch(reference: str, only: str = "") -> Source:
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
+        if constants.HF_HUB_OFFLINE:  # what was fetched before is all there is
+            folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
+            return Source(reference, Path(folder), Path(folder).name)
         info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
         wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
         folder = snapshot_download(
             repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
         )
+    except LocalEntryNotFoundError as error:
+        raise SourceError(
+            f"{reference} is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched: unset it once, or give "
+            "a local folder"
+        ) from error
     except GatedRepoError as error:
         raise SourceError(
             f"{repository} is gated: accept its licence on the hub and set HF_TOKEN, or give a local folder"
@@ -134,14 +144,17 @@ def _fetch(reference: str, only: str = "") -> Source:
 
 
 def wanted_files(names: list[str]) -> list[str]:
-    """The files to fetch from a repository: its settings, its tokenizer, and its weights in one format.
+    """The files to fetch from a repository: its settings, its tokenizer, and its weights in one format each.
 
-    Python files and files in subfolders are never among them.
+    Python files are never among them, and of subfolders only those of sentence-transformers' modules.
     """
     top = [name for name in names if "/" not in name]
     settings = [name for name in top if name.endswith((".json", ".model"))]
-    formats = ([name for name in top if pattern.fullmatch(name)] for pattern in _WEIGHTS)
-    return settings + next((found for found in formats if found), [])
+    weights: list[str] = []
+    for patterns in _WEIGHTS:
+        formats = ([name for name in top if re.fullmatch(pattern, name)] for pattern in patterns)
+        weights += next((found for found in formats if found), [])
+    return settings + weights + [name for name in names if _MODULE_FILE.fullmatch(name)]
 
 
 def shape_of(reference: str) -> Shape:

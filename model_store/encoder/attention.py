@@ -1,12 +1,13 @@
-"""Bidirectional attention over packed texts: one function, registered with transformers under one name per kernel.
+"""Attention over packed texts: one function, registered with transformers under one name per kernel.
 
 transformers calls the function in each layer with the whole batch as one row: T tokens that hold B texts end to end.
-Positions restart for each text, and `cu_seqlens` tells where texts begin, so that each token sees every token of its
-own text and none of another's. transformers builds no mask, because none is registered under these names. A sliding
-window and soft-capping are applied here; any other request that would change the result is refused.
+Positions restart for each text, and `cu_seqlens` tells where texts begin, so that each token sees the tokens of its own
+text and none of another's: all of them, or with `is_causal` in the model's configuration those up to itself.
+transformers builds no mask, because none is registered under these names. A sliding window and soft-capping are applied
+here; any other request that would change the result is refused.
 
-A window of w means |i − j| ≤ w, as in transformers' own bidirectional mask, so the stored encoder gives the same
-vectors when AutoModel opens it. (In transformers' causal mask a token sees w tokens, itself included.)
+A window of w means what it means in transformers' own masks, so the stored encoder gives the same vectors when
+AutoModel opens it: |i − j| ≤ w if attention is bidirectional; w tokens, the token itself included, if it is causal.
 """
 
 from __future__ import annotations
@@ -55,9 +56,17 @@ class Layout:
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0  # of attention weights, in training only
+    causal: bool = False
+
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """How many tokens before itself and after itself a token sees, None for all."""
+        if self.causal:
+            return None if self.window is None else self.window - 1, 0
+        return self.window, self.window
 
 
-def packed_bidirectional(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
+def packed_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
     """The attention function that transformers calls in each layer, computed by one kernel.
 
     `query` is (1, H, T, d), `key` and `value` are (1, G, T, d), and the result is (1, T, H, d). `cu_seqlens` (B + 1,)
@@ -83,7 +92,9 @@ def packed_bidirectional(kernel: Callable[..., Tensor]) -> Callable[..., tuple[T
         if attention_mask is not None or unknown:
             asked = ", ".join(sorted(unknown)) or "a mask"
             raise AttentionError(f"the model passes {asked} to attention, which packed attention would ignore")
-        return kernel(query, key, value, Layout(cu_seqlens, longest, scaling, sliding_window, softcap, dropout)), None
+        causal = getattr(module.config, "is_causal", True)
+        layout = Layout(cu_seqlens, longest, scaling, sliding_window, softcap, dropout, causal)
+        return kernel(query, key, value, layout), None
 
     return attention
 
@@ -91,7 +102,7 @@ def packed_bidirectional(kernel: Callable[..., Tensor]) -> Callable[..., tuple[T
 def packed_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Any device, any dtype, gradients too: torch's own operations, text by text."""
     scale = query.shape[-1] ** -0.5 if layout.scale is None else layout.scale
-    return attend(query, key, value, layout.cu_seqlens, scale, layout.window, layout.softcap, layout.dropout)
+    return attend(query, key, value, layout.cu_seqlens, scale, *layout.reach, layout.softcap, layout.dropout)
 
 
 def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -103,6 +114,7 @@ def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout
         raise AttentionError("torch's flash kernel has no soft-capping: set LLM2VEC_ATTENTION to flash-attn or sdpa")
     width = query.shape[-1]
     scale = width**-0.5 if layout.scale is None else layout.scale
+    left, right = layout.reach
     if width % _FLASH_STEP:  # zeros behind a head change no product
         query, key, value = (F.pad(part, (0, -width % _FLASH_STEP)) for part in (query, key, value))
     out: Tensor = torch.ops.aten._flash_attention_forward(
@@ -114,11 +126,11 @@ def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout
         layout.longest,
         layout.longest,
         layout.dropout,
-        False,
+        layout.causal,
         False,
         scale=scale,
-        window_size_left=layout.window,
-        window_size_right=layout.window,
+        window_size_left=left,
+        window_size_right=right,
     )[0]
     return out[None, ..., :width]
 
@@ -127,7 +139,7 @@ def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout)
     """CUDA, bf16 or fp16: the flash-attn package (FlashAttention-2), which has soft-capping as well."""
     from flash_attn import flash_attn_varlen_func
 
-    reach = -1 if layout.window is None else layout.window
+    left, right = (-1 if reach is None else reach for reach in layout.reach)
     out: Tensor = flash_attn_varlen_func(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -138,8 +150,8 @@ def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout)
         max_seqlen_k=layout.longest,
         dropout_p=layout.dropout,
         softmax_scale=layout.scale,
-        causal=False,
-        window_size=(reach, reach),
+        causal=layout.causal,
+        window_size=(left, right),
         softcap=layout.softcap or 0.0,
     )
     return out[None]
@@ -165,7 +177,7 @@ def implementation_name(kernel: Kernel) -> str:
 
 
 for _name, _kernel in _KERNELS.items():
-    AttentionInterface.register(implementation_name(_name), packed_bidirectional(_kernel))
+    AttentionInterface.register(implementation_name(_name), packed_attention(_kernel))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed texts by torch's own operations: for CPUs, and where no flash kernel serves.
+"""Attention over packed texts by torch's own operations: for CPUs, and where no flash kernel serves.
 
 `attend` takes the whole batch as one row, and computes each text apart from the others: long texts one at a time,
 short ones together. A text's result has the same bits in every batch. Knows tensors alone; nothing of models.
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from model_store.encoder.packing import to_device
 
-# T packed tokens, S tokens of one text, H query heads, G key/value heads, d head width
+# T packed tokens, S tokens of one text, H query heads, G key/value heads, d head width. A token sees `left` tokens
+# before itself and `right` after itself, None for all: (None, None) is bidirectional, (None, 0) causal.
 
 # Where scores are held in memory, the queries of one text are taken in blocks of this many: they stay in the cache.
 _QUERY_BLOCK = 128
@@ -33,14 +34,17 @@ def attend(
     value: Tensor,
     cu_seqlens: Tensor,
     scale: float,
-    window: int | None,
+    left: int | None,
+    right: int | None,
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
     """(1, T, H, d) of query (1, H, T, d), key and value (1, G, T, d); with gradients if they are asked for."""
     if dropout or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)):
-        return _attend_differentiably(query[0], key[0], value[0], cu_seqlens, scale, window, softcap, dropout)[None]
-    attended: Tensor = _attend_each_text(query, key, value, cu_seqlens, scale, window, softcap)
+        return _attend_differentiably(query[0], key[0], value[0], cu_seqlens, scale, left, right, softcap, dropout)[
+            None
+        ]
+    attended: Tensor = _attend_each_text(query, key, value, cu_seqlens, scale, left, right, softcap)
     return attended
 
 
@@ -50,7 +54,8 @@ def attend_each_text(
     value: Tensor,
     cu_seqlens: Tensor,
     scale: float,
-    window: int | None,
+    left: int | None,
+    right: int | None,
     softcap: float | None,
 ) -> Tensor:
     """(1, T, H, d) for packed texts, without gradients. With `cu_seqlens` on the host it waits for no device."""
@@ -60,21 +65,23 @@ def attend_each_text(
     by_products = query.device.type == "cpu" and query.dtype != torch.float32 and query.shape[1] > key.shape[1]
     short: dict[int, list[tuple[int, int]]] = {}  # padded length → texts
     for start, end in pairwise(cu_seqlens.tolist()):
-        masked = window is not None and end - start > window + 1
-        special = masked or softcap is not None
+        narrow = _narrow(end - start, left) or _narrow(end - start, right or None)
+        special = narrow or softcap is not None
         if end - start <= _SHORT and not special:
             short.setdefault(_padded(end - start), []).append((start, end))
             continue
         text = (slice(None), slice(start, end))
         block = (query[0][text], key[0][text], value[0][text])
         if special or by_products:
-            out[0, start:end] = _scored(*block, scale, window if masked else None, softcap).transpose(0, 1)
+            out[0, start:end] = _scored(*block, scale, left, right, softcap).transpose(0, 1)
         else:
             rows, keys, values = (part[None] for part in block)
-            attended = F.scaled_dot_product_attention(rows, keys, values, scale=scale, enable_gqa=True)
+            attended = F.scaled_dot_product_attention(
+                rows, keys, values, is_causal=right == 0, scale=scale, enable_gqa=True
+            )
             out[0, start:end] = attended[0].transpose(0, 1)
     for length, texts in short.items():
-        _attend_short(query[0], key[0], value[0], out[0], length, texts, scale, by_products)
+        _attend_short(query[0], key[0], value[0], out[0], length, texts, scale, right == 0, by_products)
     return out
 
 
@@ -95,6 +102,7 @@ def _attend_short(
     length: int,
     texts: list[tuple[int, int]],
     scale: float,
+    causal: bool,
     by_products: bool,
 ) -> None:
     """Fill `out` (T, H, d) for n texts of at most `length` tokens, all of them at once.
@@ -109,18 +117,23 @@ def _attend_short(
         part.index_select(1, plan["places"]).unflatten(1, (len(texts), length)).transpose(0, 1)
         for part in (query, key, value)
     )  # (n, H or G, length, d)
-    there = plan["there"].view(len(texts), length)
+    seen = plan["there"].view(len(texts), 1, 1, length)  # (n, heads, queries, keys)
+    if causal:
+        seen = seen & ~_unseen(length, length, 0, None, 0, query.device)
     if by_products:
         by_group = queries.reshape(len(texts) * groups, -1, width)  # (n·G, H/G · length, d)
         keys, values = keys.reshape(-1, length, width), values.reshape(-1, length, width)
         scores = torch.baddbmm(query.new_empty(1), by_group, keys.transpose(1, 2), beta=0, alpha=scale)
-        scores.view(len(texts), -1, length).masked_fill_(~there[:, None], float("-inf"))
+        scores.view(len(texts), heads, length, length).masked_fill_(~seen, float("-inf"))
         attended = torch.bmm(scores.softmax(-1), values).view(len(texts), heads, length, width)
     else:
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=there[:, None, None], scale=scale, enable_gqa=True
-        )
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, scale=scale, enable_gqa=True)
     out[plan["taken"]] = attended.transpose(1, 2).flatten(0, 1)[plan["filled"]]
+
+
+def _narrow(tokens: int, reach: int | None) -> bool:
+    """Whether some token of a text of `tokens` sees less than the whole text, if it sees `reach` in a direction."""
+    return reach is not None and tokens > reach + 1
 
 
 def _padded(tokens: int) -> int:
@@ -145,7 +158,13 @@ def _short_plan(texts: tuple[tuple[int, int], ...], length: int, device: torch.d
 
 
 def _scored(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    left: int | None,
+    right: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """(H, S, d) for one text, with the scores of one block of queries in memory at a time.
 
@@ -155,17 +174,17 @@ def _scored(
     groups = key.shape[0]
     by_group = query.view(groups, heads // groups, length, width)
     out = torch.empty_like(by_group, memory_format=torch.contiguous_format)
-    reach = length if window is None else window
+    before, after = (length if reach is None else reach for reach in (left, right))
     for start in range(0, length, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, length)
-        first, last = max(start - reach, 0), min(end + reach, length)
+        first, last = max(start - before, 0), min(end + after, length)
         block = by_group[:, :, start:end].reshape(groups, -1, width)  # (G, H/G · queries, d)
         keys = key[:, first:last].transpose(1, 2)
         scores = torch.baddbmm(query.new_empty(1), block, keys, beta=0, alpha=scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        if window is not None:
-            unseen = _window_mask(end - start, last - first, start - first, window, query.device)
+        if _narrow(length, left) or _narrow(length, right):
+            unseen = _unseen(end - start, last - first, start - first, left, right, query.device)
             scores.view(groups, -1, end - start, last - first).masked_fill_(unseen, float("-inf"))
         attended = torch.bmm(scores.softmax(-1), value[:, first:last])
         out[:, :, start:end] = attended.view(groups, -1, end - start, width)
@@ -173,10 +192,11 @@ def _scored(
 
 
 @lru_cache(maxsize=8)
-def _window_mask(queries: int, keys: int, offset: int, window: int, device: torch.device) -> Tensor:
+def _unseen(queries: int, keys: int, offset: int, left: int | None, right: int | None, device: torch.device) -> Tensor:
     """(queries, keys) bool: True for a key that the query must not see; query 0 stands at key `offset`."""
     at = torch.arange(queries, device=device)[:, None] + offset
-    return (at - torch.arange(keys, device=device)).abs() > window
+    ahead = torch.arange(keys, device=device) - at
+    return (ahead < -(keys if left is None else left)) | (ahead > (keys if right is None else right))
 
 
 def _attend_differentiably(
@@ -185,7 +205,8 @@ def _attend_differentiably(
     value: Tensor,
     cu_seqlens: Tensor,
     scale: float,
-    window: int | None,
+    left: int | None,
+    right: int | None,
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
@@ -211,9 +232,9 @@ def _attend_differentiably(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         unseen = ~there[:, None, :]  # (n, 1 or queries, keys)
-        if window is not None and length > window + 1:
+        if _narrow(length, left) or _narrow(length, right):
             # Padding sees the whole text: a query that sees no key gives NaN, and makes every gradient NaN.
-            far = _window_mask(length, length, 0, window, query.device) & there[:, :, None]
+            far = _unseen(length, length, 0, left, right, query.device) & there[:, :, None]
             unseen = unseen | far
         scores = scores.view(len(texts), -1, unseen.shape[1], length).masked_fill(unseen[:, None], float("-inf"))
         weights = F.dropout(scores.softmax(-1), dropout).view(len(texts) * groups, -1, length)

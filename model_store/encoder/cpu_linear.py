@@ -104,7 +104,7 @@ def _linear(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int, block:
     def product(rows: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(rows, _weights[int(number)], bias, "none", [], "")  # type: ignore[no-any-return]
 
-    return _by_blocks(product, x, block)
+    return by_blocks(product, x, block)
 
 
 @torch.library.custom_op("llm2vec::packed_gated", mutates_args=())
@@ -126,10 +126,10 @@ def _gated(
         gated = pointwise(rows, _weights[int(gate)], gate_bias, activation, [], algorithm)
         return pointwise.binary(rows, gated, _weights[int(up)], up_bias, "mul")  # type: ignore[no-any-return]
 
-    return _by_blocks(product, x, block)
+    return by_blocks(product, x, block)
 
 
-def _by_blocks(product: Callable[[Tensor], Tensor], x: Tensor, block: int) -> Tensor:
+def by_blocks(product: Callable[[Tensor], Tensor], x: Tensor, block: int) -> Tensor:
     """`product` of x (…, K), of all rows at once or of blocks of so many rows, the last one filled up with zeros."""
     if not block:
         return product(x)

@@ -15,6 +15,7 @@ from model_store.architectures import architecture_of
 from model_store.encoder.attention import Kernel, choose_kernel, implementation_name
 from model_store.encoder.cpu_linear import ROW_BLOCK, can_pack, pack_linears
 from model_store.encoder.devices import DeviceError, Dtype, choose_device, choose_dtype
+from model_store.encoder.head import Head
 from model_store.encoder.merged_linear import merge_projections
 from model_store.encoder.packing import PackedBatch, to_device
 from model_store.encoder.pooling import pool
@@ -24,7 +25,7 @@ from model_store.rope import fix_frequencies
 if TYPE_CHECKING:
     from model_store.manifest import Manifest
 
-# T packed tokens, B texts, D width
+# T packed tokens, B texts, V vectors, D width of the decoder, W width of a vector
 
 # A smaller batch gets a text of filler. Below about 12 rows an AMD CPU's float32 matrix products take another path, and
 # a short text alone would get other last bits (docs/fidelity.md). And a compiled layer must never see a single row.
@@ -36,13 +37,14 @@ _LEAST_LONGEST = 8
 
 @dataclass(frozen=True)
 class Encoder:
-    """A decoder with bidirectional attention on its device, ready to encode."""
+    """A decoder on its device, ready to encode: `manifest` says how it attends and pools."""
 
     model: Any
     manifest: Manifest
     device: torch.device
     dtype: torch.dtype
     kernel: Kernel
+    head: Head | None = None
 
     @classmethod
     def load(
@@ -76,7 +78,7 @@ class Encoder:
             trust_remote_code=False,
             attn_implementation="eager",
         )
-        return cls.of(model, manifest, on, attention, quantization)
+        return cls.of(model, manifest, on, attention, quantization, Head.read(folder))
 
     @classmethod
     def of(
@@ -86,6 +88,7 @@ class Encoder:
         device: torch.device,
         attention: Kernel | Literal["auto"] = "auto",
         quantization: Quantization = "none",
+        head: Head | None = None,
     ) -> Encoder:
         """An encoder of a bare decoder in memory; the decoder is changed in place and moved to the device.
 
@@ -94,13 +97,15 @@ class Encoder:
         """
         dtype = model.dtype
         kernel = choose_kernel(attention, device, dtype, model.config)
+        model.config.is_causal = manifest.attention == "causal"
         model.set_attn_implementation(implementation_name(kernel))
         fix_frequencies(model, manifest.max_positions)
         # On a CPU gate and up stay apart: with packed weights (cpu_linear) the products apply the activation, and one
         # product for both took 6 to 21 % longer (AMD EPYC with AVX-512-bf16, 16 to 1024 tokens).
         merge_projections(model, device, gated=device.type == "cuda")
         quantize(model, quantization, device)
-        return cls(model.eval().requires_grad_(False).to(device), manifest, device, dtype, kernel)
+        model.eval().requires_grad_(False).to(device)
+        return cls(model, manifest, device, dtype, kernel, head and head.to(device))
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> Tensor:
@@ -117,9 +122,16 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, batch: PackedBatch) -> Tensor:
-        """Text vectors, shape (B, D) float32 on the host, not normalised."""
-        placed = self.place(batch)
-        return pool(self.hidden(placed), placed)[: len(batch.cu_seqlens) - 1].cpu()
+        """Text vectors, shape (B, W) float32 on the host, not normalised."""
+        return self.vectors(self.place(batch))[: len(batch.cu_seqlens) - 1].cpu()
+
+    def vectors(self, batch: PackedBatch) -> Tensor:
+        """(V, W) float32 vectors of a batch on the encoder's device, not normalised."""
+        return self.project(pool(self.hidden(batch), batch))
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(V, D) → (V, W): pooled vectors through the head, if the encoder has one."""
+        return pooled if self.head is None else self.head(pooled)
 
     def place(self, batch: PackedBatch) -> PackedBatch:
         """A batch of the host, filled up and moved to where `hidden` and `pool` need it; waits for nothing."""

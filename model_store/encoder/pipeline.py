@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model_store.encoder.encoder import LEAST_TOKENS, Encoder
 from model_store.encoder.packing import PackedBatch, in_one_piece, pieces_of, to_device, widest_first
-from model_store.encoder.pooling import Wanted, pool, shorten_and_normalize
+from model_store.encoder.pooling import Wanted, shorten_and_normalize
 from model_store.text.tokenizer import TokenizedText
 
 # T packed tokens, B texts, V vectors, D width
@@ -186,4 +186,4 @@ def finish_of(wanted: Sequence[Wanted], counts: Sequence[int]) -> dict[str, Tens
 
 def forward(encoder: Encoder, batch: PackedBatch, widths: Tensor, normalize: Tensor) -> Tensor:
     """(V, D): the first V vectors of a batch, finished; V is the number of widths. All tensors are on the device."""
-    return shorten_and_normalize(pool(encoder.hidden(batch), batch)[: len(widths)], widths, normalize)
+    return shorten_and_normalize(encoder.vectors(batch)[: len(widths)], widths, normalize)

@@ -78,7 +78,7 @@ class LocalEncoder:
             packed = {pooling: self._pack([rows[place] for place in places], pooling) for pooling in self.poolings}
             hidden = self.encoder.hidden(next(iter(packed.values())))
             for pooling, batch in packed.items():
-                pooled = torch.nn.functional.normalize(pool(hidden, batch)[: len(places)], dim=-1)
+                pooled = torch.nn.functional.normalize(self.encoder.project(pool(hidden, batch))[: len(places)], dim=-1)
                 vectors[pooling][places] = pooled.cpu().numpy()
         return vectors
 
@@ -93,7 +93,7 @@ class LocalEncoder:
         """
         rows = [self._with_word_spans(words) for words in sentences]
         ends = np.cumsum([len(words) for words in sentences])
-        shape = (int(ends[-1]), self.encoder.manifest.width)
+        shape = (int(ends[-1]), self.encoder.model.config.hidden_size)
         same, following = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
         for places in _batches(rows, self.batch_tokens):
             batch = self._pack([rows[place] for place in places], "mean")

@@ -171,7 +171,7 @@ class TextTokenizer:
         kept = [self._shorten(text) for text in strings]
         bodies = [(text.rstrip() if self._template.strip else text) + self._template.suffix for text in kept]
         joined = [
-            self._template.prefix + self._lead(instruction) + body
+            self._template.prefix + self._template.before_text(instruction) + body
             for instruction, body in zip(instructions, bodies, strict=True)
         ]
         alone = self._ids(bodies)
@@ -196,7 +196,7 @@ class TextTokenizer:
         Raises:
             TokenizationError: as `encode_batch` does.
         """
-        lead = self._template.prefix + self._lead(instruction)
+        lead = self._template.prefix + self._template.before_text(instruction)
         body = (text.rstrip() if self._template.strip else text) + self._template.suffix
         encoding = self._tokenizer.encode(lead + body, add_special_tokens=False)
         row = self._row(0, encoding.ids, len(self._ids([body])[0]), False, reference=False)
@@ -218,7 +218,7 @@ class TextTokenizer:
         The pooled tokens are not always those of the text: see `encode_batch`.
         """
         prefix, before = self._template.prefix, len(self._before)
-        lead = self._tokenizer.encode(prefix + self._lead(instruction), add_special_tokens=False)
+        lead = self._tokenizer.encode(prefix + self._template.before_text(instruction), add_special_tokens=False)
         text = before
         for ours, theirs in zip(lead.ids, row.token_ids[before:], strict=False):
             if ours != theirs:
@@ -267,20 +267,13 @@ class TextTokenizer:
         cut = self._reference is not None and len(own) > self._reference.doc_max_length
         if self._reference:
             own = own[: self._reference.doc_max_length]
-        lead = self._ids([self._template.prefix + self._lead(instruction)])[0]
+        lead = self._ids([self._template.prefix + self._template.before_text(instruction)])[0]
         return self._row(index, [*lead, *own, *suffix], len(own) + len(suffix), cut)
 
     def _check_ids(self, index: int, token_ids: Sequence[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < self._vocabulary)
             raise TokenizationError(f"there is no token {wrong}: this model's are 0 to {self._vocabulary - 1}", index)
-
-    def _lead(self, instruction: str) -> str:
-        """An instruction and a space. White space alone becomes just that space, or nothing if the template strips."""
-        if not instruction:
-            return ""
-        lead = f"{instruction.strip()} "
-        return lead.lstrip() if self._template.strip else lead
 
     def _row(
         self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True, emptied: bool = False

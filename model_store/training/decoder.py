@@ -6,6 +6,7 @@ weights of the first stage. Only the new adapters learn.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from model_store.architectures import architecture_of
+from model_store.architectures import direct
 from model_store.build.adapters import load_adapter
 from model_store.build.build import check_names, merged_tensor
 from model_store.build.checkpoints import open_checkpoint
@@ -67,10 +68,8 @@ def load_trainable(
     checkpoint = open_checkpoint(base.folder)
     adapters = [load_adapter(source.folder, source.reference) for source in before]
     shapes = check_names(base.reference, checkpoint, adapters)
-    config = checkpoint.config.from_dict(checkpoint.config.to_dict())
-    if not architecture_of(config.model_type).windowed:
-        config.sliding_window = None
-    config.is_causal = False
+    config = copy.deepcopy(checkpoint.config)
+    direct(config, "bidirectional")
     config.use_cache = False
     setattr(config, _ATTENTION_DROPOUT, attention_dropout)
     tensors = {name: merged_tensor(checkpoint, adapters, name, shape, dtype) for name, shape in shapes.items()}

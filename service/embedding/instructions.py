@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from model_store.manifest import Manifest
+from model_store.templates import Template
 from model_store.text.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts, read_prompts
 from service.errors import InvalidRequest, ModelNotFound, StartupError
 from service.settings import Settings
@@ -14,7 +15,7 @@ from service.settings import Settings
 Role = Literal["query", "document"]
 Source = Literal["item", "text", "request", "input_type", "alias", "header", "default", "none"]
 
-# Clients' names of the two roles. Queries get the server's query instruction, documents none.
+# Clients' names of the two roles.
 ROLES: dict[str, Role] = {
     "query": "query",
     "search_query": "query",
@@ -55,11 +56,13 @@ class Asked:
 class Instructions:
     """The server's instructions and prompts.
 
-    `query` is the instruction of queries; `default_name` is the role or prompt of requests that name none, or "".
+    `query` is the instruction of queries and `document` that of documents, which LLM2Vec's encoders have none of;
+    `default_name` is the role or prompt of requests that name none, or "".
     """
 
     query: str
     prompts: Mapping[str, Prompt]
+    document: str = ""
     default_name: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)  # further model names → role or prompt, or ""
     any_model: bool = False
@@ -113,7 +116,7 @@ class Instructions:
             prompt = found
         if prompt is not None:
             return prompt[1].document if role == "document" else prompt[1].query
-        return self.query if role == "query" else ""
+        return {"query": self.query, "document": self.document, None: ""}[role]
 
     def alias_of(self, model: str | None, served: str) -> str:
         """The role or prompt that a model's name asks for: `served:query`, or an alias; "" for none.
@@ -164,10 +167,17 @@ def load_instructions(settings: Settings, manifest: Manifest) -> Instructions:
         StartupError: for a setting that names an unknown prompt.
     """
     own = settings.query_instruction
+    # The packaged prompts are written for LLM2Vec's place of the instruction; other encoders bring their own.
+    packaged = load_prompts() if manifest.template.lead == Template().lead else {}
     known = Instructions(
         query=manifest.query_instruction if own is None else own,
-        prompts={**load_prompts(), **(read_prompts(settings.prompts_file) if settings.prompts_file else {})},
-        default_name=settings.default_input_type,
+        document=manifest.document_instruction,
+        prompts={
+            **packaged,
+            **{name: Prompt(prompt, prompt) for name, prompt in manifest.prompts.items()},
+            **(read_prompts(settings.prompts_file) if settings.prompts_file else {}),
+        },
+        default_name=settings.default_input_type or manifest.default_prompt,
         aliases=settings.model_aliases,
         any_model=settings.any_model,
     )

@@ -272,10 +272,8 @@ def flash_attention_forward(
     bounds = cum_seq_q.tolist()
     longest = max(end - start for start, end in pairwise(bounds))
     _require(max_q == max_k >= max(longest, 2), f"a longest text of {max_q}, which has {longest} tokens")
-    _require(
-        not (dropout_p or is_causal or return_debug_mask or any(others.values())), "options that are not used here"
-    )
-    _require(window_size_left == window_size_right, "a window of two widths")
+    _require(not (dropout_p or return_debug_mask or any(others.values())), "options that are not used here")
+    _require(window_size_right == (0 if is_causal else window_size_left), "a window of two widths")
     _require(bounds[0] == 0 and bounds[-1] == len(query), "offsets that are not of the row")
     out = torch.zeros_like(query)
     group = query.shape[1] // key.shape[1]
@@ -283,9 +281,12 @@ def flash_attention_forward(
         q = query[start:end].float().transpose(0, 1)
         k, v = (part[start:end].float().transpose(0, 1).repeat_interleave(group, 0) for part in (key, value))
         scores = q @ k.transpose(1, 2) * (width**-0.5 if scale is None else scale)
+        at = torch.arange(end - start)
+        behind = at[:, None] - at
         if window_size_left is not None:
-            at = torch.arange(end - start)
-            scores = scores.masked_fill((at[:, None] - at).abs() > window_size_left, float("-inf"))
+            scores = scores.masked_fill(behind > window_size_left, float("-inf"))
+        if window_size_right is not None:
+            scores = scores.masked_fill(behind < -window_size_right, float("-inf"))
         out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
     sums = query.new_empty((query.shape[1], len(query)), dtype=torch.float32)
     return out, sums, torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64), query.new_empty(0)

@@ -12,6 +12,7 @@ import asyncio
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,15 +112,17 @@ def test_the_flash_kernel_is_chosen_for_16_bit() -> None:
 
 
 @pytest.mark.parametrize("width", [20, 64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 8, 100])
-def test_the_flash_kernel_equals_each_text_by_itself(width: int, window: int | None) -> None:
+def test_the_flash_kernel_equals_each_text_by_itself(width: int, window: int | None, causal: bool) -> None:
     torch.manual_seed(0)
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
     query, key, value = (
         torch.randn(1, heads, sum(LENGTHS), width, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)
     )
-    found = packed_torch_flash(query, key, value, Layout(starts.cuda(), max(LENGTHS), window=window)).float()
-    expected = packed_sdpa(query.float(), key.float(), value.float(), Layout(starts, max(LENGTHS), window=window))
+    layout = Layout(starts, max(LENGTHS), window=window, causal=causal)
+    found = packed_torch_flash(query, key, value, replace(layout, cu_seqlens=starts.cuda())).float()
+    expected = packed_sdpa(query.float(), key.float(), value.float(), layout)
     assert (found - expected).norm() < 0.01 * expected.norm()
 
 

@@ -92,7 +92,7 @@ def test_the_loop_over_texts_waits_for_nothing(
     install(Gpus(), monkeypatch.setattr)
     query, key = (torch.empty(1, heads, 160, 32, dtype=dtype, device=META) for heads in (4, 2))
     starts = torch.tensor([0, 3, 20, 60, 160, 160], dtype=torch.int32)
-    assert attend_each_text(query, key, key, starts, 0.1, window, softcap).shape == (1, 160, 4, 32)
+    assert attend_each_text(query, key, key, starts, 0.1, window, window, softcap).shape == (1, 160, 4, 32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
