@@ -94,14 +94,13 @@ class MicroBatcher(Generic[Row, Vector]):
             raise Unavailable("the server can't compute any more")
         if not admitted:
             self.admit(sum(map(len, rows)), lane)
-        done = asyncio.get_running_loop().create_future()
-        request: Request[Vector] = Request([None] * len(rows), len(rows), done, time.perf_counter())
+        request: Request[Vector] = Request(len(rows))
         awaited: list[Input[Row, Vector]] = []
         cancelled = False
 
         def give_up() -> None:
-            if any(item.queued for item in awaited) and not request.done.done():
-                request.done.set_exception(DeadlineExceeded())
+            if any(item.queued for item in awaited):
+                request.fail(DeadlineExceeded())
 
         deadline = asyncio.get_running_loop().call_later(timeout_seconds, give_up) if timeout_seconds else None
         try:
@@ -109,7 +108,7 @@ class MicroBatcher(Generic[Row, Vector]):
             if self._ended and not request.done.done():  # it ended meanwhile, and nothing empties the queue any more
                 raise Unavailable("the server can't compute any more")
             await request.done
-            return [answer for answer in request.answers if answer is not None]
+            return request.answers
         except asyncio.CancelledError:
             cancelled = True
             raise

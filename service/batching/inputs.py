@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Generic
 
@@ -11,26 +12,31 @@ from service.batching.scheduling import Lane
 from service.errors import EncodingError
 
 
-@dataclass(eq=False)
 class Request(Generic[Vector]):
-    """A request's answers, and the future that is done when none of them is missing."""
+    """The answers for a request's rows, and the future that is `done` when none of them is missing."""
 
-    answers: list[Computed[Vector] | None]
-    missing: int
-    done: asyncio.Future[None]
-    since: float
+    def __init__(self, rows: int) -> None:
+        self.since = time.perf_counter()
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answers: list[Computed[Vector] | None] = [None] * rows
+        self._missing = rows
+
+    @property
+    def answers(self) -> list[Computed[Vector]]:
+        """All answers in the order of the rows, once the request is done."""
+        return [answer for answer in self._answers if answer is not None]
 
     def set(self, index: int, computed: Computed[Vector]) -> None:
         """Set the answer of one of its rows."""
-        self.answers[index] = computed
-        self.missing -= 1
-        if not self.missing and not self.done.done():
+        self._answers[index] = computed
+        self._missing -= 1
+        if not self._missing and not self.done.done():
             self.done.set_result(None)
 
-    def fail(self, index: int, error: Exception) -> None:
-        """End the request with the error of one of its rows."""
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, unless it is done."""
         if not self.done.done():
-            self.done.set_exception(error.at(index) if isinstance(error, EncodingError) else error)
+            self.done.set_exception(error)
 
 
 @dataclass(eq=False)
@@ -64,4 +70,4 @@ class Input(Generic[Row, Vector]):
     def fail(self, error: Exception) -> None:
         """End all waiting requests with the input's error."""
         for request, index in self.waiting:
-            request.fail(index, error)
+            request.fail(error.at(index) if isinstance(error, EncodingError) else error)

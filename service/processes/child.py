@@ -39,6 +39,12 @@ class Assignment(BaseModel):
     front_ends: list[int] = []
 
     @property
+    def sockets(self) -> list[int]:
+        """All sockets of this child."""
+        own = [] if self.listener is None else [self.listener]
+        return [*own, *self.engines, *self.front_ends]
+
+    @property
     def limits(self) -> Limits:
         """The token limits of this model on these devices."""
         return Limits(self.settings, self.manifest, self.device_type)

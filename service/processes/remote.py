@@ -12,9 +12,9 @@ import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from service.batching.contract import Computed
+from service.batching.inputs import Request
 from service.batching.room import has_room
 from service.batching.scheduling import LANES, Lane
 from service.batching.stuck import LEAST_SECONDS
@@ -33,26 +33,17 @@ _SAMPLES_SECONDS = 1.0
 _LISTEN_SECONDS = 1.0
 
 
-@dataclass(eq=False)
-class _Pending:
-    """The answers of a submission, and the future that is done when all of them are there."""
-
-    answers: list[Computed[Vector] | None]
-    missing: int
-    done: asyncio.Future[None]
-
-
 class RemoteEngine:
     """One engine, as a front end sees it."""
 
-    def __init__(self, name: str, end: socket.socket, metrics: Metrics) -> None:
+    def __init__(self, name: str, end: socket.socket, metrics: Metrics, lost: asyncio.Event) -> None:
         self.link = Link(name, end, metrics, self._take, self._lose)
         self.state = State(0, 0, False)
         self.ready = asyncio.Event()  # also set when it is lost
-        self.lost = asyncio.Event()
         self.heard = False  # whether it said anything since this was last set to False
         self._numbers = itertools.count()
-        self._pending: dict[int, _Pending] = {}
+        self._lost = lost
+        self._pending: dict[int, Request[Vector]] = {}
         self._own_tokens = 0
         self._unseen: deque[tuple[Lane, int]] = deque()  # tokens sent that its last state does not contain yet
         self._seen = 0  # submissions that its last state contains
@@ -85,18 +76,17 @@ class RemoteEngine:
         if self.link.lost:
             raise self.link.gone()
         number, tokens = next(self._numbers) & 0xFFFFFFFF, sum(map(len, rows))
-        done = asyncio.get_running_loop().create_future()
-        pending = self._pending[number] = _Pending([None] * len(rows), len(rows), done)
+        request = self._pending[number] = Request(len(rows))
         self._own_tokens += tokens
         self._unseen.append((lane, tokens))
         self.link.send(Submit(number, [row.key for row in rows], lane, probe, timeout_seconds, caller))
         try:
-            await done
-            return [answer for answer in pending.answers if answer is not None]
+            await request.done
+            return request.answers
         finally:
             self._own_tokens -= tokens
             del self._pending[number]
-            if done.cancelled():
+            if request.done.cancelled():
                 self.link.send(Cancel(number))
             self.on_room()
 
@@ -111,23 +101,20 @@ class RemoteEngine:
             self.on_room()
             return
         assert isinstance(message, Vectors | Failed), message
-        pending = self._pending.get(message.number)
-        if pending is None or pending.done.done():  # it was cancelled meanwhile
+        request = self._pending.get(message.number)
+        if request is None:  # it was cancelled meanwhile
             return
         if isinstance(message, Failed):
-            pending.done.set_exception(message.error)
+            request.fail(message.error)
             return
-        pending.answers[message.first : message.first + len(message.computed)] = message.computed
-        pending.missing -= len(message.computed)
-        if not pending.missing:
-            pending.done.set_result(None)
+        for index, computed in enumerate(message.computed, message.first):
+            request.set(index, computed)
 
     def _lose(self) -> None:
-        self.lost.set()
+        self._lost.set()
         self.ready.set()
-        for pending in self._pending.values():
-            if not pending.done.done():
-                pending.done.set_exception(self.link.gone())
+        for request in self._pending.values():
+            request.fail(self.link.gone())
         self.on_room()
 
 
@@ -233,7 +220,10 @@ class RemoteBackend:
     ) -> None:
         self._metrics = metrics
         self._silent_seconds = silent_seconds
-        self.engines = [RemoteEngine(f"engine {number}", end, metrics) for number, end in enumerate(engine_ends)]
+        self._lost = asyncio.Event()  # set when any engine is lost
+        self.engines = [
+            RemoteEngine(f"engine {number}", end, metrics, self._lost) for number, end in enumerate(engine_ends)
+        ]
         self.batcher = RemoteBatcher(self.engines, max_queued_tokens)
         self.links = [engine.link for engine in self.engines] + [
             Link("front end", end, metrics) for end in front_end_ends
@@ -259,13 +249,12 @@ class RemoteBackend:
         Raises:
             Unavailable: always, in the end. Requests that wait for another engine still get their answers.
         """
-        losses = [asyncio.create_task(engine.lost.wait()) for engine in self.engines]
         listening = [asyncio.create_task(self._listen(engine)) for engine in self.engines]
         try:
-            await asyncio.wait(losses, return_when=asyncio.FIRST_COMPLETED)
+            await self._lost.wait()
             raise next(engine.link.gone() for engine in self.engines if engine.link.lost)
         finally:
-            for task in (*losses, *listening):
+            for task in listening:
                 task.cancel()
 
     async def _listen(self, engine: RemoteEngine) -> None:

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 from service.batching.limits import Limits
@@ -61,23 +61,28 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
     Limits(settings, manifest, kind)
     load_instructions(settings, manifest)
 
-    def assignment(name: str, device: str) -> Assignment:
+    def assignment(name: str, device: str, listener: int | None = None) -> Assignment:
         own = settings.model_copy(update={"device": device})
-        return Assignment(name=name, settings=own, folder=folder, manifest=manifest, device_type=kind)
+        return Assignment(
+            name=name, settings=own, folder=folder, manifest=manifest, device_type=kind, listener=listener
+        )
 
     with ExitStack() as ours:  # these sockets are for the children; they are closed here once every child has its own
         listeners = [ours.enter_context(one) for one in listen_together(settings)]
         host, port = listeners[0].getsockname()[:2]
         log.info("listening", extra={"fields": {"host": host, "port": port, "model": manifest.name}})
-        plans = [Plan(FRONT_END, assignment(f"front end {n}", settings.device), one) for n, one in enumerate(listeners)]
-        engines = [Plan(engine, assignment(f"engine {n}", device)) for n, device in enumerate(devices)]
-        for left, right in combinations([*plans, *engines], 2):
+        front_ends = [
+            assignment(f"front end {n}", settings.device, listener.fileno()) for n, listener in enumerate(listeners)
+        ]
+        engines = [assignment(f"engine {n}", device) for n, device in enumerate(devices)]
+        for left, right in combinations([*front_ends, *engines], 2):
             if left.listener is not None:  # engines have nothing to say to each other
                 near, far = map(ours.enter_context, socket.socketpair())
-                (left.front_ends if right.listener is not None else left.engines).append(near)
-                right.front_ends.append(far)
+                (left.front_ends if right.listener is not None else left.engines).append(near.fileno())
+                right.front_ends.append(far.fileno())
+        threads = _threads(kind, len(devices))
         family = Family(
-            [plan.start({}) for plan in plans], [plan.start(_threads(kind, len(devices))) for plan in engines]
+            [_start(FRONT_END, one, {}) for one in front_ends], [_start(engine, one, threads) for one in engines]
         )
     return family.run(settings.shutdown_grace_seconds)
 
@@ -103,37 +108,19 @@ def _threads(kind: str, engines: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // engines, 1))}
 
 
-@dataclass
-class Plan:
-    """A child before its start, and the ends of the sockets that it gets."""
-
-    module: str
-    assignment: Assignment
-    listener: socket.socket | None = None
-    engines: list[socket.socket] = field(default_factory=list)
-    front_ends: list[socket.socket] = field(default_factory=list)
-
-    def start(self, environment: dict[str, str]) -> Process:
-        """Start the child, in a session of its own: the supervisor passes on an interrupt from the terminal."""
-        own = [self.listener] if self.listener is not None else []
-        near, far = socket.socketpair()
-        with far:
-            process = subprocess.Popen(
-                [sys.executable, "-m", self.module, str(far.fileno())],
-                pass_fds=[end.fileno() for end in (far, *own, *self.engines, *self.front_ends)],
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        told = self.assignment.model_copy(
-            update={
-                "listener": own[0].fileno() if own else None,
-                "engines": [end.fileno() for end in self.engines],
-                "front_ends": [end.fileno() for end in self.front_ends],
-            }
+def _start(module: str, assignment: Assignment, environment: dict[str, str]) -> Process:
+    """Start a child, in a session of its own: the supervisor passes on an interrupt from the terminal."""
+    near, far = socket.socketpair()
+    with far:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(far.fileno())],
+            pass_fds=[far.fileno(), *assignment.sockets],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-        near.sendall(told.model_dump_json().encode() + b"\n")
-        return Process(self.assignment.name, process, near)
+    near.sendall(assignment.model_dump_json().encode() + b"\n")
+    return Process(assignment.name, process, near)
 
 
 @dataclass(eq=False)
