@@ -16,10 +16,9 @@ from typing import Generic
 from service.batching.contract import Computed, DevicePlan, Recent, Row, RunBatch, Vector
 from service.batching.inputs import Input, Request
 from service.batching.memory_budget import MemoryBudget
-from service.batching.pace import Pace
+from service.batching.pace import Pace, stuck_after
 from service.batching.room import has_room
 from service.batching.scheduling import LANES, BatchLimits, Lane, Queue, take_batch
-from service.batching.stuck import stuck_after
 from service.errors import (
     DeadlineExceeded,
     DeviceLost,
@@ -78,17 +77,11 @@ class MicroBatcher(Generic[Row, Vector]):
         caller: int = 0,
         admitted: bool = False,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in the order of the rows. The rows may be computed in different batches.
+        """As `Batcher.submit`. The rows may be computed in different batches.
 
         A row that already waits in the same lane is computed once for both requests. Cancelling this call, or reaching
-        its timeout while any of its rows is queued, drops the queued rows that no other request waits for. Interactive
-        callers take turns. With `admitted`, the rows are queued even if the lane is full.
-
-        Raises:
-            Overloaded: if the lane is not empty and the rows would take it past `max_queued_tokens`; none is queued.
-            DeadlineExceeded: if the timeout is reached while any row is queued.
-            EncodingError: the first of the rows' own errors, with its index; the other rows are dropped.
-            Unavailable: if the batcher has ended.
+        its timeout while any of its rows is queued, drops the queued rows that no other request waits for. With
+        `admitted`, the rows are queued even if the lane is full.
         """
         if self._ended:
             raise Unavailable("the server can't compute any more")
@@ -127,12 +120,7 @@ class MicroBatcher(Generic[Row, Vector]):
                 self._metrics.cancelled.labels("queued").inc(len(dropped))
 
     async def _enqueue(
-        self,
-        request: Request[Vector],
-        rows: Sequence[Row],
-        lane: Lane,
-        caller: int,
-        awaited: list[Input[Row, Vector]],
+        self, request: Request[Vector], rows: Sequence[Row], lane: Lane, caller: int, awaited: list[Input[Row, Vector]]
     ) -> None:
         """Queue a request's rows together, and add the inputs that it waits for to `awaited`."""
         now = time.perf_counter()
@@ -169,22 +157,11 @@ class MicroBatcher(Generic[Row, Vector]):
             self.on_room()  # rows that were already known take no room
 
     async def probe(self, row: Row) -> None:
-        """Compute a row, even if the lane is full, to see that the device still works.
-
-        Raises:
-            EncodingError, Unavailable: if the device does not.
-        """
+        """Compute a row, even if the lane is full: see `Batcher.probe`."""
         await self.submit([row], admitted=True)
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """Check that a lane has room for more tokens, behind those that wait and `ahead` that will come first.
-
-        Each lane has a queue of its own, so that bulk can't keep queries out.
-
-        Raises:
-            Overloaded: if the lane has no room.
-            Unavailable: if the batcher has ended.
-        """
+        """As `Batcher.admit`. Each lane has a queue of its own, so that bulk can't keep queries out."""
         if self._ended:
             raise Unavailable("the server can't compute any more")
         if not has_room(tokens, self.queued_in(lane) + ahead, self._max_queued_tokens):
@@ -263,13 +240,10 @@ class MicroBatcher(Generic[Row, Vector]):
         A query that arrives after the composing misses the batch, so the batch is composed no earlier than needed.
         """
         while running:
-            if len(running) < at_once:
-                spare = self._pace.seconds_to_free() - lead_seconds
-                if spare <= 0:
-                    return
-                await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
-            else:
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            spare = self._pace.seconds_to_free() - lead_seconds if len(running) < at_once else None
+            if spare is not None and spare <= 0:
+                return
+            await asyncio.wait(running, timeout=spare, return_when=asyncio.FIRST_COMPLETED)
             _raise_failure(running)
 
     def _note_failure(self, task: asyncio.Task[None]) -> None:

@@ -88,18 +88,14 @@ class Batcher(Protocol[RowIn, Vector]):
         """The refusal of a request that a lane has no room for."""
 
     async def submit(
-        self,
-        rows: Sequence[RowIn],
-        lane: Lane = "interactive",
-        timeout_seconds: float | None = None,
-        caller: int = 0,
+        self, rows: Sequence[RowIn], lane: Lane = "interactive", timeout_seconds: float | None = None, caller: int = 0
     ) -> list[Computed[Vector]]:
         """The rows' vectors, in order. Cancelling this drops the rows still queued. Interactive callers take turns.
 
         Raises:
-            Overloaded: if the queue has no room for the rows; nothing is computed.
+            Overloaded: if a lane that is not empty has no room for the rows.
             DeadlineExceeded: if some rows were still queued when the time was over.
-            EncodingError: the first of the rows' own errors, with its index.
+            EncodingError: the first of the rows' own errors, with its index; rows still queued are dropped.
             Unavailable: if nothing computes any more.
         """
 

@@ -13,6 +13,15 @@ _NEWEST = 0.2
 # Bounds of the ratio of a batch's seconds to its expected seconds, so that one odd batch does not spoil the average.
 _LEAST, _MOST = 0.1, 10.0
 
+# Without a setting, a batch is stuck after this many seconds or this many times its expected time, whichever is longer.
+LEAST_STUCK_SECONDS = 120.0
+TIMES_EXPECTED = 20.0
+
+
+def stuck_after(expected_seconds: float, setting: float | None) -> float:
+    """Seconds after which a batch has taken so long that the device must hang."""
+    return setting if setting is not None else max(LEAST_STUCK_SECONDS, TIMES_EXPECTED * expected_seconds)
+
 
 class Given(NamedTuple):
     """A batch on the device: when it was given, how long it should take, and when it should be done."""

@@ -6,6 +6,7 @@ import asyncio
 from bisect import insort_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TypeVar
 
 from service.errors import Overloaded
@@ -48,7 +49,7 @@ class Line:
         """
         loop = asyncio.get_running_loop()
         place = _Place(since, loop.create_future())
-        insort_right(self._places, place, key=_arrival)
+        insort_right(self._places, place, key=attrgetter("since"))
         try:
             async with asyncio.timeout(seconds):
                 while True:
@@ -69,7 +70,3 @@ class Line:
         """Let the first in the line try, as there may be room."""
         if self._places and not self._places[0].turn.done():
             self._places[0].turn.set_result(None)
-
-
-def _arrival(place: _Place) -> float:
-    return place.since

@@ -6,7 +6,6 @@ If `run_batch` raises, the whole batch failed. This module knows nothing of HTTP
 from __future__ import annotations
 
 import asyncio
-import itertools
 import shutil
 import statistics
 import time
@@ -138,7 +137,7 @@ class EncoderWorker:
         self._pipeline = Pipeline(encoder)
         loaded = time.perf_counter()
         metrics.model_load_seconds.set(loaded - began)
-        self._switch_on("compile", settings.compile, self._lacks_compiler(), self._compile)
+        self._switch_on("compile", settings.compile, _lacks_compiler(), partial(compile_checked, encoder))
         if settings.equal_bits:
             check_equal_bits(encoder)
         cost = self._calibrate(limits)
@@ -179,18 +178,11 @@ class EncoderWorker:
         else:
             log.info("%s is on", name, extra={"fields": {"seconds": round(time.perf_counter() - began, 2)}})
 
-    def _lacks_compiler(self) -> str:
-        found = any(map(shutil.which, ("g++", "clang++", "c++"))) and any(map(shutil.which, ("gcc", "clang", "cc")))
-        return "" if found else "a C and C++ compiler (g++)"
-
     def _lacks_graphs(self) -> str:
         encoder = self._pipeline.encoder
         if encoder.device.type != "cuda":
             return "CUDA"
         return "" if encoder.kernel != "sdpa" else "an attention kernel other than sdpa"
-
-    def _compile(self) -> None:
-        compile_checked(self._pipeline.encoder)
 
     def _capture(self, cost: CostModel, limits: Limits) -> None:
         """Capture graphs, check that they give the same vectors, and keep each where it saves time."""
@@ -237,17 +229,17 @@ class EncoderWorker:
 
     def _plan(self, cost: CostModel, limits: Limits) -> DevicePlan:
         batch_limits = limits.for_batches(cost)
-        log.info(
-            "calibrated",
-            extra={
-                "fields": {
-                    "tokens_per_second": round(cost.tokens_per_second),
-                    "smallest_batch_ms": round(cost.floor * 1000, 2),
-                    "batch_tokens": batch_limits.batch_tokens,
-                }
-            },
-        )
-        return DevicePlan(cost, batch_limits, self._lead_seconds(batch_limits.batch_tokens, limits.max_input_tokens))
+        full = batch_limits.batch_tokens
+        fields = {
+            "tokens_per_second": round(cost.tokens_per_second),
+            "smallest_batch_ms": round(cost.floor * 1000, 2),
+            "batch_tokens": full,
+        }
+        log.info("calibrated", extra={"fields": fields})
+        if self._pipeline.encoder.device.type == "cpu":
+            return DevicePlan(cost, batch_limits)
+        launched, _ = self._launch_seconds(full, limits.max_input_tokens)
+        return DevicePlan(cost, batch_limits, launched + _SLACK_SECONDS)
 
     def _time(self, tokens: int, longest: int, pipeline: Pipeline | None = None) -> float:
         """Seconds for a batch of about this many tokens: the better of two runs, after one that does not count."""
@@ -260,12 +252,6 @@ class EncoderWorker:
 
         once()
         return min(once(), once())
-
-    def _lead_seconds(self, tokens: int, longest: int) -> float:
-        """Seconds that the host needs to give a full batch to the device; 0 where the device is the CPU."""
-        if self._pipeline.encoder.device.type == "cpu":
-            return 0.0
-        return self._launch_seconds(tokens, longest)[0] + _SLACK_SECONDS
 
     def _launch_seconds(self, tokens: int, longest: int) -> tuple[float, float]:
         """Seconds until a batch of about this many tokens is launched, and until its vectors are there."""
@@ -319,10 +305,10 @@ class EncoderWorker:
         self._measure(rows, given)
         # The sum of a vector is finite only if all its numbers are, so one check for each vector is enough.
         finite: NDArray[np.bool_] = np.isfinite(vectors.sum(axis=1))
-        ends = itertools.accumulate(row.text.vectors for row in rows)
         results: list[Vector | EncodingError] = []
-        for row, end in zip(rows, ends, strict=True):
-            start = end - row.text.vectors
+        end = 0
+        for row in rows:
+            start, end = end, end + row.text.vectors
             if not finite[start:end].all():
                 self._metrics.nonfinite.inc()
                 results.append(NonFiniteEmbedding("the model gave no finite vector for this input"))
@@ -370,6 +356,11 @@ class EncoderWorker:
         """The attention kernel in use, such as torch-flash, or torch-flash with FA3 in its place."""
         kernel = self._pipeline.encoder.kernel
         return f"{kernel} ({self._newer_flash})" if self._newer_flash else kernel
+
+
+def _lacks_compiler() -> str:
+    found = any(map(shutil.which, ("g++", "clang++", "c++"))) and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return "" if found else "a C and C++ compiler (g++)"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

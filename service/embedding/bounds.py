@@ -53,11 +53,7 @@ def check_characters(inputs: Sequence[EmbedInput], most: int, param: str) -> Non
 def check_dimensions(dimensions: int | None, width: int, param: str) -> None:
     """Refuse a number of dimensions that the model's vectors of this width can't be cut to."""
     if dimensions is not None and not 1 <= dimensions <= width:
-        raise InvalidRequest(
-            f"{param} is {dimensions}: this model has 1 to {width}",
-            "invalid_dimensions",
-            param,
-        )
+        raise InvalidRequest(f"{param} is {dimensions}: this model has 1 to {width}", "invalid_dimensions", param)
 
 
 def check_length(tokens: int, most: int, index: int, param: str = "input") -> None:

@@ -17,9 +17,10 @@ from model_store.text.tokenizer import TokenizationError, TokenizedText
 from service.batching.contract import Batcher, Computed
 from service.batching.limits import Limits
 from service.batching.scheduling import Lane
-from service.embedding import bounds, long_texts, results, spans, token_views, tokenizing
+from service.embedding import bounds, long_texts, spans, token_views, tokenizing
 from service.embedding.admission import Admission, Patience, Size
 from service.embedding.in_flight import hold_tokens, hold_vectors
+from service.embedding.instructions import Source
 from service.embedding.requests import (
     ChunkRequest,
     ChunkResult,
@@ -83,12 +84,12 @@ class Embedder:
             except EncodingError as error:
                 raise error.at(long_texts.input_of(error.index, fitted)) from error
             cut = sum(parts[0].cut for parts in fitted)
-            result = results.result_of(rows, computed, cut, tokenized - patience.began)
+            result = EmbedResult.of(rows, computed, cut, tokenized - patience.began)
             if len(rows) > len(fitted):
                 result = replace(result, vectors=self._means(fitted, result.vectors, request))
             sources = [item.instruction.source for item in request.inputs]
-            measure = partial(results.record, self.metrics, sources, rows, result)
-            await tokenizing.run_aside(self._pool, guess.lane, fitted, measure)
+            record = partial(self._record, sources, rows, result)
+            await tokenizing.run_aside(self._pool, guess.lane, fitted, record)
             return result
 
     async def embed_chunks(self, request: ChunkRequest, on_lane: OnLane = lambda lane: None) -> ChunkResult:
@@ -120,8 +121,8 @@ class Embedder:
             rows = [EmbedRow(replace(text, spans=tuple(chunks)), width, request.normalize)]
             tokenized = time.perf_counter()
             computed = await self._compute(rows, request.lane, patience, on_lane)
-            result = results.result_of(rows, computed, 0, tokenized - patience.began)
-            results.record(self.metrics, [request.instruction.source], rows, result)
+            result = EmbedResult.of(rows, computed, 0, tokenized - patience.began)
+            self._record([request.instruction.source], rows, result)
             return ChunkResult(
                 request.spans or [spans.characters_of_span(chunk, characters) for chunk in chunks],
                 [end - start for start, end in chunks],
@@ -144,8 +145,7 @@ class Embedder:
         """The place of each token in its input or instruction; all inputs are texts, and nothing is computed.
 
         Raises:
-            InvalidRequest: for inputs that can't be tokenized, or that have too many tokens together.
-            Overloaded, DeadlineExceeded: as `embed`.
+            InvalidRequest, Overloaded, DeadlineExceeded: as `preview`.
         """
         allow_empty = self._allow_empty
         return await self._view(request, lambda item, _: token_views.locate(self.tokenizer, item, allow_empty))
@@ -239,7 +239,7 @@ class Embedder:
         """The rows' vectors, once they are admitted."""
         tokens = sum(map(len, rows))
         bounds.check_tokens(tokens, self.settings.max_tokens_per_request)
-        hold_vectors(sum(row.width * max(len(row.text.spans), 1) for row in rows))
+        hold_vectors(sum(row.width * row.text.vectors for row in rows))
         size = self._admission.counted_size(len(rows), tokens, asked)
         on_lane(size.lane)
         return await self._admission.submit(rows, size, patience)
@@ -253,6 +253,22 @@ class Embedder:
         except NonFiniteEmbedding:
             self.metrics.nonfinite.inc()
             raise
+
+    def _record(self, sources: Sequence[Source], rows: Sequence[EmbedRow], result: EmbedResult) -> None:
+        """Count a request's inputs, the sources of their instructions, and the tokens of its rows."""
+        metrics = self.metrics
+        pooled = sum(len(row) - row.text.span_start for row in rows)
+        metrics.inputs.inc(len(sources))
+        if result.truncated_inputs:
+            metrics.truncated_inputs.inc(result.truncated_inputs)
+        metrics.text_tokens.inc(pooled)
+        metrics.instruction_tokens.inc(result.prompt_tokens - pooled)
+        for source in set(sources):
+            metrics.instruction_inputs.labels(source).inc(sources.count(source))
+        metrics.request_inputs.observe(len(sources))
+        metrics.tokenize_seconds.observe(result.timings.tokenize_seconds)
+        for row in rows:
+            metrics.input_tokens.observe(len(row))
 
     async def _view(self, request: EmbedRequest, view: Callable[[EmbedInput, TokenizedText], T]) -> list[T]:
         """A view of each input and its row, admitted like a request for vectors."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 from service.errors import TooMuchInFlight
 
@@ -45,23 +46,19 @@ class InFlight:
             self._held_bytes -= share.bytes
 
     def add(self, share: _Share, more: int) -> None:
-        """Count more bytes of one request. A request that is alone may hold any number.
-
-        Raises:
-            TooMuchInFlight: if all requests together would hold too many.
-        """
+        """As `hold`, for the request that has this share. A request that is alone may hold any number of bytes."""
         if self.bytes > share.bytes and self.bytes + more > self.most_bytes:
             raise TooMuchInFlight(self.bytes, self.most_bytes)
         self._held_bytes += more
         share.bytes += more
 
 
+@dataclass
 class _Share:
     """The bytes that one request holds."""
 
-    def __init__(self, in_flight: InFlight) -> None:
-        self.in_flight = in_flight
-        self.bytes = 0
+    in_flight: InFlight
+    bytes: int = 0
 
 
 _share: ContextVar[_Share | None] = ContextVar("share", default=None)
@@ -78,18 +75,10 @@ def hold(more: int) -> None:
 
 
 def hold_vectors(numbers: int) -> None:
-    """Count an answer of so many numbers.
-
-    Raises:
-        TooMuchInFlight: as `hold`.
-    """
+    """As `hold`, for an answer of so many numbers."""
     hold(_BYTES_A_NUMBER * numbers + _BYTES_A_NUMBER_WRITTEN * min(numbers, NUMBERS_IN_A_SLICE))
 
 
 def hold_tokens(tokens: int) -> None:
-    """Count an answer that shows so many tokens.
-
-    Raises:
-        TooMuchInFlight: as `hold`.
-    """
+    """As `hold`, for an answer that shows so many tokens."""
     hold(_BYTES_A_TOKEN_SHOWN * tokens)

@@ -26,7 +26,6 @@ ROLES: dict[str, Role] = {
     "retrieval.passage": "document",
 }
 
-
 # The models that OpenAI's clients ask for by default: here they are further names of the one model.
 OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
 
@@ -141,11 +140,9 @@ class Instructions:
 
     def knows(self, name: str) -> bool:
         """Whether there is a role or prompt of this name."""
-        if name.lower() in ROLES:
-            return True
         try:
-            find_prompt(self.prompts, name)
-        except UnknownPrompt:
+            self.named({"name": name})
+        except InvalidRequest:
             return False
         return True
 

@@ -9,10 +9,11 @@ from typing import Literal, NamedTuple
 
 from model_store.text.openai_tokens import OpenAIEncoding
 from model_store.text.tokenizer import Part
+from service.batching.contract import Computed
 from service.batching.scheduling import Lane
 from service.embedding.choices import Overflow
 from service.embedding.instructions import NONE, Chosen
-from service.embedding.rows import Vector
+from service.embedding.rows import EmbedRow, Vector
 
 # The vocabulary of token ids that stand in the place of texts: this model's own, or OpenAI's.
 TokenIds = Literal["model"] | OpenAIEncoding
@@ -88,6 +89,20 @@ class EmbedResult:
     prompt_tokens: int
     truncated_inputs: int
     timings: Timings
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[EmbedRow],
+        computed: Sequence[Computed[Vector]],
+        truncated_inputs: int,
+        tokenize_seconds: float,
+    ) -> EmbedResult:
+        """The rows' vectors, with the cost of all of them together."""
+        queue = max(item.queue_seconds for item in computed)
+        inference = max(item.inference_seconds for item in computed)
+        timings = Timings(tokenize_seconds, queue, inference)
+        return cls([item.vector for item in computed], sum(map(len, rows)), truncated_inputs, timings)
 
 
 @dataclass(frozen=True)

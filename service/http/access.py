@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from service.embedding.callers import caller_number
+from service.embedding.admission import caller_number
 from service.errors import Unauthorized
 from service.http.api_keys import ApiKeys
 from service.settings import Settings

@@ -16,7 +16,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.embedding.callers import caller_of_request
+from service.embedding.admission import caller_of_request
 from service.embedding.in_flight import hold
 from service.errors import (
     ClientGone,

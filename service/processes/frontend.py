@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 
-from service.batching.stuck import LEAST_SECONDS
+from service.batching.pace import LEAST_STUCK_SECONDS
 from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Child, inherited
@@ -21,7 +21,7 @@ _LEAST_SILENCE_SECONDS = 10.0
 
 def silence_seconds(stuck_batch_seconds: float | None) -> float:
     """Seconds without a word from an engine after which it counts as lost."""
-    return max(stuck_batch_seconds or LEAST_SECONDS, _LEAST_SILENCE_SECONDS)
+    return max(stuck_batch_seconds or LEAST_STUCK_SECONDS, _LEAST_SILENCE_SECONDS)
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 from service.batching.contract import Computed
 from service.batching.inputs import Request
+from service.batching.pace import LEAST_STUCK_SECONDS
 from service.batching.room import has_room
 from service.batching.scheduling import LANES, Lane
-from service.batching.stuck import LEAST_SECONDS
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, Overloaded, ServiceError
 from service.logs import log
@@ -119,7 +119,7 @@ class RemoteEngine:
 
 
 class RemoteBatcher:
-    """Several engines as one batcher."""
+    """Several engines as one batcher. When an engine is lost, its requests and all later ones get Unavailable."""
 
     def __init__(self, engines: Sequence[RemoteEngine], max_queued_tokens: int | None = None) -> None:
         self._engines = engines
@@ -140,12 +140,7 @@ class RemoteBatcher:
         return any(engine.state.last_batch_failed for engine in self._engines)
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
-        """Check that an engine has room for more tokens, behind those that wait and `ahead` that will come first.
-
-        Raises:
-            Overloaded: if no engine has room.
-            Unavailable: if an engine is lost, as the server then ends.
-        """
+        """As `Batcher.admit`: one engine with room is enough."""
         for engine in self._engines:
             if engine.link.lost:
                 raise engine.link.gone()
@@ -166,13 +161,9 @@ class RemoteBatcher:
         timeout_seconds: float | None = None,
         caller: int = 0,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. One engine computes a small request; engines share a large one by full batches.
+        """As `Batcher.submit`. One engine computes a small request; engines share a large one by full batches.
 
-        Raises:
-            Overloaded: if an engine refuses its part; the other parts are dropped.
-            DeadlineExceeded: if a part was still queued when the time was over.
-            EncodingError: the first error of a row, with its index.
-            Unavailable: if an engine that has a part is lost.
+        After the error of one part, the other parts are dropped.
         """
         lengths = [len(row) for row in rows]
         # Parts smaller than a batch would take longer than the whole request in one engine.
@@ -188,11 +179,7 @@ class RemoteBatcher:
                 task.cancel()
 
     async def probe(self, row: EmbedRow) -> None:
-        """Compute a row in every engine whose last batch failed.
-
-        Raises:
-            EncodingError, Unavailable: if an engine fails again.
-        """
+        """Compute a row in every engine whose last batch failed: see `Batcher.probe`."""
         failing = [engine for engine in self._engines if engine.state.last_batch_failed]
         await asyncio.gather(*(engine.submit([row], "interactive", probe=True) for engine in failing))
 
@@ -215,7 +202,7 @@ class RemoteBackend:
         engine_ends: Sequence[socket.socket],
         front_end_ends: Sequence[socket.socket],
         metrics: Metrics,
-        silent_seconds: float = LEAST_SECONDS,
+        silent_seconds: float = LEAST_STUCK_SECONDS,
         max_queued_tokens: int | None = None,
     ) -> None:
         self._metrics = metrics

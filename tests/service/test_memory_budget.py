@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.batching.memory_budget import CLEAN_BATCHES, LEAST_TOKENS, MemoryBudget
-from service.batching.stuck import LEAST_SECONDS, TIMES_EXPECTED, stuck_after
+from service.batching.pace import LEAST_STUCK_SECONDS, TIMES_EXPECTED, stuck_after
 
 GOOD = "good"
 
@@ -53,7 +53,7 @@ def test_a_budget_that_is_small_by_itself_falls_no_further() -> None:
 @pytest.mark.parametrize(
     ("expected", "setting", "limit"),
     [
-        (0.01, None, LEAST_SECONDS),
+        (0.01, None, LEAST_STUCK_SECONDS),
         (30.0, None, 30.0 * TIMES_EXPECTED),
         (0.01, 5.0, 5.0),
         (30.0, 5.0, 5.0),
