@@ -295,11 +295,7 @@ class MicroBatcher(Generic[Row, Vector]):
         await self._after_failure(batch, plan, failure, again)
 
     async def _in_time(self, rows: list[Row], expected_seconds: float) -> Sequence[Vector | EncodingError]:
-        """The device's results for a batch.
-
-        Raises:
-            DeviceLost: if the batch takes so long that the device must hang.
-        """
+        """The device's results for a batch. DeviceLost if it takes so long that the device must hang."""
         limit = stuck_after(expected_seconds, self._stuck_batch_seconds)
         try:
             async with asyncio.timeout(limit) as watch:

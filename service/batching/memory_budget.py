@@ -28,11 +28,6 @@ class MemoryBudget:
     def __post_init__(self) -> None:
         self.tokens = self.most
 
-    @property
-    def least(self) -> int:
-        """The budget never falls below this."""
-        return min(LEAST_TOKENS, self.most)
-
     def ran_out(self, tokens: int, inputs: int) -> None:
         """Note that a batch of this many tokens and inputs ran out of memory.
 
@@ -41,7 +36,7 @@ class MemoryBudget:
         """
         self._clean = 0
         if inputs > 1 and tokens <= self.tokens:
-            self.tokens = max(tokens // 2, self.least)
+            self.tokens = max(tokens // 2, min(LEAST_TOKENS, self.most))
 
     def went_well(self) -> None:
         """Note that a batch had enough memory."""

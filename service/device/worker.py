@@ -157,11 +157,7 @@ class EncoderWorker:
         return plan
 
     def _switch_on(self, name: str, switch: Switch, lacks: str, turn_on: Callable[[], None]) -> None:
-        """Turn a fast path on. With the setting `auto`, it stays off if it lacks anything or fails.
-
-        Raises:
-            StartupError: if the setting is `on` and the fast path can't work.
-        """
+        """Turn a fast path on. If it lacks anything or fails, it stays off where the setting is `auto`."""
         if switch == "off":
             return
         began = time.perf_counter()
@@ -290,11 +286,7 @@ class EncoderWorker:
         raise OutOfMemory("the device has too little memory for this input")
 
     def _check_device(self) -> None:
-        """After an error, check that the device still works.
-
-        Raises:
-            DeviceLost: if it does not.
-        """
+        """After an error, raise DeviceLost if the device does not work any more."""
         try:
             self._pipeline.probe()
         except RuntimeError as error:

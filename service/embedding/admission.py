@@ -19,7 +19,6 @@ from typing import NamedTuple
 from service.batching.contract import Batcher, Computed
 from service.batching.room import Line
 from service.batching.scheduling import LANES, Lane
-from service.embedding.bounds import check_interactive
 from service.embedding.requests import EmbedRequest
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import DeadlineExceeded, Overloaded
@@ -83,6 +82,11 @@ class Admission:
         self.tokens_per_character = _FIRST_GUESS
         batcher.on_room = self._call_lines
 
+    @property
+    def interactive_tokens(self) -> int:
+        """The most tokens of a request that goes before bulk: a larger one would keep other callers waiting."""
+        return self._batcher.batch_tokens // 2
+
     def guess(self, request: EmbedRequest) -> Size:
         """A guess of a request's size, before it is tokenized."""
         inputs = len(request.inputs)
@@ -104,18 +108,8 @@ class Admission:
         A request that asks for interactive may have many inputs, but no more tokens than any other there.
         """
         few = asked == "interactive" or inputs <= self._settings.interactive_inputs
-        small = few and tokens <= self._interactive_tokens
+        small = few and tokens <= self.interactive_tokens
         return Size(tokens, "interactive" if small and asked != "bulk" else "bulk")
-
-    def counted_size(self, inputs: int, tokens: int, asked: Lane | None) -> Size:
-        """The size of a request whose tokens are counted.
-
-        Raises:
-            InvalidRequest: if it asks for the interactive lane and is too large for it.
-        """
-        if asked == "interactive":
-            check_interactive(tokens, self._interactive_tokens)
-        return self.size(inputs, tokens, asked)
 
     @asynccontextmanager
     async def tokenizing(self, size: Size, patience: Patience) -> AsyncIterator[None]:
@@ -161,21 +155,12 @@ class Admission:
                     raise
                 refused = True  # by an engine that another front end has filled meanwhile
 
-    @property
-    def _interactive_tokens(self) -> int:
-        """The most tokens of a request that goes before bulk: a larger one would keep other callers waiting."""
-        return self._batcher.batch_tokens // 2
-
     async def _in_turn(
         self, lane: Lane, attempt: Callable[[], None], patience: Patience, refused: bool = False
     ) -> None:
         """Attempt until there is room in the lane, once all earlier requests have found theirs.
 
         A request that was `refused` before makes no attempt at once: it waits until there is more room.
-
-        Raises:
-            Overloaded: if there is no room in time.
-            DeadlineExceeded: if the request's deadline comes first.
         """
         now = time.perf_counter()
         if now >= patience.deadline:

@@ -240,7 +240,9 @@ class Embedder:
         tokens = sum(map(len, rows))
         bounds.check_tokens(tokens, self.settings.max_tokens_per_request)
         hold_vectors(sum(row.width * row.text.vectors for row in rows))
-        size = self._admission.counted_size(len(rows), tokens, asked)
+        if asked == "interactive":
+            bounds.check_interactive(tokens, self._admission.interactive_tokens)
+        size = self._admission.size(len(rows), tokens, asked)
         on_lane(size.lane)
         return await self._admission.submit(rows, size, patience)
 

@@ -31,35 +31,20 @@ _TOKENS_ON_THE_LOOP = 8192
 
 
 class Tokenizes(Protocol):
-    """The methods of `model_store.text.tokenizer.TextTokenizer`."""
+    """The methods of `model_store.text.tokenizer.TextTokenizer`, which documents them."""
 
     @property
     def characters_per_token(self) -> int | None:
         """The most characters that a token stands for, white space at a text's end left out; None if unknown."""
 
-    def encode_batch(self, texts: Sequence[TextOrIds], instructions: Sequence[str]) -> list[TokenizedText]:
-        """Rows for texts, or their token ids, and their instructions, in order."""
-
-    def encode_nothing(self) -> TokenizedText:
-        """The row of an empty text."""
-
-    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
-        """A row, and the characters of the text that each token stands for."""
-
-    def tokens(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens as the vocabulary spells them."""
-
-    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token by itself."""
-
-    def parts(self, row: TokenizedText, instruction: str) -> list[Part]:
-        """The origin of each token of a row with this instruction."""
-
-    def special_tokens(self) -> frozenset[int]:
-        """The ids of the tokens that stand for no text."""
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
+    def encode_batch(self, texts: Sequence[TextOrIds], instructions: Sequence[str]) -> list[TokenizedText]: ...
+    def encode_nothing(self) -> TokenizedText: ...
+    def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]: ...
+    def tokens(self, token_ids: Sequence[int]) -> list[str]: ...
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]: ...
+    def parts(self, row: TokenizedText, instruction: str) -> list[Part]: ...
+    def special_tokens(self) -> frozenset[int]: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
 
 def encode(

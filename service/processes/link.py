@@ -106,12 +106,13 @@ class Link(asyncio.Protocol):
         """The error of those who wait for the other end when it is lost."""
         return Unavailable(f"the server has lost its {self.name}")
 
+    # asyncio calls the methods from here on.
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        """Called by asyncio: answer requests for metrics here, and hand on the other messages."""
+        """Answer requests for metrics here, and hand on the other messages."""
         for frame in self._splitter.feed(data):
             message = decode(frame)
             if isinstance(message, AskSamples):
@@ -124,15 +125,12 @@ class Link(asyncio.Protocol):
                 self._on_message(message)
 
     def pause_writing(self) -> None:
-        """Called by asyncio when many bytes are on their way."""
         self._writable.clear()
 
     def resume_writing(self) -> None:
-        """Called by asyncio when few bytes are on their way."""
         self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio when either end has closed the connection or ended."""
         self.lost = True
         self._writable.set()
         for asked in self._asked.values():
