@@ -213,7 +213,9 @@ class MicroBatcher(Generic[Row, Vector]):
                     await self._arrival.wait()
                     _raise_failure(running)
                 await self._wait_for_device(running, at_once, plan.lead_seconds)
-                batch = list(dict.fromkeys(take_batch(self._queue, self._limits(plan))))
+                budget = self._memory.tokens
+                limits = BatchLimits(min(plan.limits.batch_tokens, budget), budget)
+                batch = list(dict.fromkeys(take_batch(self._queue, limits)))
                 for item in batch:
                     self._unqueue(item)
                 if elsewhere := sum(len(item.callers) - 1 for item in batch):  # in other callers' turns
@@ -249,10 +251,6 @@ class MicroBatcher(Generic[Row, Vector]):
     def _note_failure(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and task.exception() is not None:
             self._arrival.set()  # `run` may wait for it
-
-    def _limits(self, plan: DevicePlan) -> BatchLimits:
-        tokens = self._memory.tokens
-        return BatchLimits(min(plan.limits.batch_tokens, tokens), tokens)
 
     async def _compute(
         self, batch: list[Input[Row, Vector]], plan: DevicePlan, whole: bool = True, again: bool = True

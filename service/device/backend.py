@@ -19,28 +19,17 @@ from service.version import VERSION
 
 
 class Worker(Protocol):
-    """The interface of `service.device.worker.EncoderWorker`. A fake can take its place where no model is needed."""
+    """The methods of `service.device.worker.EncoderWorker`, which documents them; a fake needs no model."""
 
     @property
-    def device(self) -> str:
-        """The device in use, once started."""
-
+    def device(self) -> str: ...
     @property
-    def dtype(self) -> str:
-        """The arithmetic in use, once started."""
-
+    def dtype(self) -> str: ...
     @property
-    def kernel(self) -> str:
-        """The attention kernel in use, once started."""
-
-    async def start(self, limits: Limits) -> DevicePlan:
-        """Load and warm up. Returns the plan that batches follow."""
-
-    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]:
-        """A vector or an error for each row."""
-
-    def stop(self) -> None:
-        """End the device thread."""
+    def kernel(self) -> str: ...
+    async def start(self, limits: Limits) -> DevicePlan: ...
+    async def run_batch(self, rows: list[EmbedRow]) -> Sequence[Vector | EncodingError]: ...
+    def stop(self) -> None: ...
 
 
 class LocalBackend:

@@ -108,7 +108,11 @@ class Embedder:
             self._check_context(whole)
             guess = self._admission.guess(whole)
             async with self._admission.tokenizing(guess, patience):
-                text, characters = await self._pool.run(guess.lane, partial(self._locate_all, request))
+                read = partial(self.tokenizer.locate, request.text, request.instruction.text)
+                try:
+                    text, characters = await self._pool.run(guess.lane, read)
+                except TokenizationError as error:
+                    raise InvalidRequest(str(error), "invalid_input", "input") from error
             bounds.check_length(len(text), self.limits.max_input_tokens, 0)
             own = range(text.head, len(text) - text.tail)
             if request.spans:
@@ -226,12 +230,6 @@ class Embedder:
             return long_texts.fit(rows, request, start, most, settings.max_tokens_per_request)
 
         return await tokenizing.tokenize(request, lane, self._pool, rows_of, settings.max_tokens_per_request)
-
-    def _locate_all(self, request: ChunkRequest) -> tuple[TokenizedText, list[tuple[int, int]]]:
-        try:
-            return self.tokenizer.locate(request.text, request.instruction.text)
-        except TokenizationError as error:
-            raise InvalidRequest(str(error), "invalid_input", "input") from error
 
     async def _compute(
         self, rows: list[EmbedRow], asked: Lane | None, patience: Patience, on_lane: OnLane
