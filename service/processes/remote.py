@@ -75,7 +75,7 @@ class RemoteEngine:
         """
         if self.link.lost:
             raise self.link.gone()
-        number, tokens = next(self._numbers) & 0xFFFFFFFF, sum(map(len, rows))
+        number, tokens = next(self._numbers), sum(map(len, rows))
         request = self._pending[number] = Request(len(rows))
         self._own_tokens += tokens
         self._unseen.append((lane, tokens))
