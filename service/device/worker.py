@@ -157,7 +157,7 @@ class EncoderWorker:
         return plan
 
     def _switch_on(self, name: str, switch: Switch, lacks: str, turn_on: Callable[[], None]) -> None:
-        """Turn a fast path on. If it lacks anything or fails, it stays off where the setting is `auto`."""
+        """Turn a fast path on. If it lacks anything or fails, `auto` leaves it off and `on` is a StartupError."""
         if switch == "off":
             return
         began = time.perf_counter()
