@@ -19,7 +19,7 @@ from model_store.json_text import read_json_object
 from model_store.manifest import CONFIG_FILE, find_built
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, RecipeError, load_recipe, packaged_recipes, recipe_from
-from service.bulk.asked import Asked, FileFormat, OnError
+from service.bulk.job import Asked, FileFormat, OnError
 from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
 from service.logs import unexplained

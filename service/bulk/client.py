@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from service.bulk.gather import gather_all
+from service.bulk.job import VectorSource
 from service.errors import EncodingError, InvalidRequest, ServiceError
 from service.logs import log
 from service.settings import KEY_VARIABLE
@@ -39,16 +40,6 @@ _SAY_AGAIN_SECONDS = 10.0
 
 _TEXTS_AT_ONCE = 64
 _REQUESTS_AT_ONCE = 4
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """The model that a server serves, by its own description."""
-
-    name: str
-    embedding_space: str
-    dimensions: int
-    max_input_tokens: int
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,8 @@ class ServerClient:
     async def __aexit__(self, *error: object) -> None:
         await self._http.aclose()
 
-    async def served_model(self) -> ServedModel:
-        """The model that the server serves.
+    async def served_model(self) -> VectorSource:
+        """The model that the server serves, by its own description.
 
         Raises:
             ServiceError: if the server can't be reached, or is no server of this kind.
@@ -116,8 +107,11 @@ class ServerClient:
         _, found = await self._ask("GET", "/v1/models")
         try:
             model = found["data"][0]
-            return ServedModel(
-                model["id"], model["embedding_space"], int(model["dimensions"]), int(model["max_input_tokens"])
+            return VectorSource(
+                model=model["id"],
+                embedding_space=model["embedding_space"],
+                width=model["dimensions"],
+                max_input_tokens=model["max_input_tokens"],
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error

@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from service.bulk.asked import Asked
 from service.bulk.folder import ERRORS_FILE, JobFolder
-from service.bulk.job import Job, JobError, Manifest, default_id, describe
-from service.bulk.pipeline import Embeds, reason_of, run
-from service.bulk.reading import Columns, find_inputs
+from service.bulk.job import Asked, Job, JobError, Manifest, describe
+from service.bulk.pipeline import Embeds, OnDone, reason_of, run
+from service.bulk.reading import PATH_COLUMN, Columns, find_inputs
 from service.bulk.shards import check_format
 from service.bulk.sources import LocalVectors, ServerVectors, Wanted
 from service.errors import InvalidRequest
@@ -37,7 +36,8 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
     _refuse_contradictions(asked)
     check_format(asked.format)
     inputs = find_inputs(asked.inputs, asked.input_format)
-    columns = Columns(asked.text_column, asked.id_column or default_id(inputs), tuple(asked.carry))
+    path_column = PATH_COLUMN if all(one.kind == "files" for one in inputs) else None
+    columns = Columns(asked.text_column, asked.id_column or path_column, tuple(asked.carry))
     with JobFolder.alone(asked.out) as folder:
         before = folder.manifest
         records = describe(inputs, columns, asked.on_error, before.job.inputs if before else ())
@@ -66,8 +66,8 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
         async def work() -> None:
             async with vectors.running():
                 await _try_out(vectors)  # finds errors of the options before any text is blamed for them
-                with _Bar(job.rows, manifest.read) as bar:
-                    await run(job, inputs, folder, vectors, asked.on_error, bar.update)
+                with _bar(job.rows, manifest.read) as on_done:
+                    await run(job, inputs, folder, vectors, asked.on_error, on_done)
 
         asyncio.run(work())
         assert folder.manifest is not None
@@ -110,32 +110,25 @@ def _summary(manifest: Manifest) -> str:
     return f"{manifest.rows} rows in {len(manifest.shards)} files{left_out}"
 
 
-class _Bar:
+@contextmanager
+def _bar(rows: int, done: int) -> Iterator[OnDone]:
     """Shows rows done and this run's tokens a second; as lines of a log if stderr is no terminal."""
+    quiet = not sys.stderr.isatty()
+    began, all_tokens = time.perf_counter(), 0
+    with tqdm(
+        total=rows,
+        initial=done,
+        desc="embedding",
+        unit="row",
+        unit_scale=True,
+        mininterval=_LOG_SECONDS if quiet else 0.1,
+        ascii=quiet,
+    ) as bar:
 
-    def __init__(self, rows: int, done: int) -> None:
-        quiet = not sys.stderr.isatty()
-        self._tokens = 0
-        self._began = time.perf_counter()
-        self._bar: tqdm[Any] = tqdm(
-            total=rows,
-            initial=done,
-            desc="embedding",
-            unit="row",
-            unit_scale=True,
-            mininterval=_LOG_SECONDS if quiet else 0.1,
-            ascii=quiet,
-        )
+        def on_done(more: int, tokens: int) -> None:
+            nonlocal all_tokens
+            all_tokens += tokens
+            bar.set_postfix_str(f"{all_tokens / (time.perf_counter() - began):.0f} tokens/s", refresh=False)
+            bar.update(more)
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-
-    def update(self, rows: int, tokens: int) -> None:
-        """Count more rows and tokens."""
-        self._tokens += tokens
-        rate = self._tokens / (time.perf_counter() - self._began)
-        self._bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-        self._bar.update(rows)
+        yield on_done

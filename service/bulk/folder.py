@@ -74,16 +74,15 @@ class JobFolder:
                 f"{self.path} was begun with {'; '.join(differences)}: put that back to go on, choose another --out, "
                 "or begin anew with --overwrite"
             )
-        written = {shard.file: shard.bytes for shard in manifest.shards}
-        found_bytes = {name: _size(self.path / name) for name in written}
-        if lost := [name for name, size in written.items() if found_bytes[name] != size]:
-            raise JobError(f"{self.path / lost[0]} is not as it was written: begin anew with --overwrite")
-        if max(_size(self.path / ERRORS_FILE), 0) < manifest.errors_bytes:
-            raise JobError(f"{self.path / ERRORS_FILE} is not as it was written: begin anew with --overwrite")
+        changed = [shard.file for shard in manifest.shards if _size(self.path / shard.file) != shard.bytes]
+        if _size(self.path / ERRORS_FILE) < manifest.errors_bytes:
+            changed.append(ERRORS_FILE)
+        if changed:
+            raise JobError(f"{self.path / changed[0]} is not as it was written: begin anew with --overwrite")
         self._keep_only(manifest)
         return manifest
 
-    def add(self, rows: ShardRows, errors: Sequence[Mapping[str, Any]], writer: ShardWriter) -> Manifest:
+    def add(self, rows: ShardRows, writer: ShardWriter) -> Manifest:
         """Write a shard and the rows that were left out of it, and list both in the manifest.
 
         Raises:
@@ -99,7 +98,7 @@ class JobFolder:
             rows=len(rows.numbers),
             bytes=path.stat().st_size,
             sha256=file_sha256(path),
-            first_row=manifest.read,
+            first_row=rows.first_row,
             read=rows.read,
             tokens=rows.tokens,
             input=rows.input,
@@ -107,8 +106,8 @@ class JobFolder:
         )
         done = {
             "shards": (*manifest.shards, shard),
-            "errors": manifest.errors + len(errors),
-            "errors_bytes": self._append_errors(manifest.errors_bytes, errors),
+            "errors": manifest.errors + len(rows.errors),
+            "errors_bytes": self._append_errors(manifest.errors_bytes, rows.errors),
         }
         return self._save(manifest.model_copy(update=done))
 
@@ -167,8 +166,8 @@ def _read_manifest(folder: Path) -> Manifest | None:
 
 
 def _size(path: Path) -> int:
-    """The file's size in bytes; -1 if there is no file."""
-    return path.stat().st_size if path.is_file() else -1
+    """The file's size in bytes; 0 if there is no file."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _sync(path: Path) -> None:

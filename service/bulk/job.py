@@ -1,24 +1,26 @@
-"""The description of a job, as its manifest stores it. A run goes on only from an earlier run of the same job.
+"""The command's options, and the job that they describe, as its manifest stores it.
 
-It knows the options and the work done; it knows nothing of how vectors are made or files are written.
+A run goes on only from an earlier run of the same job. This module knows nothing of how vectors are made or files are
+written.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from model_store.errors import UserError
 from model_store.manifest import file_sha256
-from service.bulk.asked import FileFormat, OnError
-from service.bulk.reading import PATH_COLUMN, BadRow, Columns, Input, InputError, Kind
+from service.bulk.reading import BadRow, Columns, Input, InputError, Kind
 from service.embedding.choices import EmbedDtype, Overflow
 
-FORMAT = 1
+FileFormat = Literal["parquet", "safetensors"]
+OnError = Literal["stop", "skip"]
 
 # The output's own columns.
 ROW_COLUMN = "row"
@@ -28,6 +30,31 @@ VECTOR_COLUMN = "embedding"
 
 class JobError(UserError):
     """A job that can't begin or go on with these options; the message names the way out."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command's options; see `llm2vec-service embed --help`. For None, the settings decide."""
+
+    inputs: Sequence[Path]
+    out: Path
+    url: str | None = None
+    model: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    input_format: Kind | None = None
+    text_column: str = "text"
+    id_column: str | None = None
+    carry: Sequence[str] = ()
+    instruction: str = ""
+    dimensions: int | None = None
+    overflow: Overflow = "error"
+    embed_dtype: EmbedDtype = "float32"
+    format: FileFormat = "parquet"
+    rows_per_shard: int = 10_000
+    on_error: OnError = "stop"
+    overwrite: bool = False
+    concurrency: int = 16
 
 
 class _Frozen(BaseModel):
@@ -84,12 +111,8 @@ class Job(_Frozen):
 
     def differences(self, other: Job) -> list[str]:
         """The differences between two jobs, in words. An input that only moved is no difference."""
-        own, others = self.model_dump(), other.model_dump()
-        parts: dict[str, tuple[Any, Any]] = {
-            **{name: (own[name], others[name]) for name in own if name not in ("source", "inputs")},
-            **{name: (own["source"][name], others["source"][name]) for name in own["source"]},
-        }
-        found = [f"{name} {then!r}, not {now!r}" for name, (then, now) in parts.items() if then != now]
+        own, others = (job.model_dump(exclude={"source", "inputs"}) | job.source.model_dump() for job in (self, other))
+        found = [f"{name} {then!r}, not {others[name]!r}" for name, then in own.items() if then != others[name]]
         if len(self.inputs) != len(other.inputs):
             found.append(f"{len(self.inputs)} inputs, not {len(other.inputs)}")
         else:
@@ -121,7 +144,7 @@ class Shard(_Frozen):
 class Manifest(_Frozen):
     """`manifest.json`: the job, and the work done. The first `errors_bytes` of the list of errors count."""
 
-    format: int = FORMAT
+    format: int = 1
     job: Job
     shards: tuple[Shard, ...] = ()
     errors: int = 0
@@ -147,75 +170,52 @@ def describe(
     Raises:
         InputError: for an input that can't be read or lacks a column, and for the first bad row with on_error "stop".
     """
-    check_columns(columns)
-    by_path: Mapping[tuple[str, str], InputRecord] = {(record.path, record.kind): record for record in known}
-    return tuple(_describe(one, columns, on_error, by_path.get((_name_of(one), one.kind))) for one in inputs)
-
-
-def check_columns(columns: Columns) -> None:
-    """Refuse columns whose name would be in the output twice.
-
-    Raises:
-        InputError: naming the column.
-    """
     for name in columns.carried:
         if name in (ROW_COLUMN, ID_COLUMN, VECTOR_COLUMN):
             raise InputError(f"the output has a column {name!r} of its own: the input's can't be carried into it")
         if columns.carried.count(name) > 1:
             raise InputError(f"the column {name!r} is to be carried twice")
+    by_path = {(record.path, record.kind): record for record in known}
+    records = []
+    for one in inputs:
+        name = str(one.path.resolve()).encode(errors="backslashreplace").decode()  # valid Unicode
+        state = state_of(one)
+        record = by_path.get((name, one.kind))
+        if record is None or record.state != state:
+            record = InputRecord(
+                path=name,
+                kind=one.kind,
+                bytes=sum(path.stat().st_size for path in one.files()),
+                state=state,
+                sha256=_over_files(one, file_sha256),
+                rows=_count(one, columns, on_error),
+            )
+        records.append(record)
+    return tuple(records)
 
 
 def state_of(one: Input) -> str:
     """A string of sizes and times of last change. It stays the same as long as nobody writes to the input."""
+    return _over_files(one, lambda path: f"{path.stat().st_size} {path.stat().st_mtime_ns}")
+
+
+def _over_files(one: Input, property_of: Callable[[Path], str]) -> str:
+    """A property of the input's file; for a folder, a hash of the names and this property of all its files."""
     if not one.path.is_dir():
-        return _stamp(one.path)
+        return property_of(one.path)
     digest = hashlib.sha256()
     for path in one.files():
-        digest.update(f"{path.relative_to(one.path)}\0{_stamp(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _describe(one: Input, columns: Columns, on_error: OnError, known: InputRecord | None) -> InputRecord:
-    state = state_of(one)
-    if known and known.state == state:
-        return known
-    return InputRecord(
-        path=_name_of(one),
-        kind=one.kind,
-        bytes=sum(path.stat().st_size for path in one.files()),
-        state=state,
-        sha256=_content_sha256(one),
-        rows=_count(one, columns, on_error),
-    )
-
-
-def _name_of(one: Input) -> str:
-    """The input's path, as valid Unicode."""
-    return str(one.path.resolve()).encode(errors="backslashreplace").decode()
-
-
-def _stamp(path: Path) -> str:
-    about = path.stat()
-    return f"{about.st_size} {about.st_mtime_ns}"
-
-
-def _content_sha256(one: Input) -> str:
-    if not one.path.is_dir():
-        return file_sha256(one.path)
-    digest = hashlib.sha256()
-    for path in one.files():
-        digest.update(f"{path.relative_to(one.path)}\0{file_sha256(path)}\n".encode())
+        digest.update(f"{path.relative_to(one.path)}\0{property_of(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _count(one: Input, columns: Columns, on_error: OnError) -> int:
     """Check that the input has the columns asked for, and count its rows."""
-    names = one.names(columns)
-    for name in () if names is None else (columns.text, *columns.beside):
-        assert names is not None
-        if (times := names.count(name)) != 1:
-            has = f"has {times} columns" if times else "has no column"
-            raise InputError(f"{one.path} {has} {name!r}, only {', '.join(map(repr, names)) or 'nothing'}")
+    if (names := one.names(columns)) is not None:
+        for name in (columns.text, *columns.beside):
+            if (times := names.count(name)) != 1:
+                has = f"has {times} columns" if times else "has no column"
+                raise InputError(f"{one.path} {has} {name!r}, only {', '.join(map(repr, names)) or 'nothing'}")
     rows = 0
     never = set(columns.carried)
     for row in one.read(columns):
@@ -236,8 +236,3 @@ def bad_row(one: Input, row: BadRow) -> InputError:
         f"{one.where(row.line)}: {row.reason.rstrip('.')}. Mend it, or give --on-error skip, which leaves such rows "
         "out and lists them"
     )
-
-
-def default_id(inputs: Sequence[Input]) -> str | None:
-    """The default id column: the path, if every text is a file of its own."""
-    return PATH_COLUMN if all(one.kind == "files" for one in inputs) else None

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from service.bulk.asked import OnError
 from service.bulk.folder import JobFolder
 from service.bulk.gather import gather_all
-from service.bulk.job import Job, JobError, VectorSource, bad_row, state_of
+from service.bulk.job import Job, JobError, OnError, Shard, VectorSource, bad_row, state_of
 from service.bulk.reading import BadRow, Columns, Input, Row
 from service.bulk.shards import ShardRows, ShardWriter
 from service.embedding.vector_dtypes import quantize_vectors
@@ -102,14 +101,6 @@ class Vectors:
     tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where to go on: after this line of this input."""
-
-    input: int = 0
-    line: int = 0
-
-
 async def run(
     job: Job,
     inputs: Sequence[Input],
@@ -128,35 +119,35 @@ async def run(
     """
     manifest = folder.manifest
     assert manifest is not None, "begin comes first"
-    last = manifest.shards[-1] if manifest.shards else None
-    position = Position(last.input, last.line) if last else Position()
     writer = ShardWriter(job, inputs)
-    windows = take_windows(rows_behind(inputs, job.columns, position), job.rows_per_shard, sizes)
-    filling = _Filling(job, inputs, on_error, manifest.read)
+    rows = rows_behind(inputs, job.columns, manifest.shards[-1] if manifest.shards else None)
+    windows = take_windows(rows, job.rows_per_shard, sizes)
+    shard = ShardRows(manifest.read)
     writing: asyncio.Task[Any] | None = None
     try:
         async with aclosing(embedded(windows, embeds, job.dimensions, on_done, sizes)) as done:
             async for window, vectors in done:
-                filling.add(window, vectors)
-                if filling.read == job.rows_per_shard:
+                _fill(shard, window, vectors, job, inputs, on_error)
+                if shard.read == job.rows_per_shard:
                     if writing:
                         await writing
-                    writing = asyncio.create_task(asyncio.to_thread(folder.add, *filling.taken(), writer))
+                    writing = asyncio.create_task(asyncio.to_thread(folder.add, shard, writer))
+                    shard = ShardRows(shard.first_row + shard.read)
     finally:
         if writing:
             await writing
-    if filling.read:
-        await asyncio.to_thread(folder.add, *filling.taken(), writer)
+    if shard.read:
+        await asyncio.to_thread(folder.add, shard, writer)
     if changed := [one.path for one, was in zip(inputs, job.inputs, strict=True) if state_of(one) != was.state]:
         raise JobError(f"{changed[0]} was changed while it was embedded: begin anew with --overwrite")
     folder.finish()
 
 
-def rows_behind(inputs: Sequence[Input], columns: Columns, position: Position) -> Iterator[tuple[int, Row | BadRow]]:
-    """The rows after a position, each with the number of its input."""
-    for number in range(position.input, len(inputs)):
-        after = position.line if number == position.input else 0
-        for row in inputs[number].read(columns, after):
+def rows_behind(inputs: Sequence[Input], columns: Columns, last: Shard | None) -> Iterator[tuple[int, Row | BadRow]]:
+    """The rows after those of the last shard, each with the number of its input."""
+    first, line = (last.input, last.line) if last else (0, 0)
+    for number in range(first, len(inputs)):
+        for row in inputs[number].read(columns, line if number == first else 0):
             yield number, row
 
 
@@ -261,65 +252,29 @@ def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[in
         yield taken
 
 
-class _Filling:
-    """The shard that is being filled with rows, in their order."""
+def _fill(
+    shard: ShardRows, window: Window, vectors: Vectors, job: Job, inputs: Sequence[Input], on_error: OnError
+) -> None:
+    """Add a window to a shard.
 
-    def __init__(self, job: Job, inputs: Sequence[Input], on_error: OnError, first_row: int) -> None:
-        self._job = job
-        self._inputs = inputs
-        self._on_error = on_error
-        self._next_row = first_row
-        self._begin()
-
-    def _begin(self) -> None:
-        self.read = 0
-        self._numbers: list[int] = []
-        self._values: list[tuple[Any, ...]] = []
-        self._vectors: list[NDArray[Any]] = []
-        self._errors: list[dict[str, Any]] = []
-        self._tokens = 0
-        self._end = Position()
-
-    def add(self, window: Window, vectors: Vectors) -> None:
-        """Add a window.
-
-        Raises:
-            InputError: for a bad row, if bad rows stop the job.
-        """
-        good = []
-        for place, (number, row) in enumerate(window.rows):
-            if place in vectors.refused:
-                row = BadRow(row.line, vectors.refused[place])
-            if isinstance(row, BadRow):
-                self._leave_out(number, row)
-            else:
-                good.append(place)
-                self._numbers.append(self._next_row)
-                self._values.append(row.values)
-            self._next_row += 1
-            self._end = Position(number, row.line)
-        self._vectors.append(quantize_vectors(vectors.of_rows[good], self._job.embed_dtype))
-        self._tokens += vectors.tokens
-        self.read += len(window.rows)
-
-    def taken(self) -> tuple[ShardRows, list[dict[str, Any]]]:
-        """Take the rows added since the last call, and the errors of the rows that were left out."""
-        rows = ShardRows(
-            self._numbers,
-            self._values,
-            np.concatenate(self._vectors),
-            self.read,
-            self._tokens,
-            self._end.input,
-            self._end.line,
-        )
-        errors = self._errors
-        self._begin()
-        return rows, errors
-
-    def _leave_out(self, number: int, row: BadRow) -> None:
-        one = self._inputs[number]
-        if self._on_error == "stop":
-            raise bad_row(one, row)
-        path, line = one.place(row.line)
-        self._errors.append({"row": self._next_row, "file": str(path), "line": line, "reason": row.reason})
+    Raises:
+        InputError: for a bad row, if bad rows stop the job.
+    """
+    good = []
+    for place, (number, row) in enumerate(window.rows):
+        row_number = shard.first_row + shard.read
+        if place in vectors.refused:
+            row = BadRow(row.line, vectors.refused[place])
+        if isinstance(row, Row):
+            good.append(place)
+            shard.numbers.append(row_number)
+            shard.values.append(row.values)
+        elif on_error == "stop":
+            raise bad_row(inputs[number], row)
+        else:
+            path, line = inputs[number].place(row.line)
+            shard.errors.append({"row": row_number, "file": str(path), "line": line, "reason": row.reason})
+        shard.read += 1
+        shard.input, shard.line = number, row.line
+    shard.vectors.append(quantize_vectors(vectors.of_rows[good], job.embed_dtype))
+    shard.tokens += vectors.tokens

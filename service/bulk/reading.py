@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from model_store.errors import UserError
 from model_store.json_text import unicode_problem
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # lines: each line is a text; files: a folder whose files are a text each, or one such file.
 Kind = Literal["jsonl", "csv", "tsv", "parquet", "lines", "files"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # The kind by the file's name. A `.txt` file is read as one text a line; in a folder, each is one text.
 _KIND_OF_SUFFIX: dict[str, Kind] = {

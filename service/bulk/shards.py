@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.bulk.asked import FileFormat
-from service.bulk.job import ID_COLUMN, ROW_COLUMN, VECTOR_COLUMN, Job, JobError
+from service.bulk.job import ID_COLUMN, ROW_COLUMN, VECTOR_COLUMN, FileFormat, Job, JobError
 from service.bulk.reading import Input, InputError
 
 if TYPE_CHECKING:
@@ -28,20 +26,23 @@ Write = Callable[[str, Callable[[Path], object]], None]
 BESIDE_SUFFIX = ".jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShardRows:
-    """Rows that got a vector: their numbers among all rows of the inputs, from 0, and their other columns.
+    """The rows of a shard, as they come: the numbers of those with a vector, and their other columns and vectors.
 
-    They come from `read` rows of the inputs; the last of those is `line` of input number `input`.
+    Rows are numbered over all inputs, from 0. So far, `read` rows were read from `first_row` on, the last of which is
+    `line` of input number `input`. `errors` lists those without a vector.
     """
 
-    numbers: Sequence[int]
-    values: Sequence[tuple[Any, ...]]
-    vectors: NDArray[Any]  # (B, D), in the stored dtype
-    read: int
-    tokens: int
-    input: int
-    line: int
+    first_row: int
+    numbers: list[int] = field(default_factory=list)
+    values: list[tuple[Any, ...]] = field(default_factory=list)
+    vectors: list[NDArray[Any]] = field(default_factory=list)  # each (B, D), in the stored dtype
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    read: int = 0
+    tokens: int = 0
+    input: int = 0
+    line: int = 0
 
 
 class ShardWriter:
@@ -71,7 +72,7 @@ class ShardWriter:
         arrays: dict[str, pyarrow.Array] = {ROW_COLUMN: pyarrow.array(rows.numbers, pyarrow.int64())}
         for place, name in enumerate(self._columns):
             arrays[name] = pyarrow.array([values[place] for values in rows.values], self._types[name])
-        arrays[VECTOR_COLUMN] = as_lists(rows.vectors)
+        arrays[VECTOR_COLUMN] = as_lists(np.concatenate(rows.vectors))
         table = pyarrow.table(arrays).replace_schema_metadata(about)
         # The numbers in vectors are nearly random: compressing them takes time and saves nothing.
         others = [name for name in arrays if name != VECTOR_COLUMN]
@@ -96,8 +97,14 @@ def check_format(file_format: FileFormat) -> None:
     Raises:
         JobError: naming the package.
     """
-    if file_format == "parquet" and not _has_pyarrow():
-        raise JobError("parquet needs pyarrow: pip install 'llm2vec-service[bulk]', or give --format safetensors")
+    if file_format == "safetensors":
+        return
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise JobError(
+            "parquet needs pyarrow: pip install 'llm2vec-service[bulk]', or give --format safetensors"
+        ) from error
 
 
 def as_lists(vectors: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> pyarrow.FixedSizeListArray:
@@ -108,19 +115,10 @@ def as_lists(vectors: NDArray[Any], missing: NDArray[np.bool_] | None = None) ->
     return pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(vectors.reshape(-1)), vectors.shape[1], mask=mask)
 
 
-@cache
-def _has_pyarrow() -> bool:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def _save_tensors(rows: ShardRows, about: dict[str, str], path: Path) -> None:
     from safetensors.numpy import save_file
 
-    tensors = {ROW_COLUMN: np.array(rows.numbers, np.int64), VECTOR_COLUMN: rows.vectors}
+    tensors = {ROW_COLUMN: np.array(rows.numbers, np.int64), VECTOR_COLUMN: np.concatenate(rows.vectors)}
     save_file(tensors, path, about)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from service.bulk.client import PATIENCE, Patience, ServedModel, ServerClient
+from service.bulk.client import PATIENCE, Patience, ServerClient
 from service.bulk.job import JobError, VectorSource
 from service.bulk.pipeline import Embedded
 from service.device import watchdog
@@ -43,7 +43,6 @@ class LocalVectors:
     """Vectors from an encoder in this process, with the server's queue, batches, device thread and text handling."""
 
     prepared: Prepared
-    settings: Settings
     wanted: Wanted
     _embedder: Embedder = field(init=False)
 
@@ -65,12 +64,12 @@ class LocalVectors:
         prepared = prepare(settings, progress)
         if settings.batch_tokens is None:
             prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a single batch
-        return cls(prepared, settings, wanted)
+        return cls(prepared, wanted)
 
     @property
     def source(self) -> VectorSource:
         """The source as the manifest and the settings describe it."""
-        manifest, settings = self.prepared.manifest, self.settings
+        manifest, settings = self.prepared.manifest, self.prepared.settings
         return VectorSource(
             model=manifest.name,
             embedding_space=manifest.embedding_space,
@@ -96,7 +95,7 @@ class LocalVectors:
         work = asyncio.create_task(backend.run())
         await asyncio.sleep(0)  # lets it begin, so that the size of its batches is known
         self._embedder = Embedder(
-            prepared.manifest, prepared.tokenizer, backend.batcher, self.settings, prepared.limits, prepared.metrics
+            prepared.manifest, prepared.tokenizer, backend.batcher, prepared.settings, prepared.limits, prepared.metrics
         )
         try:
             yield
@@ -125,7 +124,7 @@ class ServerVectors:
 
     url: str
     wanted: Wanted
-    model: ServedModel
+    source: VectorSource
     requests_at_once: int
     patience: Patience = PATIENCE
     _client: ServerClient = field(init=False)
@@ -141,17 +140,6 @@ class ServerVectors:
         """
         async with ServerClient(url) as client:
             return cls(url, wanted, await client.served_model(), requests_at_once, patience)
-
-    @property
-    def source(self) -> VectorSource:
-        """The source as the server describes it."""
-        model = self.model
-        return VectorSource(
-            model=model.name,
-            embedding_space=model.embedding_space,
-            width=model.dimensions,
-            max_input_tokens=model.max_input_tokens,
-        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -173,9 +161,9 @@ class ServerVectors:
             overflow=wanted.overflow,
             priority="bulk",
         )
-        if answer.embedding_space != self.model.embedding_space:
+        if answer.embedding_space != self.source.embedding_space:
             raise ServiceError(
-                f"{self.url} has another encoder than before: its embedding space was {self.model.embedding_space} "
+                f"{self.url} has another encoder than before: its embedding space was {self.source.embedding_space} "
                 f"and is {answer.embedding_space or 'not known'}"
             )
         return Embedded(answer.vectors, answer.tokens)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 
-from service.bulk.asked import OnError
-from service.bulk.job import VECTOR_COLUMN
+from service.bulk.job import VECTOR_COLUMN, OnError
 from service.bulk.pipeline import Window, embed_window
 from service.bulk.reading import BadRow, Columns, InputError, row_of
 from service.bulk.shards import as_lists
@@ -55,7 +54,8 @@ class EmbedBatches:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="vectors", daemon=True).start()
         self._running = self._vectors.running()  # it runs as long as the actor
-        asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._running.__aenter__(), self._loop).result()
+        self._at_once = asyncio.Semaphore(self._vectors.requests_at_once)
 
     async def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
         """The same table with its vectors. It may be called from any event loop.
@@ -65,10 +65,6 @@ class EmbedBatches:
             ServiceError: if the device can't go on.
         """
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._embed(table), self._loop))
-
-    async def _start(self) -> None:
-        await self._running.__aenter__()
-        self._at_once = asyncio.Semaphore(self._vectors.requests_at_once)
 
     async def _embed(self, table: pyarrow.Table) -> pyarrow.Table:
         values = table.column(self._columns.text).to_pylist()

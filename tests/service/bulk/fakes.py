@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from service.bulk.asked import FileFormat, OnError
 from service.bulk.folder import JobFolder
-from service.bulk.job import Job, Manifest, VectorSource, describe
+from service.bulk.job import FileFormat, Job, Manifest, OnError, VectorSource, describe
 from service.bulk.pipeline import Embedded, Embeds, Sizes, run
 from service.bulk.reading import Columns, Input
 from service.errors import InvalidRequest, Unavailable

@@ -18,9 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import dataset, parquet
 
-from service.bulk.asked import FileFormat
 from service.bulk.folder import JobFolder
-from service.bulk.job import JobError
+from service.bulk.job import FileFormat, JobError
 from service.bulk.pipeline import SIZES, Embedded, Window, embedded, reason_of, requests_of, take_windows
 from service.bulk.reading import BadRow, Columns, Input, InputError, Row
 from service.errors import ContextLengthExceeded, InvalidRequest, Unavailable
