@@ -35,7 +35,8 @@ class Gpu:
         """
         if quantization == "fp8":
             if "fp8" not in self.peaks:
-                raise PlanError(f"{self.name} has no fp8, which {names_of('fp8')} have: leave out --quantization")
+                have = ", ".join(gpu.key for gpu in gpus().values() if "fp8" in gpu.peaks)
+                raise PlanError(f"{self.name} has no fp8, which {have} have: leave out --quantization")
             return "fp8"
         return "bfloat16" if "bfloat16" in self.peaks else "float32"
 
@@ -66,7 +67,3 @@ def gpu_named(key: str) -> Gpu:
     if key.lower() not in known:
         raise PlanError(f"no GPU {key!r} is known: use one of {', '.join(known)}")
     return known[key.lower()]
-
-
-def names_of(kind: str) -> str:
-    return ", ".join(gpu.key for gpu in gpus().values() if kind in gpu.peaks)

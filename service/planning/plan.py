@@ -7,8 +7,9 @@ comes from a simulation of the server's own policy. It knows nothing of the netw
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import ceil
 from typing import Literal
 
@@ -18,7 +19,6 @@ from model_store.shape import WEIGHT_BYTES, Arithmetic, Shape
 from service.batching.cost_model import CostModel
 from service.planning.gpus import Gpu, PlanError, gpus
 from service.planning.simulation import LEAD_SECONDS, Client, Lanes, percentile, simulate
-from service.planning.units import readable
 from service.settings import BATCH_SECONDS, TOKEN_BUDGET
 
 Basis = Literal["counted", "data sheet", "assumed", "given", "measured", "simulated"]
@@ -52,6 +52,8 @@ _QUERIES = 20_000
 _P99_SHARE = 0.9
 _CAPS = [percent / 100 for percent in range(5, 85, 5)]
 
+_SCALES = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")]
+_SIZES = {"bytes": "B", "FLOP": "FLOP", "FLOP/s": "FLOP/s"}
 
 _OF_MEMORY: dict[str, Basis] = {"weights": "counted", "activations": "counted", "besides": "assumed"}
 
@@ -109,7 +111,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The value for people: three digits or a whole number, with a unit if the name does not say it."""
+        """The value for people."""
         return readable(self.value, self.unit)
 
 
@@ -211,16 +213,11 @@ class Plan:
         """The cap and its p99, by simulation of the server's policy. A bulk job, if any, keeps the device busy."""
         serving = self.asked.serving
         assert serving is not None
-        p99s: dict[float, float] = {}
-        low, high = 0, len(_CAPS)  # _CAPS[:low] keep the p99, _CAPS[high:] don't
-        while low < high:
-            middle = (low + high) // 2
-            p99s[_CAPS[middle]] = self.simulated_p99(_CAPS[middle])
-            kept = p99s[_CAPS[middle]] <= _P99_SHARE * serving.p99
-            low, high = (middle + 1, high) if kept else (low, middle)
-        if low:
-            return _CAPS[low - 1], p99s[_CAPS[low - 1]]
-        least, alone, full = p99s[_CAPS[0]], self.lone_seconds, self.cost.seconds(self.batch_tokens)
+        p99_at = cache(self.simulated_p99)
+        kept = bisect_left(_CAPS, True, key=lambda cap: p99_at(cap) > _P99_SHARE * serving.p99)
+        if kept:
+            return _CAPS[kept - 1], p99_at(_CAPS[kept - 1])
+        least, alone, full = p99_at(_CAPS[0]), self.lone_seconds, self.cost.seconds(self.batch_tokens)
         raise PlanError(
             f"99 % of queries in {readable(serving.p99, 's')} can't be had on {self.gpu.name}: at {_CAPS[0]:.0%} of "
             f"its rate it is {readable(least, 's')} already, a query takes {readable(alone, 's')} alone and a full "
@@ -332,6 +329,22 @@ class Plan:
                 f"HTTP: {_QUERIES_PER_CORE} queries a second on one core measured, {_CORE_SHARE:.0%} of it used"
             )
         return found
+
+
+def readable(value: float, unit: str) -> str:
+    """A figure for people: three digits or a whole number, with a unit if the figure's name does not say it."""
+    if unit in _SIZES:
+        scale, prefix = next(((scale, prefix) for scale, prefix in _SCALES if value >= scale), (1.0, ""))
+        return f"{_digits(value / scale)} {prefix}{_SIZES[unit]}"
+    if unit == "s":
+        return f"{_digits(value)} s" if value >= 1 else f"{_digits(value * 1000)} ms"
+    if unit == "share":
+        return f"{value:.0%}"
+    return _digits(value)
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
 def spread(tokens: int) -> tuple[int, int]:

@@ -109,15 +109,6 @@ class Outcome:
         return [request.seconds for request in self.requests if request.client == QUERY]
 
     @property
-    def bulk(self) -> list[float]:
-        """The seconds that each bulk request took."""
-        return [request.seconds for request in self.requests if request.client != QUERY]
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(self.batches) / self.seconds
-
-    @property
     def jain(self) -> float | None:
         """Jain's fairness index of the clients: 1 if they got equal tokens, 1/n if one of n got all."""
         shares = [tokens for client, tokens in self.tokens.items() if client != QUERY]
@@ -133,13 +124,14 @@ class Outcome:
 
     def summary(self) -> dict[str, float | None]:
         """The figures of a report."""
+        bulk = [request.seconds for request in self.requests if request.client != QUERY]
         return {
             "interactive_p50_ms": percentile(self.queries, 50, 1000),
             "interactive_p99_ms": percentile(self.queries, 99, 1000),
-            "bulk_p50_s": percentile(self.bulk, 50),
-            "bulk_p99_s": percentile(self.bulk, 99),
-            "bulk_longest_s": percentile(self.bulk, 100),
-            "tokens_per_second": round(self.tokens_per_second),
+            "bulk_p50_s": percentile(bulk, 50),
+            "bulk_p99_s": percentile(bulk, 99),
+            "bulk_longest_s": percentile(bulk, 100),
+            "tokens_per_second": round(sum(self.batches) / self.seconds),
             "mean_batch_tokens": round(sum(self.batches) / max(len(self.batches), 1)),
             "jain": self.jain and round(self.jain, 3),
         }
