@@ -17,30 +17,22 @@ const AT_ONCE = 64;
 const CHARACTERS_AT_ONCE = 200_000;
 
 /** A key that lives as long as the tab: in its storage, or in memory where the browser allows no storage. */
-class Key {
-  #name;
-  #value = "";
-
-  constructor(name) {
-    this.#name = name;
+function keyOfTab(name) {
+  let key = "";
+  try {
+    key = sessionStorage.getItem(name) ?? "";
+  } catch { /* no storage here */ }
+  const get = () => key;
+  const set = (typed) => {
+    key = typed.trim();
     try {
-      this.#value = sessionStorage.getItem(name) ?? "";
-    } catch { /* no storage here */ }
-  }
-
-  get() {
-    return this.#value;
-  }
-
-  set(value) {
-    this.#value = value.trim();
-    try {
-      sessionStorage.setItem(this.#name, this.#value);
+      sessionStorage.setItem(name, key);
     } catch { /* in memory, then */ }
-  }
+  };
+  return { get, set };
 }
 
-export const keys = { api: new Key("llm2vec-api-key"), metrics: new Key("llm2vec-metrics-key") };
+export const keys = { api: keyOfTab("llm2vec-api-key"), metrics: keyOfTab("llm2vec-metrics-key") };
 
 /** The document at a path; with a body, the answer to it. */
 export const ask = async (path, options) => (await send(path, options)).json();
@@ -63,10 +55,10 @@ export async function readiness(signal) {
  * The vectors of items {text, instruction}, in order, and what they cost: {vectors, tokens, truncated, times}, with
  * times in milliseconds. `tooLong` is end, start, mean or error; `onProgress` is told how many items are done.
  */
-export async function embed(items, tooLong, { signal, onProgress, most = AT_ONCE } = {}) {
-  const found = { vectors: [], tokens: 0, truncated: 0, times: { total: 0, queue: 0, inference: 0 } };
+export async function embed(items, tooLong, { signal, onProgress, most }) {
+  const found = { vectors: [], tokens: 0, truncated: 0, times: { total: 0, inference: 0 } };
   for (const [start, end] of batches(items, Math.min(most, AT_ONCE))) {
-    const body = { input: items.slice(start, end), encoding_format: "base64", ...lengthFields(tooLong) };
+    const body = { ...bodyOf(items.slice(start, end), tooLong), encoding_format: "base64" };
     const answer = await send("v1/embeddings", { body, signal }).catch((failure) => {
       failure.index += start;
       throw failure;
@@ -76,14 +68,19 @@ export async function embed(items, tooLong, { signal, onProgress, most = AT_ONCE
     found.tokens += usage.prompt_tokens;
     found.truncated += usage.truncated_inputs;
     for (const name of Object.keys(found.times)) found.times[name] += Number(answer.headers.get(`x-${name}-time`));
-    onProgress?.(end);
+    onProgress(end);
   }
   return found;
 }
 
 /** The tokens of items {text, instruction}. */
 export const preview = (items, tooLong, signal) =>
-  ask("v1/prompts/preview", { body: { input: items, ...lengthFields(tooLong) }, signal });
+  ask("v1/prompts/preview", { body: bodyOf(items, tooLong), signal });
+
+const bodyOf = (items, tooLong) => ({
+  input: items.map(({ text, instruction }) => ({ text, instruction })),
+  ...lengthFields(tooLong),
+});
 
 /** The fields of a request that say what is done with a text that is too long. */
 export const lengthFields = (tooLong) =>

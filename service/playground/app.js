@@ -52,9 +52,9 @@ function typed() {
   };
 }
 
-const labelled = ({ queries, documents }) => [
-  ...queries.map((text, i) => ({ label: `Q${i + 1}`, text, kind: "query" })),
-  ...documents.map((text, i) => ({ label: `D${i + 1}`, text, kind: "document" })),
+const labelled = ({ queries, documents, instruction, documentInstruction }) => [
+  ...queries.map((text, i) => ({ label: `Q${i + 1}`, text, kind: "query", instruction })),
+  ...documents.map((text, i) => ({ label: `D${i + 1}`, text, kind: "document", instruction: documentInstruction })),
 ];
 
 // Embedding
@@ -71,7 +71,7 @@ async function run() {
     if (!texts.length) throw new Failure("There is no text yet: type a query or a document.");
     if (texts.length > MOST_TEXTS) throw new Failure(`${count(texts.length, "text")}: this page takes ${MOST_TEXTS} at most.`);
     say(`Embedding ${count(texts.length, "text")} …`);
-    state.embedded = await embedAll(asked, texts, now.signal);
+    state.embedded = await embedAll(texts, asked.tooLong, now.signal);
     state.isStale = false;
     fail("embed", null);
     const { cost } = state.embedded;
@@ -89,19 +89,17 @@ async function run() {
 }
 
 /** The vectors of all texts: with their instructions and, where there are such, without. */
-async function embedAll(asked, texts, signal) {
-  const given = { query: asked.instruction, document: asked.documentInstruction };
-  const items = texts.map(({ text, kind }) => ({ text, instruction: given[kind] }));
-  const bare = texts.flatMap(({ text, kind }, i) => (given[kind] ? [{ i, text, instruction: "" }] : []));
-  const all = [...items, ...bare.map(({ text, instruction }) => ({ text, instruction }))];
+async function embedAll(texts, tooLong, signal) {
+  const instructed = [...texts.keys()].filter((i) => texts[i].instruction);
+  const all = [...texts, ...instructed.map((i) => ({ ...texts[i], instruction: "" }))];
   const onProgress = (done) => all.length > done && say(`Embedding: ${done} of ${all.length} …`);
-  const { vectors, ...cost } = await embed(all, asked.tooLong, { signal, onProgress, most: state.most }).catch((error) => {
-    error.text = texts[error.index] ?? texts[bare[error.index - texts.length]?.i];
+  const { vectors, ...cost } = await embed(all, tooLong, { signal, onProgress, most: state.most }).catch((error) => {
+    error.text = all[error.index];
     throw error;
   });
   const without = vectors.slice(0, texts.length);
-  bare.forEach(({ i }, place) => { without[i] = vectors[texts.length + place]; });
-  return { texts, vectors: { with: vectors.slice(0, texts.length), without }, instruction: bare.length > 0, cost };
+  instructed.forEach((i, place) => { without[i] = vectors[texts.length + place]; });
+  return { texts, vectors: { with: vectors.slice(0, texts.length), without }, instruction: instructed.length > 0, cost };
 }
 
 function summary({ texts, instruction, cost: { tokens, times } }) {
@@ -162,18 +160,18 @@ function choosePrompt(name) {
 
 // Views
 
-const panels = { similarity: null, tokens: null, map: null, server: null, code: null };
+/** What each view shows in its panel. */
+const VIEWS = {
+  similarity: (panel) => showSimilarity(panel, state.embedded && comparison(state.embedded)),
+  tokens: tokenize,
+  map: (panel) => showMap(panel, state.embedded?.texts ?? [], state.embedded?.vectors.with ?? []),
+  server: showServer,
+  code: (panel) => showCode(panel, { ...typed(), ...coded() }),
+};
+
 let view = "similarity";
 
-function show() {
-  const panel = panels[view];
-  const { embedded } = state;
-  if (view === "similarity") showSimilarity(panel, embedded && comparison(embedded));
-  if (view === "map") showMap(panel, embedded?.texts ?? [], embedded?.vectors.with ?? []);
-  if (view === "tokens") tokenize();
-  if (view === "server") showServer(panel);
-  if (view === "code") showCode(panel, { ...typed(), ...coded() });
-}
+const show = () => VIEWS[view](byId(`panel-${view}`));
 
 /** Queries against documents; where there are only queries or only documents, these against themselves. */
 function comparison({ texts, vectors, instruction }) {
@@ -201,7 +199,7 @@ const coded = () => ({
   tooLong: state.embedded?.cost.truncated || byId("too-long").value === "mean" ? byId("too-long").value : "error",
 });
 
-async function tokenize() {
+async function tokenize(panel) {
   running.tokens?.abort();
   const asked = typed();
   const texts = labelled(asked);
@@ -210,10 +208,8 @@ async function tokenize() {
   const now = (running.tokens = new AbortController());
   const shown = texts.slice(0, MOST_TOKENIZED);
   try {
-    const instructions = { query: asked.instruction, document: asked.documentInstruction };
-    const items = shown.map(({ text, kind }) => ({ text, instruction: instructions[kind] }));
-    const found = items.length ? await preview(items, asked.tooLong, now.signal) : { data: [] };
-    showTokens(panels.tokens, shown, found.data, found.max_input_tokens, texts.length - shown.length);
+    const found = shown.length ? await preview(shown, asked.tooLong, now.signal) : { data: [] };
+    showTokens(panel, shown, found.data, found.max_input_tokens, texts.length - shown.length);
     state.tokensOf = key;
     fail("tokens", null);
   } catch (error) {
@@ -224,11 +220,11 @@ async function tokenize() {
 }
 
 function choose(name) {
-  for (const other of Object.keys(panels)) {
+  for (const other of Object.keys(VIEWS)) {
     const isChosen = other === name;
     byId(`tab-${other}`).setAttribute("aria-selected", isChosen);
     byId(`tab-${other}`).tabIndex = isChosen ? 0 : -1;
-    panels[other].hidden = !isChosen;
+    byId(`panel-${other}`).hidden = !isChosen;
   }
   view = name;
   history.replaceState(null, "", `${location.pathname}${location.search}${name === "similarity" ? "" : `#${name}`}`);
@@ -277,8 +273,7 @@ function showPhase(phase) {
 }
 
 function working(is) {
-  const button = byId("embed");
-  button.textContent = is ? "Stop" : "Embed";
+  byId("embed").textContent = is ? "Stop" : "Embed";
   byId("results").setAttribute("aria-busy", is);
 }
 
@@ -354,9 +349,8 @@ function listen() {
     }
     if (event.key === "Escape" && running.embed) stop();
   });
-  const names = Object.keys(panels);
+  const names = Object.keys(VIEWS);
   names.forEach((name, i) => {
-    panels[name] = byId(`panel-${name}`);
     const tab = byId(`tab-${name}`);
     tab.addEventListener("click", () => choose(name));
     tab.addEventListener("keydown", ({ key }) => {
@@ -373,5 +367,5 @@ listen();
 byId("key").value = keys.api.get();
 byId("key-field").hidden = !keys.api.get();
 fillExample();
-choose(location.hash.slice(1) in panels ? location.hash.slice(1) : "similarity");
+choose(location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "similarity");
 run();

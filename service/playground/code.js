@@ -35,16 +35,18 @@ export function showCode(panel, request) {
 }
 
 /** The code in one of the languages. */
-export function snippet(chosen, request) {
-  const sides = [
-    ["query", request.queries, request.instruction],
-    ["document", request.documents, request.documentInstruction],
-  ].filter(([, texts]) => texts.length).map(([side, texts, instruction]) => ({
-    side,
+function snippet(chosen, request) {
+  const side = (one, all, texts, instruction) => ({
+    one,
+    all,
     texts: texts.slice(0, MOST),
     // Where the server has an instruction for those who name none, none has to be named.
     fields: { ...(instruction || request.hasDefault ? { instruction } : {}), ...lengthFields(request.tooLong) },
-  }));
+  });
+  const sides = [
+    side("query", "queries", request.queries, request.instruction),
+    side("document", "documents", request.documents, request.documentInstruction),
+  ].filter(({ texts }) => texts.length);
   return { curl, openai, langchain, llamaindex }[chosen](request, sides);
 }
 
@@ -58,44 +60,40 @@ function curl({ url, model, hasKey }, sides) {
 function openai({ url, model, hasKey }, sides) {
   return imports(hasKey, "from openai import OpenAI")
     + `client = OpenAI(base_url=${python(`${url}/v1`)}, api_key=${keyOf(hasKey)})\n`
-    + sides.map(({ side, texts, fields }) => `\n${assigned(side, texts)}`
-      + `answer = client.embeddings.create(${args(`model=${python(model)}`, `input=${plural(side)}`, extra("extra_body", fields))})\n`
-      + `${side}_vectors = [item.embedding for item in answer.data]\n`).join("");
+    + sides.map(({ one, all, texts, fields }) => `\n${assigned(all, texts)}`
+      + `answer = client.embeddings.create(${args(`model=${python(model)}`, `input=${all}`, extra(fields, (dict) => `extra_body=${dict}`))})\n`
+      + `${one}_vectors = [item.embedding for item in answer.data]\n`).join("");
 }
 
 function langchain({ url, model, hasKey }, sides) {
   return imports(hasKey, "from langchain_openai import OpenAIEmbeddings")
     + `server = dict(base_url=${python(`${url}/v1`)}, api_key=${keyOf(hasKey)}, model=${python(model)}, check_embedding_ctx_length=False)\n`
-    + sides.map(({ side, texts, fields }) => `\n${assigned(side, texts)}`
-      + `for_${plural(side)} = OpenAIEmbeddings(${args("**server", nested("model_kwargs", fields))})\n`
-      + (side === "query"
-        ? `query_vectors = [for_queries.embed_query(query) for query in queries]\n`
-        : `document_vectors = for_documents.embed_documents(documents)\n`)).join("");
+    + sides.map((side) => embedder(side, "OpenAIEmbeddings", "model_kwargs", "embed_query", "embed_documents")).join("");
 }
 
 function llamaindex({ url, model, hasKey }, sides) {
   return imports(hasKey, "from llama_index.embeddings.openai_like import OpenAILikeEmbedding")
     + `server = dict(api_base=${python(`${url}/v1`)}, api_key=${keyOf(hasKey)}, model_name=${python(model)})\n`
-    + sides.map(({ side, texts, fields }) => `\n${assigned(side, texts)}`
-      + `for_${plural(side)} = OpenAILikeEmbedding(${args("**server", nested("additional_kwargs", fields))})\n`
-      + (side === "query"
-        ? `query_vectors = [for_queries.get_query_embedding(query) for query in queries]\n`
-        : `document_vectors = for_documents.get_text_embedding_batch(documents)\n`)).join("");
+    + sides.map((side) => embedder(side, "OpenAILikeEmbedding", "additional_kwargs", "get_query_embedding", "get_text_embedding_batch")).join("");
 }
 
-const plural = (side) => ({ query: "queries", document: "documents" })[side];
+/** A side of the request by a library that has one object for each instruction. */
+const embedder = ({ one, all, texts, fields }, name, option, ofQuery, ofDocuments) => `\n${assigned(all, texts)}`
+  + `for_${all} = ${name}(${args("**server", extra(fields, (dict) => `${option}={"extra_body": ${dict}}`))})\n`
+  + (one === "query"
+    ? `query_vectors = [for_queries.${ofQuery}(query) for query in queries]\n`
+    : `document_vectors = for_documents.${ofDocuments}(documents)\n`);
 
 const imports = (hasKey, line) => `${hasKey ? "import os\n\n" : ""}${line}\n\n`;
 
 const keyOf = (hasKey) => (hasKey ? `os.environ["${KEY}"]` : '"none"');
 
-const assigned = (side, texts) => `${plural(side)} = [\n${texts.map((text) => `    ${python(text)},\n`).join("")}]\n`;
+const assigned = (name, texts) => `${name} = [\n${texts.map((text) => `    ${python(text)},\n`).join("")}]\n`;
 
-const extra = (name, fields) => Object.keys(fields).length > 0 && `${name}={${Object.entries(fields).map(([field, value]) => `"${field}": ${python(value)}`).join(", ")}}`;
-
-const nested = (name, fields) => {
-  const inner = extra("extra_body", fields);
-  return inner && `${name}={"extra_body": ${inner.slice("extra_body=".length)}}`;
+/** An argument that holds a request's fields as a dict, where there are any. */
+const extra = (fields, argument) => {
+  const items = Object.entries(fields).map(([field, value]) => `"${field}": ${python(value)}`);
+  return items.length > 0 && argument(`{${items.join(", ")}}`);
 };
 
 const args = (...parts) => parts.filter(Boolean).join(", ");

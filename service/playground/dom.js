@@ -3,20 +3,16 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 /** An element. Attributes named on… are listeners; false and null leave one out; children are nodes or text. */
-export function el(name, attributes = {}, ...children) {
-  return fill(document.createElement(name), attributes, children);
-}
+export const el = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
 
 /** As `el`, for drawings. */
-export function svg(name, attributes = {}, ...children) {
-  return fill(document.createElementNS(SVG, name), attributes, children);
-}
+export const svg = (name, attributes = {}, ...children) => fill(document.createElementNS(SVG, name), attributes, children);
 
 export const byId = (id) => document.getElementById(id);
 
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
-    if (value === false || value === null || value === undefined) continue;
+    if (isLeftOut(value)) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
@@ -27,8 +23,10 @@ function fill(element, attributes, children) {
 /** Put these in the place of what an element holds. */
 export const put = (element, ...children) => element.replaceChildren(...there(children));
 
-/** What there is of the children: a condition that fails leaves one out. */
-const there = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+const there = (children) => children.flat(Infinity).filter((child) => !isLeftOut(child));
+
+/** Whether a condition that fails stands in an attribute's or a child's place. */
+const isLeftOut = (value) => value === false || value === null || value === undefined;
 
 /** A few choices of which one holds: radio buttons that look like one bar. */
 export function choices(legend, name, options, chosen, onchange) {
@@ -42,7 +40,7 @@ export function choices(legend, name, options, chosen, onchange) {
 export const nothing = (words) => el("p", { class: "empty" }, words);
 
 /** A number of things in words: `3 texts`, `1 text`. */
-export const count = (number, thing, things = `${thing}s`) => `${whole(number)} ${number === 1 ? thing : things}`;
+export const count = (number, thing) => `${whole(number)} ${thing}${number === 1 ? "" : "s"}`;
 
 export const whole = (number) => Math.round(number).toLocaleString("en-US");
 

@@ -1,21 +1,16 @@
 /** Numbers: cosines, rankings, and the two directions in which vectors differ most. Knows nothing of the page. */
 
 /** The cosine of two vectors, of whatever length they are. */
-export function cosine(a, b) {
-  let product = 0, ofA = 0, ofB = 0;
-  for (let i = 0; i < a.length; i++) {
-    product += a[i] * b[i];
-    ofA += a[i] * a[i];
-    ofB += b[i] * b[i];
-  }
-  return ofA && ofB ? product / Math.sqrt(ofA * ofB) : 0;
+function cosine(a, b) {
+  const squares = dot(a, a) * dot(b, b);
+  return squares ? dot(a, b) / Math.sqrt(squares) : 0;
 }
 
 /** The cosine of each row and each column. */
 export const cosines = (rows, columns) => rows.map((row) => columns.map((column) => cosine(row, column)));
 
 /** The places of the values, the largest value's first; equals keep their order. */
-export const ranking = (values) => [...values.keys()].sort((a, b) => values[b] - values[a] || a - b);
+export const ranking = (values) => [...values.keys()].sort((a, b) => values[b] - values[a]);
 
 /**
  * Principal components of (n, width) vectors: points (n, 2), and the share of the variance along either axis.
@@ -40,7 +35,10 @@ export function principal(vectors) {
     let moved = 0;
     axes.forEach((axis, k) => {
       const next = Float64Array.from(products, (row) => dot(row, axis));
-      if (k) subtract(next, axes[0]);
+      if (k) {
+        const along = dot(next, axes[0]);
+        for (let i = 0; i < n; i++) next[i] -= along * axes[0][i];
+      }
       const size = Math.sqrt(dot(next, next));
       moved = Math.max(moved, Math.abs(size - sizes[k]));
       sizes[k] = size;
@@ -57,9 +55,4 @@ function dot(a, b) {
   let sum = 0;
   for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
   return sum;
-}
-
-function subtract(vector, axis) {
-  const along = dot(vector, axis);
-  for (let i = 0; i < vector.length; i++) vector[i] -= along * axis[i];
 }

@@ -10,9 +10,9 @@ export function parse(page) {
   return found;
 }
 
-/** The sum of the series of a name that have these labels. */
-export const sum = (series, name, labels = {}) =>
-  series.filter((one) => one.name === name && has(one.labels, labels)).reduce((total, { value }) => total + value, 0);
+/** The sum of the series of a name whose labels count. */
+export const sum = (series, name, counts = () => true) =>
+  series.filter((one) => one.name === name && counts(one.labels)).reduce((total, { value }) => total + value, 0);
 
 /** The quantile of a histogram, in what it measures; NaN if it is empty. By linear steps within a bucket. */
 export function quantile(share, now, before, name, counts = () => true) {
@@ -35,8 +35,6 @@ export function quantile(share, now, before, name, counts = () => true) {
   }
   return lower;
 }
-
-const has = (labels, wanted) => Object.entries(wanted).every(([name, value]) => labels[name] === value);
 
 const number = (word) => (word === "+Inf" ? Infinity : Number(word));
 

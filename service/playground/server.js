@@ -1,7 +1,7 @@
 /** The server: what it serves, within which limits, and how busy it is, read from its metrics every other second. */
 
 import { ask, keys, metricsPage } from "./api.js";
-import { el, put, svg, whole } from "./dom.js";
+import { byId, el, put, svg, whole } from "./dom.js";
 import { parse, quantile, sum } from "./prometheus.js";
 
 const EVERY_MS = 2000;
@@ -11,15 +11,21 @@ let timer = null;
 let abort = null;
 let scrapes = []; // {at, series}, the newest last
 
+const queued = (labels) => labels.class;
+
 /** Begin to show the server in a panel, unless it is shown; `stopServer` ends it. */
 export function showServer(panel) {
   if (abort) return;
   if (!panel.childElementCount) panel.append(el("div", { class: "bar" }, el("h2", {}, "Server"), el("p", { class: "note", id: "since" })),
     el("div", { id: "live" }), el("div", { id: "facts" }));
+  begin();
+}
+
+function begin() {
   scrapes = [];
   abort = new AbortController();
-  tell(panel.querySelector("#facts"), abort.signal);
-  tick(panel, abort.signal);
+  tell(abort.signal);
+  tick(abort.signal);
 }
 
 export function stopServer() {
@@ -28,57 +34,54 @@ export function stopServer() {
   abort = null;
 }
 
-async function tick(panel, signal) {
-  const live = panel.querySelector("#live");
+async function tick(signal) {
   try {
     if (!document.hidden) {
       const page = await metricsPage(signal);
       const at = performance.now();
       scrapes = [...scrapes.filter((one) => at - one.at < WINDOW_MS), { at, series: parse(page) }];
-      panel.querySelector("#since").textContent = "live, every 2 s";
-      draw(live);
-      device(panel, scrapes.at(-1).series);
+      byId("since").textContent = "live, every 2 s";
+      draw();
+      device();
     }
   } catch (failure) {
     if (signal.aborted) return;
-    panel.querySelector("#since").textContent = "";
+    byId("since").textContent = "";
     scrapes = [];
-    if (!live.querySelector("#metrics-key") || failure.status !== 401) put(live, unreadable(panel, failure));
+    if (!byId("metrics-key") || failure.status !== 401) put(byId("live"), unreadable(failure));
   }
-  timer = setTimeout(() => tick(panel, signal), EVERY_MS);
+  timer = setTimeout(() => tick(signal), EVERY_MS);
 }
 
-function unreadable(panel, failure) {
+function unreadable(failure) {
   if (failure.status !== 401) return el("p", { class: "notice" }, `The metrics can’t be read. ${failure.message}`);
   const field = el("input", { id: "metrics-key", type: "password", autocomplete: "off", spellcheck: "false" });
   const use = (event) => {
     event.preventDefault();
     keys.metrics.set(field.value);
-    put(panel.querySelector("#live"));
+    put(byId("live"));
     stopServer();
-    showServer(panel);
+    begin();
   };
   return el("form", { class: "notice", onsubmit: use },
     el("label", { for: "metrics-key" }, keys.metrics.get() ? "That key is not valid for the metrics. They have a key of their own:" : "The metrics have a key of their own:"),
     el("div", { class: "row" }, field, el("button", { type: "submit" }, "Use")));
 }
 
-function draw(live) {
-  const now = scrapes.at(-1), first = scrapes[0];
-  const { series } = now;
-  const seconds = (now.at - first.at) / 1000;
-  const grown = (name, labels) => sum(series, name, labels) - sum(first.series, name, labels);
-  const queued = (labels) => labels.class !== "";
-  const recent = grown("llm2vec_batch_inputs_count") > 0;
+function draw() {
+  const { at, series } = scrapes.at(-1), first = scrapes[0];
+  const seconds = (at - first.at) / 1000;
+  const grown = (name, before) => sum(series, name) - sum(before, name);
+  const recent = grown("llm2vec_batch_inputs_count", first.series) > 0;
   // Where nothing has happened since the first look, what has since the server began.
   const before = recent ? first.series : [];
-  const latency = (share) => quantile(share, series, before, "llm2vec_request_duration_seconds", queued);
-  const fills = recent ? grown("llm2vec_batch_fill_ratio_count") : sum(series, "llm2vec_batch_fill_ratio_count");
-  const fill = recent ? grown("llm2vec_batch_fill_ratio_sum") : sum(series, "llm2vec_batch_fill_ratio_sum");
   const since = recent ? "last minute" : "since the start";
-  const lane = (name) => whole(sum(series, "llm2vec_queue_inputs", { class: name }));
-  put(live, el("dl", { class: "tiles" },
-    tile("Tokens a second", seconds ? whole(grown("llm2vec_tokens_total") / seconds) : "–",
+  const latency = (share) => quantile(share, series, before, "llm2vec_request_duration_seconds", queued);
+  const fills = grown("llm2vec_batch_fill_ratio_count", before);
+  const fill = grown("llm2vec_batch_fill_ratio_sum", before);
+  const lane = (name) => whole(sum(series, "llm2vec_queue_inputs", (labels) => labels.class === name));
+  put(byId("live"), el("dl", { class: "tiles" },
+    tile("Tokens a second", seconds ? whole(grown("llm2vec_tokens_total", first.series) / seconds) : "–",
       `${whole(sum(series, "llm2vec_throughput_tokens_per_second"))} while the device is busy`, rates()),
     tile("Latency", duration(latency(0.5)), `95 % within ${duration(latency(0.95))}, ${since}`),
     tile("Waiting", whole(sum(series, "llm2vec_queue_inputs")),
@@ -86,13 +89,8 @@ function draw(live) {
     tile("Batch fill", fills ? `${Math.round((100 * fill) / fills)} %` : "–",
       `of ${whole(sum(series, "llm2vec_batch_tokens_full"))} tokens, ${since}`),
     tile("In flight", whole(Math.max(sum(series, "llm2vec_inflight_requests") - 1, 0)), "requests, beside this page’s look"),
-    tile("Requests", whole(answered(series)), `and ${whole(sum(series, "llm2vec_rejected_total"))} turned away, since the start`)));
+    tile("Requests", whole(sum(series, "llm2vec_request_duration_seconds_count", queued)), `and ${whole(sum(series, "llm2vec_rejected_total"))} turned away, since the start`)));
 }
-
-/** Requests that the device had work of, and were answered. */
-const answered = (series) => series
-  .filter(({ name, labels }) => name === "llm2vec_request_duration_seconds_count" && labels.class)
-  .reduce((total, { value }) => total + value, 0);
 
 const tile = (name, value, about, drawing) => el("div", { class: "tile" },
   el("dt", {}, name), el("dd", { class: "value" }, value), el("dd", { class: "note" }, about), drawing && el("dd", { "aria-hidden": "true" }, drawing));
@@ -115,11 +113,11 @@ function duration(seconds) {
 }
 
 /** What does not change while the server runs. */
-async function tell(facts, signal) {
+async function tell(signal) {
   try {
     const [limits, models] = await Promise.all([ask("info", { signal }), ask("v1/models", { signal })]);
     const [model] = models.data;
-    put(facts, list({
+    put(byId("facts"), list({
       Model: limits.model_id,
       Version: limits.version,
       Device: el("span", { id: "device" }, "–"),
@@ -132,17 +130,19 @@ async function tell(facts, signal) {
       "The queue": `${whole(limits.max_concurrent_requests)} tokens a lane`,
       "Embedding space": model.embedding_space,
     }));
-    if (scrapes.length) device(facts.parentElement, scrapes.at(-1).series);
+    if (scrapes.length) device();
   } catch (failure) {
-    if (!signal.aborted) put(facts, el("p", { class: "notice" }, failure.message));
+    if (!signal.aborted) put(byId("facts"), el("p", { class: "notice" }, failure.message));
   }
 }
 
-function device(panel, series) {
-  const place = panel.querySelector("#device");
+/** The device among these facts, which only the metrics know. */
+function device() {
+  const { series } = scrapes.at(-1);
+  const place = byId("device");
   const found = series.filter(({ name }) => name === "llm2vec_build_info").map(({ labels }) => labels.device);
-  const total = sum(series, "llm2vec_gpu_memory_bytes", { kind: "total" });
-  const memory = total ? `, ${gigabytes(sum(series, "llm2vec_gpu_memory_bytes", { kind: "reserved" }))} of ${gigabytes(total)} in use` : "";
+  const bytes = (kind) => sum(series, "llm2vec_gpu_memory_bytes", (labels) => labels.kind === kind);
+  const memory = bytes("total") ? `, ${gigabytes(bytes("reserved"))} of ${gigabytes(bytes("total"))} in use` : "";
   if (place) place.textContent = `${found.join(", ") || "–"}${memory}`;
 }
 

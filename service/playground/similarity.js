@@ -50,30 +50,24 @@ function parts(result, shown) {
 
 function heatMap(rows, columns, values, isChange) {
   const own = (i, j) => rows === columns && i === j;
-  const sizes = values.flatMap((row, i) => row.filter((_, j) => !own(i, j))).map((value) => (isChange ? Math.abs(value) : value));
+  const size = isChange ? Math.abs : Number;
+  const sizes = values.flatMap((row, i) => row.filter((_, j) => !own(i, j))).map((value) => size(value));
   const low = isChange ? 0 : Math.min(...sizes), high = Math.max(...sizes);
-  const shade = (value) => {
-    const share = high > low ? ((isChange ? Math.abs(value) : value) - low) / (high - low) : 0;
-    return `heat-${Math.round(Math.min(Math.max(share, 0), 1) * SHADES)}`;
-  };
+  const shade = (value) => `heat-${Math.round((high > low ? (size(value) - low) / (high - low) : 0) * SHADES)}`;
   const words = isChange ? signed : decimal;
-  const cell = (value, i, j) => own(i, j)
-    ? el("td", { class: "self" }, el("data", { value }, words(value)))
-    : el("td", { class: shade(value) }, el("data", { value }, words(value)));
+  const cell = (value, i, j) => el("td", { class: own(i, j) ? "self" : shade(value) }, el("data", { value }, words(value)));
   const table = el("table", { class: "matrix" },
     el("caption", { class: "unseen" }, isChange ? "How much the instruction changes each cosine" : "Cosine of each row and each column"),
     el("thead", {}, el("tr", {}, el("td", {}),
       columns.slice(0, MOST_COLUMNS).map((text) => el("th", { scope: "col" }, heading(text))))),
     el("tbody", {}, rows.slice(0, MOST_ROWS).map((text, i) => el("tr", {}, el("th", { scope: "row" }, heading(text)),
       values[i].slice(0, MOST_COLUMNS).map((value, j) => cell(value, i, j))))));
-  const notes = [];
-  if (rows.length > MOST_ROWS || columns.length > MOST_COLUMNS) {
-    const left = `${Math.min(rows.length, MOST_ROWS)} × ${Math.min(columns.length, MOST_COLUMNS)}`;
-    notes.push(el("p", { class: "note" }, `The first ${left} of ${rows.length} × ${columns.length} cosines are shown.`));
-  }
+  const isCut = rows.length > MOST_ROWS || columns.length > MOST_COLUMNS;
+  const shown = `${Math.min(rows.length, MOST_ROWS)} × ${Math.min(columns.length, MOST_COLUMNS)}`;
   return [
     el("div", { class: "scroll", role: "region", tabindex: 0, "aria-label": "Cosine matrix" }, table),
-    legend(isChange, low, high, words), ...notes,
+    legend(isChange, low, high, words),
+    isCut && el("p", { class: "note" }, `The first ${shown} of ${rows.length} × ${columns.length} cosines are shown.`),
   ];
 }
 
@@ -89,9 +83,8 @@ function legend(isChange, low, high, words) {
 }
 
 function rankingOf(query, i, { columns, matrices, instruction }, shown) {
-  const values = matrices[shown === "without" ? "without" : "with"][i];
-  const others = matrices[shown === "without" ? "with" : "without"][i];
-  const other = shown === "without" ? "with" : "without";
+  const [own, other] = shown === "without" ? ["without", "with"] : ["with", "without"];
+  const values = matrices[own][i], others = matrices[other][i];
   const places = new Map(ranking(others).map((j, place) => [j, place + 1]));
   const entry = (j, place) => el("li", {},
     el("span", { class: "place" }, place + 1),

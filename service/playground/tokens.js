@@ -59,15 +59,14 @@ function run({ tokens }) {
   const { part, pooled, cut } = tokens[0];
   const said = cut ? "cut, not read" : `${part}, ${pooled ? "pooled" : "not pooled"}`;
   const drawn = el("span", { class: "run" }, el("span", { class: "unseen" }, ` ${said}: `));
-  const draw = (some) => some.map((token) => chip(token));
-  const middle = tokens.length - AT_FIRST - AT_THE_END;
-  if (middle <= AT_THE_END) {
-    drawn.append(...draw(tokens));
+  const folded = tokens.slice(AT_FIRST, -AT_THE_END);
+  if (folded.length <= AT_THE_END) {
+    drawn.append(...tokens.map(chip));
     return drawn;
   }
-  const button = el("button", { type: "button", class: "plain fold", onclick: () => button.replaceWith(...draw(tokens.slice(AT_FIRST, -AT_THE_END))) },
-    `… ${whole(middle)} more …`);
-  drawn.append(...draw(tokens.slice(0, AT_FIRST)), button, ...draw(tokens.slice(-AT_THE_END)));
+  const unfold = () => button.replaceWith(...folded.map(chip));
+  const button = el("button", { type: "button", class: "plain fold", onclick: unfold }, `… ${whole(folded.length)} more …`);
+  drawn.append(...tokens.slice(0, AT_FIRST).map(chip), button, ...tokens.slice(-AT_THE_END).map(chip));
   return drawn;
 }
 
