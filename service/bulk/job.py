@@ -196,7 +196,12 @@ def describe(
 
 def state_of(one: Input) -> str:
     """A string of sizes and times of last change. It stays the same as long as nobody writes to the input."""
-    return _over_files(one, lambda path: f"{path.stat().st_size} {path.stat().st_mtime_ns}")
+    return _over_files(one, _stamp)
+
+
+def _stamp(path: Path) -> str:
+    about = path.stat()
+    return f"{about.st_size} {about.st_mtime_ns}"
 
 
 def _over_files(one: Input, property_of: Callable[[Path], str]) -> str:
