@@ -277,16 +277,12 @@ function working(is) {
   byId("results").setAttribute("aria-busy", is);
 }
 
-function counted() {
-  for (const id of ["queries", "documents"]) byId(`${id}-count`).textContent = whole(lines(id).length);
-}
-
 // What is done
 
 let typing;
 
 function changed() {
-  counted();
+  for (const id of ["queries", "documents"]) byId(`${id}-count`).textContent = whole(lines(id).length);
   if (state.embedded && !state.isStale) {
     state.isStale = true;
     say("Changed since: press Embed for new results.");
