@@ -33,12 +33,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_base(folder / "base", options.layers)
-        for number in (0, 1):
-            write_adapter(folder / f"adapter-{number}", options.layers)
-        recipe = recipe_from(
-            "memory", base=str(folder / "base"), adapters=[str(folder / f"adapter-{n}") for n in (0, 1)]
-        )
+        base = write_base(folder / "base", options.layers)
+        adapters = [write_adapter(folder / f"adapter-{number}", options.layers) for number in (0, 1)]
+        recipe = recipe_from("memory", base=base, adapters=adapters)
         seen, merged = [anonymous_bytes()], [0]
         built = threading.Event()
 
@@ -49,23 +46,21 @@ def main() -> None:
         threading.Thread(target=watch, daemon=True).start()
         began = time.perf_counter()
         manifest = build_encoder(recipe, folder / "encoder", lambda *_: merged.append(max(seen)))
+        seconds = round(time.perf_counter() - began)
         built.set()
-        finish(
-            "build_memory",
-            {
-                "parameters": manifest.parameters,
-                "weights_gb": round(manifest.parameters * 2 / 1e9, 2),
-                "anonymous_gb_before": round(seen[0] / 1e9, 2),
-                "anonymous_gb_peak_while_merging": round(merged[-1] / 1e9, 2),
-                "anonymous_gb_peak": round(max(seen) / 1e9, 2),
-                "seconds": round(time.perf_counter() - began),
-            },
-            options.save,
-        )
+    result = {
+        "parameters": manifest.parameters,
+        "weights_gb": round(manifest.parameters * 2 / 1e9, 2),
+        "anonymous_gb_before": round(seen[0] / 1e9, 2),
+        "anonymous_gb_peak_while_merging": round(merged[-1] / 1e9, 2),
+        "anonymous_gb_peak": round(max(seen) / 1e9, 2),
+        "seconds": seconds,
+    }
+    finish("build_memory", result, options.save)
 
 
-def write_base(folder: Path, layers: int) -> None:
-    """A sharded bfloat16 checkpoint of random weights."""
+def write_base(folder: Path, layers: int) -> str:
+    """Its path: a sharded bfloat16 checkpoint of random weights."""
     folder.mkdir()
     config = config_of(known("princeton-nlp/Sheared-LLaMA-1.3B"), layers)
     config.save_pretrained(folder)
@@ -77,10 +72,11 @@ def write_base(folder: Path, layers: int) -> None:
         save_file({f"model.{name}": values.bfloat16()}, folder / file)
         weight_map[f"model.{name}"] = file
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return str(folder)
 
 
-def write_adapter(folder: Path, layers: int) -> None:
-    """A LoRA adapter of two projections a layer."""
+def write_adapter(folder: Path, layers: int) -> str:
+    """Its path: a LoRA adapter of two projections a layer."""
     folder.mkdir()
     tensors = {}
     for layer in range(layers):
@@ -91,6 +87,7 @@ def write_adapter(folder: Path, layers: int) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": _RANK, "lora_alpha": 32, "target_modules": ["q_proj", "down_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def anonymous_bytes() -> int:

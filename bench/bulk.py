@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,11 +34,9 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from bench.cpu import load_encoder, pack
-from bench.report import finish, options_of
+from bench.report import finish, options_of, seconds_of, tell
 from bench.server import stored
-from bench.texts import sentences
-from model_store.encoder.pooling import shorten_and_normalize
-from model_store.text.tokenizer import TextTokenizer
+from bench.texts import sentences, tokenized
 from service.bulk.pipeline import SIZES
 from service.settings import Settings
 
@@ -93,33 +92,29 @@ class Alone:
     """The encoder with nothing around it, its tokens and seconds so far, and how near the vectors held to it were."""
 
     def __init__(self, folder: Path) -> None:
-        self._encoder = load_encoder(folder)
-        self._tokenizer = TextTokenizer.load(folder, self._encoder.manifest)
-        self.least_cosine, self.checked = 1.0, 0
-        self.tokens, self.seconds = 0, 0.0
+        self._folder, self._encoder = folder, load_encoder(folder)
         self._embed(sentences()[:200])  # the first batches are not typical
+        self.least_cosine, self.checked = 1.0, 0
         self.tokens, self.seconds = 0, 0.0
 
     def check(self, texts: Sequence[str], vectors: NDArray[np.float32]) -> None:
         """Embed the texts, and hold vectors to theirs."""
-        self.least_cosine = min(self.least_cosine, float((self._embed(texts) * vectors).sum(1).min()))
+        own, tokens, seconds = self._embed(texts)
+        self.least_cosine = min(self.least_cosine, float((own * vectors).sum(1).min()))
         self.checked += len(texts)
+        self.tokens += tokens
+        self.seconds += seconds
 
-    def _embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(n, D) vectors in the texts' order, with the time for batches alone."""
-        rows = self._tokenizer.encode_batch(texts, [""] * len(texts))
+    def _embed(self, texts: Sequence[str]) -> tuple[NDArray[np.float32], int, float]:
+        """(n, D) vectors in the texts' order, their tokens, and the seconds for batches alone."""
+        rows = tokenized(texts, self._folder)
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
         batches = pack([rows[place] for place in order], self._encoder.manifest.pooling)
-        began = time.perf_counter()
-        pooled = torch.cat([self._encoder.encode(batch) for batch in batches])
-        self.seconds += time.perf_counter() - began
-        self.tokens += sum(map(len, rows))
-        width = self._encoder.manifest.width
-        vectors = np.empty((len(rows), width), np.float32)
-        vectors[order] = shorten_and_normalize(
-            pooled, torch.full((len(rows),), width), torch.ones(len(rows), dtype=torch.bool)
-        ).numpy()
-        return vectors
+        pooled: list[torch.Tensor] = []
+        seconds = seconds_of(lambda: pooled.extend(map(self._encoder.encode, batches)))
+        vectors = np.empty((len(rows), self._encoder.manifest.width), np.float32)
+        vectors[order] = torch.nn.functional.normalize(torch.cat(pooled), dim=1).numpy()
+        return vectors, sum(map(len, rows)), seconds
 
 
 class Command:
@@ -136,13 +131,12 @@ class Command:
         self.process = subprocess.Popen(self._command)
         self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        """For a moment."""
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It does nothing until the block is left."""
         self.process.send_signal(signal.SIGSTOP)
         self.seconds += time.perf_counter() - self._since
-
-    def go_on(self) -> None:
-        """After `stop`."""
+        yield
         self._since = time.perf_counter()
         self.process.send_signal(signal.SIGCONT)
 
@@ -175,14 +169,13 @@ def run(command: Sequence[str], out: Path, texts: Sequence[str], alone: Alone) -
     job = Command(command)
     try:
         while len(shards := wait_for_shards(job, out, seen)) > seen:
-            job.stop()
             new, seen = shards[seen:], len(shards)
-            for shard in new:
-                places = chance.sample(
-                    range(shard["rows"]), min(max(round(_SHARE * shard["rows"]), _LEAST_TEXTS), shard["rows"])
-                )
-                numbers, vectors = read_shard(out / shard["file"])
-                alone.check([texts[numbers[place]] for place in places], vectors[places])
+            with job.stopped():
+                for shard in new:
+                    rows = shard["rows"]
+                    places = chance.sample(range(rows), min(max(round(_SHARE * rows), _LEAST_TEXTS), rows))
+                    numbers, vectors = read_shard(out / shard["file"])
+                    alone.check([texts[numbers[place]] for place in places], vectors[places])
             done = sum(shard["read"] for shard in shards)
             life.shards += len(new)
             if life.shards - len(new) < _BEGUN_AT_ONCE:
@@ -191,9 +184,7 @@ def run(command: Sequence[str], out: Path, texts: Sequence[str], alone: Alone) -
                 life.tokens += sum(shard["tokens"] for shard in new)
                 life.seconds = job.seconds - began[0]
                 life.alone = (alone.tokens - began[1]) / (alone.seconds - began[2])
-                rate = life.tokens / life.seconds
-                print(f"{done:7} rows: {rate:7.0f} tokens/s, encoder alone {life.alone:7.0f}", flush=True)
-            job.go_on()
+                tell(f"{done} rows", {"tokens/s": round(life.tokens / life.seconds), "alone": round(life.alone)})
             if kills and done >= kills[0]:
                 kills.pop(0)
                 time.sleep(chance.uniform(0, job.seconds / max(done, 1) * new[-1]["rows"]))

@@ -12,10 +12,9 @@ import itertools
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from math import inf
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -33,7 +32,7 @@ _PATIENCE_SECONDS = 60.0
 class Answer:
     """The outcome of a request: the status, or UNSENT if no connection was free, or LOST if no answer came.
 
-    `asked` is a time of `time.perf_counter`. `body` is empty unless it was asked for.
+    `asked` is a time of `time.perf_counter`. `body` is empty unless it was asked for or the status is not 200.
     """
 
     status: int
@@ -50,6 +49,11 @@ class Answers:
     seconds: float
 
     @property
+    def per_second(self) -> float:
+        """Requests answered a second."""
+        return len(self.answers) / self.seconds
+
+    @property
     def latencies(self) -> list[float]:
         """Seconds of each request."""
         return [answer.seconds for answer in self.answers]
@@ -57,7 +61,7 @@ class Answers:
     @property
     def vectors(self) -> list[np.ndarray[Any, Any]]:
         """(n, D) of each request, where the bodies were kept."""
-        return [vectors_in(answer.body) for answer in self.answers]
+        return [_vectors_in(answer.body) for answer in self.answers]
 
 
 def percentiles(seconds: Sequence[float], which: Sequence[int] = (50, 99), digits: int = 1) -> dict[str, float]:
@@ -77,15 +81,15 @@ def request_bytes(inputs: str | Sequence[str], model: str, encoding: str = "base
 
 
 def requests_of(texts: Sequence[str], inputs: int, model: str, encoding: str = "base64") -> list[bytes]:
-    """Whole requests of `inputs` texts each; no text is in two of them."""
-    starts = range(0, len(texts) - inputs + 1, inputs)
+    """Whole requests of `inputs` texts each, or of fewer in the last; no text is in two of them."""
+    starts = range(0, len(texts), inputs)
     return [
         request_bytes(texts[start] if inputs == 1 else texts[start : start + inputs], model, encoding)
         for start in starts
     ]
 
 
-def vectors_in(body: bytes) -> np.ndarray[Any, Any]:
+def _vectors_in(body: bytes) -> np.ndarray[Any, Any]:
     """(n, D) from an answer in numbers or in base64."""
     given = [item["embedding"] for item in orjson.loads(body)["data"]]
     return np.stack(
@@ -93,25 +97,20 @@ def vectors_in(body: bytes) -> np.ndarray[Any, Any]:
     )
 
 
-class Connection(asyncio.BufferedProtocol):
-    """One connection, for one request at a time. To keep the bodies of the answers costs a copy of each."""
+class Connection:
+    """One connection, for one request at a time. `keeps` keeps the bodies of good answers, which costs a copy."""
 
-    def __init__(self, keeps: bool) -> None:
-        self._buffer = memoryview(bytearray(_READ_BYTES))
-        self._read = 0
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeps: bool) -> None:
+        self._reader, self._writer, self._keeps = reader, writer, keeps
+        self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
-        if keeps:
-            self.on_body = self._pieces.append
-        self._parser = httptools.HttpResponseParser(self)  # looks now for what it may call
-        self._transport: asyncio.Transport
-        self._answered: asyncio.Future[float] | None = None
+        self._complete = False
 
     @classmethod
     async def open(cls, url: str, keeps: bool = False) -> Connection:
-        """A new one to the server at this address."""
+        """A new connection to the server at this address."""
         parts = urlsplit(url)
-        loop = asyncio.get_running_loop()
-        return (await loop.create_connection(partial(cls, keeps), parts.hostname or "", parts.port or 80))[1]
+        return cls(*await asyncio.open_connection(parts.hostname, parts.port, limit=_READ_BYTES), keeps)
 
     async def ask(self, request: bytes) -> Answer:
         """Send a request and await its answer.
@@ -119,41 +118,31 @@ class Connection(asyncio.BufferedProtocol):
         Raises:
             ConnectionError: if the server hangs up.
         """
-        self._answered = asyncio.get_running_loop().create_future()
+        self._complete = False
         asked = time.perf_counter()
-        self._transport.write(request)
-        ended = await self._answered
-        status = self._parser.get_status_code()
-        body = b"".join(self._pieces) if status == 200 else bytes(self._buffer[: self._read])
+        self._writer.write(request)
+        while not self._complete:
+            piece = await self._reader.read(_READ_BYTES)
+            if not piece:
+                raise ConnectionError("the server hung up")
+            self._parser.feed_data(piece)
+        seconds = time.perf_counter() - asked
+        body = b"".join(self._pieces)
         self._pieces.clear()
-        return Answer(status, asked, ended - asked, body)
+        return Answer(self._parser.get_status_code(), asked, seconds, body)
 
     def close(self) -> None:
         """Hang up."""
-        self._transport.close()
+        self._writer.close()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Called by asyncio."""
-        self._transport = cast(asyncio.Transport, transport)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Called by asyncio."""
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Called by asyncio."""
-        self._read = nbytes
-        self._parser.feed_data(self._buffer[:nbytes])
+    def on_body(self, piece: bytes) -> None:
+        """Called by the parser."""
+        if self._keeps or self._parser.get_status_code() != 200:
+            self._pieces.append(piece)
 
     def on_message_complete(self) -> None:
         """Called by the parser."""
-        if self._answered and not self._answered.done():
-            self._answered.set_result(time.perf_counter())
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio."""
-        if self._answered and not self._answered.done():
-            self._answered.set_exception(error or ConnectionError("the server hung up"))
+        self._complete = True
 
 
 async def closed_loop(
@@ -200,7 +189,7 @@ async def open_loop(
     under_way: dict[asyncio.Task[None], float] = {}
 
     async def one(connection: Connection, request: bytes) -> None:
-        found.append(replace(await connection.ask(request), body=b""))
+        found.append(await connection.ask(request))
         free.append(connection)
 
     due = time.perf_counter()

@@ -18,30 +18,29 @@ is stopped, as the threads of some go on spinning after their last request. Meas
 from __future__ import annotations
 
 import signal
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.client import Answers, ask, percentiles, request_bytes
-from bench.gpu.clocks import packed_batches
+from bench.client import Answers, ask, percentiles, requests_of
 from bench.peers import MODEL, available_peers, start_peer
-from bench.report import finish, options_of
-from bench.server import serving, stored
-from bench.texts import mixed_texts
+from bench.report import finish, options_of, ratio, seconds_of, tell
+from bench.server import Server, serving, stored
+from bench.texts import mixed_texts, packed_batches, tokenized
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.merged_linear import PartOfProduct
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.roofline import gemm_flops_per_second
+from model_store.manifest import Manifest
 from model_store.pooling_modes import PoolingMode
 from model_store.shape import Shape
-from model_store.text.tokenizer import TextTokenizer, TokenizedText
+from model_store.text.tokenizer import TokenizedText
 
 # About what the server's calibration comes to here.
 _BATCH_TOKENS = 2048
@@ -78,100 +77,99 @@ def main() -> None:
     folder, manifest = stored(options.model)
     encoder = load_encoder(folder)
     texts = text_sets(options.texts)
-    tokenizer = TextTokenizer.load(folder, manifest)
-    rows = {name: tokenizer.encode_batch(some, [""] * len(some)) for name, some in texts.items()}
+    rows = {name: tokenized(some, folder) for name, some in texts.items()}
     tokens = {name: sum(map(len, some)) for name, some in rows.items()}
-    padded = load_peer(folder, encoder) if {"padded", "padded_sorted"} & set(others) else None
-    rates: dict[str, list[float]] = {}
-    result: dict[str, Any] = {"model": manifest.name, "dtype": "bfloat16", "texts": options.texts, "tokens": tokens}
-    result["merged projections"] = against_apart(folder, encoder, rows["mixed"])
-    print("merged projections", result["merged projections"], flush=True)
+    merged = against_apart(folder, encoder, rows["mixed"])
+    tell("merged projections", merged)
+    runs: dict[str, Callable[[], float]] = {"encoder": lambda: encoder_rate(encoder, rows["mixed"])}
     with ExitStack() as stack:
         servers = {"server": stack.enter_context(serving(folder, {}))}
-        for name in others:
-            if name in peers:
-                servers[name] = stack.enter_context(start_peer(name, folder))
-        over_http: dict[str, dict[str, Any]] = {name: {} for name in servers}
-        vectors: dict[str, Any] = {}
-
-        def asked(name: str, requests: Sequence[Sequence[str]], clients: int) -> Answers:
-            """By a server that is awake for as long."""
-            whole = [request_bytes(inputs, manifest.name if name == "server" else MODEL) for inputs in requests]
-            servers[name].send(signal.SIGCONT)
-            answers = ask(servers[name].url, whole, clients, keeps=True)
-            servers[name].send(signal.SIGSTOP)
-            return answers
-
-        def run_http(name: str, case: str) -> float:
-            kind, clients, at_once = _CASES[case]
-            some = texts[kind] * (_REPEATS if case == _FIRST_CASE else 1)
-            # No text twice, or a server that computes equal ones once would be measured by that.
-            some = [f"{number}: {text}" for number, text in enumerate(some)]
-            requests = [some[start : start + at_once] for start in range(0, len(some), at_once)]
-            answers = asked(name, requests, clients)
-            count = sum(map(len, tokenizer.encode_batch(some, [""] * len(some))))
-            if case == _FIRST_CASE:
-                vectors[name] = np.concatenate(answers.vectors[: len(texts["mixed"])])
-            rate = count / answers.seconds
-            over_http[name][case] = {"tokens_per_second": round(rate), **percentiles(answers.latencies, (50, 95, 99))}
-            return rate
-
-        parts: dict[str, Callable[[], float]] = {
-            "encoder": lambda: timed_encoder(encoder, rows["mixed"], tokens["mixed"]),
-            **{name: lambda name=name: run_http(name, _FIRST_CASE) for name in servers},  # type: ignore[misc]
-        }
-        if padded is not None:
-            batches = [texts["mixed"][start : start + 32] for start in range(0, options.texts, 32)]
-            parts["padded_sorted"] = lambda: timed(
-                tokens["mixed"], lambda: padded.encode(texts["mixed"], batch_size=32)
-            )
-            parts["padded"] = lambda: timed(tokens["mixed"], lambda: [padded.encode(batch) for batch in batches])
+        servers |= {name: stack.enter_context(start_peer(name, folder)) for name in others if name in peers}
+        over_http = OverHttp(folder, manifest, texts, servers)
+        runs |= {name: partial(over_http.rate, name, _FIRST_CASE) for name in servers}
+        runs |= padded_runs(folder, encoder, texts["mixed"], tokens["mixed"], others)
         for name in servers:
-            asked(name, [[text] for text in texts["mixed"][:16]], 4)  # the first batches are not typical
-        timed_encoder(encoder, rows["mixed"][:16], 1)
+            over_http.ask(name, texts["mixed"][:16], 4)  # the first batches are not typical
+        encoder_rate(encoder, rows["mixed"][:16])
+        rates: dict[str, list[float]] = {name: [] for name in runs}
         gemm: list[float] = []
         for number in range(options.rounds):
             gemm.append(gemm_flops_per_second(encoder.device, encoder.dtype))
-            for name in [part for part in parts if part in ("encoder", "server") or part in others]:
-                rates.setdefault(name, []).append(parts[name]())
-                print(f"round {number + 1}: {name:14} {rates[name][-1]:8.0f} tokens/s", flush=True)
-        result["lone"] = lone(encoder, rows["short"], partial(asked, "server"), texts["short"])
-        print("lone", result["lone"], flush=True)
-        for case in _CASES:
-            for name in [name for name in servers if name != "infinity"]:  # slow, and no other in these cases
-                if case not in over_http[name]:
-                    run_http(name, case)
-                print(f"{case}: {name:10} {over_http[name][case]}", flush=True)
-        for kind in ("short", "long"):
-            result[f"encoder, {kind}"] = round(timed_encoder(encoder, rows[kind], tokens[kind]))
-        result["peak_memory_gb"] = {"server": peak_memory_gb(servers["server"].process.pid)}
-    shape = Shape.read(encoder.model.config.to_dict())
-    linear = shape.linear_flops_per_token
-    attention = shape.attention_flops(map(len, rows["mixed"])) / tokens["mixed"]
-    finish(
-        "cpu",
-        {
-            **result,
-            "tokens_per_second": {name: round(statistics.median(values)) for name, values in rates.items()},
-            "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
-            "gemm_gflops": [round(rate / 1e9) for rate in gemm],
-            "encoder's share of the gemm rate": {
-                "linear layers": ratio([linear * rate for rate in rates["encoder"]], gemm),
-                "with attention": ratio([(linear + attention) * rate for rate in rates["encoder"]], gemm),
-            },
-            "ratios": {
-                **{f"server / {name}": ratio(rates["server"], rates[name]) for name in rates if name != "server"},
-                **{f"encoder / {name}": ratio(rates["encoder"], rates[name]) for name in rates if name in others},
-            },
-            "over_http": over_http,
-            "lowest cosine to the server": {
-                name: round(float((vectors["server"] * found).sum(1).min()), 4)
-                for name, found in vectors.items()
-                if name != "server"
-            },
+            for name, run in runs.items():
+                rates[name].append(run())
+                tell(name, {"round": number + 1, "tokens_per_second": round(rates[name][-1])})
+        alone = lone(encoder, rows["short"], texts["short"], over_http)
+        tell("lone", alone)
+        over_http.other_cases()
+        result = {
+            "model": manifest.name,
+            "dtype": "bfloat16",
+            "texts": options.texts,
+            "tokens": tokens,
+            "merged projections": merged,
+            "lone": alone,
+            **{f"encoder, {kind}": round(encoder_rate(encoder, rows[kind])) for kind in ("short", "long")},
+            "peak_memory_gb": {"server": peak_memory_gb(servers["server"].process.pid)},
+        }
+    compared = {
+        "tokens_per_second": {name: round(median(values)) for name, values in rates.items()},
+        "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
+        "gemm_gflops": [round(rate / 1e9) for rate in gemm],
+        "encoder's share of the gemm rate": gemm_shares(encoder, rows["mixed"], rates["encoder"], gemm),
+        "ratios": {
+            **{f"server / {name}": ratio(rates["server"], rates[name]) for name in rates if name != "server"},
+            **{f"encoder / {name}": ratio(rates["encoder"], rates[name]) for name in rates if name in others},
         },
-        options.save,
-    )
+    }
+    finish("cpu", {**result, **compared, **over_http.figures()}, options.save)
+
+
+class OverHttp:
+    """The servers asked over HTTP, one awake at a time, and their figures so far."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, texts: Mapping[str, list[str]], servers: Mapping[str, Server]
+    ) -> None:
+        self._folder, self._manifest, self._texts, self._servers = folder, manifest, texts, servers
+        self._cases: dict[str, dict[str, Any]] = {name: {} for name in servers}
+        self._vectors: dict[str, Any] = {}
+
+    def ask(self, name: str, texts: Sequence[str], clients: int, inputs: int = 1) -> Answers:
+        """The answers of a server that is awake for as long."""
+        requests = requests_of(texts, inputs, self._manifest.name if name == "server" else MODEL)
+        server = self._servers[name]
+        server.send(signal.SIGCONT)
+        answers = ask(server.url, requests, clients, keeps=True)
+        server.send(signal.SIGSTOP)
+        return answers
+
+    def rate(self, name: str, case: str) -> float:
+        """Tokens a second of a server in a case."""
+        kind, clients, inputs = _CASES[case]
+        texts = self._texts[kind] * (_REPEATS if case == _FIRST_CASE else 1)
+        # No text twice, or a server that computes equal ones once would be measured by that.
+        texts = [f"{number}: {text}" for number, text in enumerate(texts)]
+        answers = self.ask(name, texts, clients, inputs)
+        if case == _FIRST_CASE:
+            self._vectors[name] = np.concatenate(answers.vectors[: len(self._texts[kind])])
+        rate = sum(map(len, tokenized(texts, self._folder))) / answers.seconds
+        waits = percentiles(answers.latencies, (50, 95, 99))
+        self._cases[name][case] = {"tokens_per_second": round(rate), **waits}
+        return rate
+
+    def other_cases(self) -> None:
+        """All but the first, once each; not for Infinity, which is slow and compared in the first case only."""
+        for case in _CASES:
+            for name in self._servers:
+                if case != _FIRST_CASE and name != "infinity":
+                    self.rate(name, case)
+                    tell(name, {"case": case, **self._cases[name][case]})
+
+    def figures(self) -> dict[str, Any]:
+        """Every case's, and how near the other servers' vectors are."""
+        ours = self._vectors.pop("server")
+        near = {name: round(float((ours * found).sum(1).min()), 4) for name, found in self._vectors.items()}
+        return {"over_http": self._cases, "lowest cosine to the server": near}
 
 
 def text_sets(count: int) -> dict[str, list[str]]:
@@ -185,16 +183,10 @@ def text_sets(count: int) -> dict[str, list[str]]:
     }
 
 
-def timed(tokens: int, run: Callable[[], object]) -> float:
-    """Tokens a second."""
-    began = time.perf_counter()
-    run()
-    return tokens / (time.perf_counter() - began)
-
-
-def timed_encoder(encoder: Encoder, rows: Sequence[TokenizedText], tokens: int) -> float:
+def encoder_rate(encoder: Encoder, rows: Sequence[TokenizedText]) -> float:
     """Tokens a second of the encoder alone."""
-    return timed(tokens, lambda: [encoder.encode(batch) for batch in pack(rows, encoder.manifest.pooling)])
+    seconds = seconds_of(lambda: [encoder.encode(batch) for batch in pack(rows, encoder.manifest.pooling)])
+    return sum(map(len, rows)) / seconds
 
 
 def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText]) -> dict[str, Any]:
@@ -209,35 +201,40 @@ def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText])
     found: dict[str, Any] = {"same_bits": True, "time / time apart": {}}
     long = [token_id for row in rows for token_id in row.token_ids]
     for tokens in (16, 64, 256, 1024, 2048):
-        texts = [TokenizedText(long[start : start + 64], 0) for start in range(0, tokens, 64)]
-        texts[-1] = TokenizedText(texts[-1].token_ids[: tokens - 64 * (len(texts) - 1)], 0)
+        texts = [TokenizedText(long[start : min(start + 64, tokens)], 0) for start in range(0, tokens, 64)]
         batch = PackedBatch.pack(texts, encoder.manifest.pooling)
         found["same_bits"] &= torch.equal(encoder.encode(batch), apart.encode(batch))
-        seconds: dict[int, list[float]] = {0: [], 1: []}
-        for _ in range(min(max(4096 // tokens, 7), 40)):
-            for which, one in enumerate((encoder, apart)):
-                began = time.perf_counter()
-                one.encode(batch)
-                seconds[which].append(time.perf_counter() - began)
-        found["time / time apart"][tokens] = ratio(seconds[0], seconds[1])
+        rounds = min(max(4096 // tokens, 7), 40)
+        times = [[seconds_of(partial(one.encode, batch)) for one in (encoder, apart)] for _ in range(rounds)]
+        found["time / time apart"][tokens] = ratio(*zip(*times, strict=True))
     return found
 
 
 def lone(
-    encoder: Encoder, rows: Sequence[TokenizedText], ask: Callable[..., Answers], texts: Sequence[str]
+    encoder: Encoder, rows: Sequence[TokenizedText], texts: Sequence[str], over_http: OverHttp
 ) -> dict[str, float]:
     """Milliseconds (p50) of short texts one at a time: the bare forward pass and the server, by turns."""
     bare, asked = [], []
     for row, text in zip(rows, texts, strict=True):
-        batch = PackedBatch.pack([row], encoder.manifest.pooling)
-        for _ in range(2):  # the second counts: the first pays for what the other process left in the caches
-            began = time.perf_counter()
-            encoder.encode(batch)
-            seconds = time.perf_counter() - began
-        bare.append(seconds)
-        asked += ask([["again: " + text], [text]], 1).latencies[1:]
-    forward, request = (1000 * statistics.median(values) for values in (bare, asked))
+        encode = partial(encoder.encode, PackedBatch.pack([row], encoder.manifest.pooling))
+        encode()  # pays for what the other process left in the caches, as the first request does
+        bare.append(seconds_of(encode))
+        asked += over_http.ask("server", ["again: " + text, text], 1).latencies[1:]
+    forward, request = (1000 * median(values) for values in (bare, asked))
     return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
+
+
+def gemm_shares(
+    encoder: Encoder, rows: Sequence[TokenizedText], rates: Sequence[float], gemm: Sequence[float]
+) -> dict[str, float]:
+    """The encoder's operations a second as a share of those of large matrix products."""
+    shape = Shape.read(encoder.model.config.to_dict())
+    linear = shape.linear_flops_per_token
+    attention = shape.attention_flops(map(len, rows)) / sum(map(len, rows))
+    return {
+        "linear layers": ratio([linear * rate for rate in rates], gemm),
+        "with attention": ratio([(linear + attention) * rate for rate in rates], gemm),
+    }
 
 
 def peak_memory_gb(pid: int) -> float:
@@ -246,8 +243,12 @@ def peak_memory_gb(pid: int) -> float:
     return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6, 2)
 
 
-def load_peer(folder: Path, encoder: Encoder) -> Any:
-    """sentence-transformers on the stored weights: padded batches, transformers' attention, mean pooling."""
+def padded_runs(
+    folder: Path, encoder: Encoder, texts: Sequence[str], tokens: int, names: Sequence[str]
+) -> dict[str, Callable[[], float]]:
+    """Tokens a second of sentence-transformers on the stored weights: padded, transformers' attention, mean pooling."""
+    if not {"padded", "padded_sorted"} & set(names):
+        return {}
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -255,7 +256,15 @@ def load_peer(folder: Path, encoder: Encoder) -> Any:
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     peer = SentenceTransformer(modules=[transformer, pooling], device=str(encoder.device))
     peer.encode(mixed_texts(8, seed=2))
-    return peer
+    batches = {
+        "padded_sorted": [texts],  # which it sorts, and cuts into batches of 32
+        "padded": [texts[start : start + 32] for start in range(0, len(texts), 32)],
+    }
+
+    def rate(name: str) -> float:
+        return tokens / seconds_of(lambda: [peer.encode(batch, batch_size=32) for batch in batches[name]])
+
+    return {name: partial(rate, name) for name in batches if name in names}
 
 
 def load_encoder(folder: Path) -> Encoder:
@@ -269,11 +278,6 @@ def load_encoder(folder: Path) -> Encoder:
 def pack(rows: Sequence[TokenizedText], pooling: PoolingMode) -> list[PackedBatch]:
     """Batches in the order of the rows, as full as the server would make them."""
     return [PackedBatch.pack(batch, pooling) for batch in packed_batches(rows, _BATCH_TOKENS)]
-
-
-def ratio(left: list[float], right: list[float]) -> float:
-    """The median of the rounds' own ratios."""
-    return round(statistics.median(a / b for a, b in zip(left, right, strict=True)), 3)
 
 
 if __name__ == "__main__":

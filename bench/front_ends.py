@@ -18,7 +18,7 @@ from typing import Any
 
 from bench.client import ask, percentiles, requests_of
 from bench.http_path import SETTINGS, check, chosen
-from bench.report import finish, options_of
+from bench.report import finish, options_of, tell
 from bench.server import serving, stored
 from bench.texts import distinct_texts
 
@@ -36,23 +36,18 @@ def main() -> None:
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     own = cores[-options.clients :] if len(cores) > options.clients else cores
+    others = cores[: -options.clients] or cores
     folder, manifest = stored(options.model)
     texts = distinct_texts(_TEXTS)
     results: list[dict[str, Any]] = []
     for case, count in itertools.product(chosen(options.cases), options.front_ends):
         requests = requests_of(texts, case.inputs, manifest.name, case.encoding)
         shares = [requests[client :: options.clients] for client in range(options.clients)]
-        os.sched_setaffinity(0, set(cores) - set(own) or cores)
         settings = {**SETTINGS, "LLM2VEC_FRONTENDS": count, "BENCH_WIDTH": case.width}
-        with serving(folder, settings, "bench.stand_in") as server:
-            os.sched_setaffinity(0, own)
+        with serving(folder, settings, "bench.stand_in", (others, own)) as server:
             check(server, case, requests)
             results.append({"case": str(case), "front_ends": count, **measure(server.url, shares, options.seconds)})
-        print(
-            "{case:16} {front_ends:2} front ends {requests_per_second:8.1f} requests/s  p50 {p50_ms:7.2f}  "
-            "p99 {p99_ms:7.2f}".format(**results[-1]),
-            flush=True,
-        )
+        tell("", results[-1])
     finish("front_ends", {"seconds": options.seconds, "clients": options.clients, "cases": results}, options.save)
 
 
@@ -67,7 +62,7 @@ def measure(url: str, shares: Sequence[Sequence[bytes]], seconds: float) -> dict
     return {
         "connections": connections * len(shares),
         "requests": len(latencies),
-        "requests_per_second": round(sum(len(one.answers) / one.seconds for one in measured), 1),
+        "requests_per_second": round(sum(one.per_second for one in measured), 1),
         **percentiles(latencies, digits=2),
     }
 

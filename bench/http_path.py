@@ -12,7 +12,6 @@ part of the server's core that other processes took, and a line with more than 5
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import os
@@ -26,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from bench.client import ask, percentiles, requests_of
-from bench.report import finish, options_of
-from bench.server import Server, serving, stored
+from bench.report import finish, options_of, tell
+from bench.server import Server, serving, stored, two_cores
 from bench.texts import distinct_texts
 
 # Distinct texts: a case goes round them in as many requests as they make.
@@ -69,21 +68,20 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", metavar="SUBSTRING", default=[""], help="only those with one of these")
     options = parser.parse_args()
     cases = chosen(options.cases)
-    cores = sorted(os.sched_getaffinity(0))
-    if not cases or len(cores) < 2:
-        parser.error("no such case" if not cases else "the server and its clients need a core each")
+    if not cases:
+        parser.error("no such case")
+    cores = two_cores()
     folder, manifest = stored(options.model)
     texts = distinct_texts(_TEXTS)
     gc.disable()  # here, where the clients are
     results = []
     for width, group in itertools.groupby(cases, lambda case: case.width):
-        os.sched_setaffinity(0, cores[:1])
-        with serving(folder, {**SETTINGS, "BENCH_WIDTH": width}, "bench.stand_in") as server:
-            os.sched_setaffinity(0, cores[1:2])
+        with serving(folder, {**SETTINGS, "BENCH_WIDTH": width}, "bench.stand_in", cores) as server:
             for case in group:
                 requests = requests_of(texts, case.inputs, manifest.name, case.encoding)
-                results.append(measure(server, cores[0], case, requests, options))
-                print(line(results[-1]), flush=True)
+                connections = min(options.connections, max(1, _MOST_INPUTS_IN_WORK // case.inputs))
+                results.append(measure(server, cores[0][0], case, requests, connections, options.seconds))
+                tell("NOISY" if results[-1]["others"] > _NOISY_SHARE else "", results[-1])
     finish("http_path", {"seconds": options.seconds, "cases": results}, options.save)
 
 
@@ -93,26 +91,24 @@ def chosen(parts: Sequence[str]) -> list[Case]:
 
 
 def measure(
-    server: Server, core: int, case: Case, requests: Sequence[bytes], options: argparse.Namespace
+    server: Server, core: int, case: Case, requests: Sequence[bytes], connections: int, seconds: float
 ) -> dict[str, Any]:
     """The figures of one case."""
-    connections = min(options.connections, max(1, _MOST_INPUTS_IN_WORK // case.inputs))
     check(server, case, requests)
     ask(server.url, requests, connections, 0.0)  # so that nobody pays for a first time
     before = look(server)
     began, busy, own = time.perf_counter(), core_seconds(core), time.process_time()
-    found = ask(server.url, requests, connections, options.seconds)
+    found = ask(server.url, requests, connections, seconds)
     after = look(server)
     wall = time.perf_counter() - began
     busy, own = core_seconds(core) - busy, time.process_time() - own
     cpu_seconds = after["cpu_seconds"] - before["cpu_seconds"]
-    rate = len(found.answers) / found.seconds
     return {
         "case": str(case),
         "connections": connections,
         "requests": len(found.answers),
-        "requests_per_second": round(rate, 1),
-        "texts_per_second": round(rate * case.inputs),
+        "requests_per_second": round(found.per_second, 1),
+        "texts_per_second": round(found.per_second * case.inputs),
         **percentiles(found.latencies, digits=2),
         "longest_stall_ms": after["longest_ms"],
         "server_cpu_ms": round(cpu_seconds * 1000 / len(found.answers), 3),
@@ -136,15 +132,6 @@ def look(server: Server) -> dict[str, Any]:
     while len(lines := server.said("event loop")) == count:
         time.sleep(0.01)
     return lines[-1]
-
-
-def line(result: dict[str, Any]) -> str:
-    """A case's figures for people."""
-    return (
-        "{case:16} {requests_per_second:7.1f} requests/s {texts_per_second:6d} texts/s  p50 {p50_ms:7.2f}  "
-        "p99 {p99_ms:7.2f}  longest stall {longest_stall_ms:6.1f}  server CPU {server_cpu_ms:7.3f} ms a request"
-        "  busy: server {server_busy:.0%}, clients {clients_busy:.0%}, others {others:.0%}"
-    ).format(**result) + (" NOISY" if result["others"] > _NOISY_SHARE else "")
 
 
 def core_seconds(core: int) -> float:

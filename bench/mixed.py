@@ -15,13 +15,13 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import uvloop
 
 from bench.client import closed_loop, open_loop, percentiles, request_bytes
-from bench.report import finish, options_of
+from bench.report import finish, options_of, ratio, tell
 from bench.server import Server, serving, stored
 from bench.texts import mixed_texts, sentences
 
@@ -45,18 +45,13 @@ def main() -> None:
         for number in range(options.rounds):
             for name, (server, queries) in loads.items():
                 rounds[name].append(uvloop.run(measure(server, manifest.name, queries, options.seconds, number)))
-                print(name, figures(rounds[name][-1:], batch_tokens[name]), flush=True)
+                tell(name, figures(rounds[name][-1:], batch_tokens[name]))
     found = {name: figures(rounds[name], batch_tokens[name]) for name in loads}
-    alone = [load.tokens_per_second for load in rounds["bulk_alone"]]
-
-    def beside_alone(name: str) -> float:
-        """The median round's."""
-        return round(median(load.tokens_per_second / rate for load, rate in zip(rounds[name], alone, strict=True)), 3)
-
+    rates = {name: [load.tokens_per_second for load in each] for name, each in rounds.items()}
     ratios = {
         "query p99 / time of a batch": round(found["lanes"]["query_p99_ms"] / found["lanes"]["batch_ms"], 2),
-        "tokens, with queries / bulk alone": beside_alone("lanes"),
-        "tokens, with queries and fifo / bulk alone": beside_alone("fifo"),
+        "tokens, with queries / bulk alone": ratio(rates["lanes"], rates["bulk_alone"]),
+        "tokens, with queries and fifo / bulk alone": ratio(rates["fifo"], rates["bulk_alone"]),
         "query p50, fifo / lanes": round(found["fifo"]["query_p50_ms"] / found["lanes"]["query_p50_ms"], 1),
     }
     bulk = f"{_BULK_CLIENTS} clients of {_BULK_INPUTS} texts"
@@ -96,18 +91,14 @@ async def measure(server: Server, model: str, queries: float, seconds: float, se
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(closed_loop(server.url, bulk(), _BULK_CLIENTS, _WARM_UP_SECONDS + seconds))
         await asyncio.sleep(_WARM_UP_SECONDS)
-        tokens, began = _computed_tokens(server), time.perf_counter()
+        # Tokens of the batches so far: those of requests still under way count too.
+        tokens, began = server.metric("llm2vec_batch_tokens_sum"), time.perf_counter()
         asked = tasks.create_task(open_loop(server.url, short(), queries, seconds, 64, seed)) if queries else None
         await asyncio.sleep(seconds)
-        rate = (_computed_tokens(server) - tokens) / (time.perf_counter() - began)
+        rate = (server.metric("llm2vec_batch_tokens_sum") - tokens) / (time.perf_counter() - began)
     found = asked.result() if asked else []
     assert all(answer.status == 200 for answer in found), "a query was not answered"
     return Load(rate, [answer.seconds for answer in found])
-
-
-def _computed_tokens(server: Server) -> float:
-    """Tokens of the batches so far: those of requests still under way count too."""
-    return server.metric("llm2vec_batch_tokens_sum")
 
 
 if __name__ == "__main__":

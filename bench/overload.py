@@ -11,7 +11,6 @@ do, were all else free.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +19,12 @@ from typing import Any
 import uvloop
 
 from bench.client import LOST, UNSENT, Answer, open_loop, percentiles, requests_of
-from bench.report import finish, options_of
-from bench.server import serving, stored
-from bench.texts import distinct_texts
-from model_store.text.tokenizer import TextTokenizer
+from bench.report import finish, options_of, tell
+from bench.server import serving, stored, two_cores
+from bench.texts import distinct_texts, tokenized
 
-FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
-INPUTS = 16
+_FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
+_INPUTS = 16
 
 # So many that none waits twice at once, which would be computed once.
 _TEXTS = 65536
@@ -50,28 +48,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load (default %(default)s)")
     options = parser.parse_args()
     folder, manifest = stored(options.model)
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        parser.error("the server and its clients need a core each")
     texts = distinct_texts(_TEXTS)
-    requests = itertools.cycle(requests_of(texts, INPUTS, manifest.name))
-    tokens = sum(map(len, TextTokenizer.load(folder, manifest).encode_batch(texts, [""] * _TEXTS)))
-    capacity = _TOKENS_PER_SECOND / (tokens / _TEXTS * INPUTS)
-    print(f"capacity: {capacity:.1f} requests of {INPUTS} texts a second", flush=True)
+    requests = itertools.cycle(requests_of(texts, _INPUTS, manifest.name))
+    tokens = sum(map(len, tokenized(texts, folder)))
+    capacity = _TOKENS_PER_SECOND / (tokens / _TEXTS * _INPUTS)
+    print(f"capacity: {capacity:.1f} requests of {_INPUTS} texts a second", flush=True)
     rows: list[dict[str, Any]] = []
-    os.sched_setaffinity(0, cores[:1])
-    with serving(folder, {**_SETTINGS, "BENCH_WIDTH": manifest.width}, "bench.stand_in") as server:
-        os.sched_setaffinity(0, cores[1:2])
-        for factor in FACTORS:
+    settings = {**_SETTINGS, "BENCH_WIDTH": manifest.width}
+    with serving(folder, settings, "bench.stand_in", two_cores()) as server:
+        for factor in _FACTORS:
             began, whole = time.perf_counter(), _WARM_UP_SECONDS + options.seconds
             found = uvloop.run(open_loop(server.url, requests, factor * capacity, whole, _CONNECTIONS))
             rows.append({"factor": factor, **figures(found, began + _WARM_UP_SECONDS, began + whole)})
-            print(line(rows[-1]), flush=True)
+            tell("", rows[-1])
             time.sleep(1)
     best = max(row["goodput"] for row in rows)
     result = {
         "capacity": round(capacity, 1),
-        "inputs": INPUTS,
+        "inputs": _INPUTS,
         "loads": rows,
         "goodput at the highest load / best": round(rows[-1]["goodput"] / best, 3),
     }
@@ -96,15 +90,6 @@ def figures(found: Sequence[Answer], since: float, until: float) -> dict[str, An
         **percentiles(good),
         "refused_p50_ms": percentiles(refused)["p50_ms"],
     }
-
-
-def line(row: dict[str, Any]) -> str:
-    """A load's figures for people."""
-    return (
-        "{factor:5.1f}x offered {offered:7.1f}/s  goodput {goodput:6.1f}/s  refused {refused:7.1f}/s  "
-        "unsent {unsent:6.1f}/s  others {others}  admitted p50 {p50_ms:7.1f}  p99 {p99_ms:7.1f} ms  "
-        "refused p50 {refused_p50_ms:6.1f} ms"
-    ).format(**row)
 
 
 def draw(rows: Sequence[dict[str, Any]], capacity: float) -> None:

@@ -22,36 +22,32 @@ tokens; it adds int8 weights with a bfloat16 input.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bench.cpu import pack, ratio
-from bench.report import finish, options_of
+from bench.cpu import pack
+from bench.report import finish, options_of, ratio, seconds_of, tell
 from bench.server import stored
-from bench.texts import mixed_texts
+from bench.texts import mixed_texts, tokenized
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
-from model_store.encoder.quantization import (
-    EmulatedFp8Linear,
-    emulate_fp8,
-    replace_linears,
-)
+from model_store.encoder.quantization import EmulatedFp8Linear, emulate_fp8, replace_linears
 from model_store.evaluation.sts import evaluate_sts, read_pairs
 from model_store.manifest import Manifest
-from model_store.text.tokenizer import TextTokenizer
 
 # T packed tokens, K inputs and N outputs of a layer
 
-WORTH_COSINE = 0.995
-LONE_QUERY = "how much protein should a female eat a day"
-PRODUCT_TOKENS = (16, 512)
+_WORTH_COSINE = 0.995
+_LONE_QUERY = "how much protein should a female eat a day"
+_PRODUCT_TOKENS = (16, 512)
 
 
 def main() -> None:
@@ -67,11 +63,11 @@ def main() -> None:
     encoders = load_all(folder)
     torch.set_num_threads(1)
     batches = batches_of(folder, manifest, mixed_texts(options.texts))
-    lone = batches_of(folder, manifest, [LONE_QUERY])[0]
+    lone = batches_of(folder, manifest, [_LONE_QUERY])[0]
 
     bfloat16 = encode(encoders["bfloat16"], batches)
     cosines = {name: torch.cosine_similarity(encode(encoder, batches), bfloat16) for name, encoder in encoders.items()}
-    spearman = sts(folder, manifest, encoders, options.sts, options.pairs)
+    spearman = sts(folder, manifest, encoders, options.sts, options.pairs) if options.sts else {}
     for name in [name for name in encoders if "emulated" in name]:
         del encoders[name]
     products = product_times(encoders["bfloat16"])
@@ -89,14 +85,14 @@ def main() -> None:
                 for name, found in cosines.items()
             },
             "sts_spearman": spearman,
-            "tokens_per_second": {name: round(statistics.median(found)) for name, found in rates.items()},
+            "tokens_per_second": {name: round(median(found)) for name, found in rates.items()},
             "ratio_to_bfloat16": ratios,
             "lone_query_ms": lone_ms,
             "product_us": products,
             "worth_having": [
                 name
                 for name, found in cosines.items()
-                if name.startswith("int8") and ratios.get(name, 0) > 1 and found.min() >= WORTH_COSINE
+                if name.startswith("int8") and ratios.get(name, 0) > 1 and found.min() >= _WORTH_COSINE
             ],
         },
         options.save,
@@ -139,20 +135,18 @@ def speeds(
     tokens = sum(len(batch.token_ids) for batch in batches)
     for number in range(rounds + 1):
         for name, encoder in encoders.items():
-            bulk = seconds(encode, encoder, batches)
-            queries = [seconds(encoder.encode, lone) for _ in range(10)]
+            rate = tokens / core_seconds(encode, encoder, batches)
+            queries = [core_seconds(encoder.encode, lone) for _ in range(10)]
             if number:  # the first round warms up
-                rates[name].append(tokens / bulk)
+                rates[name].append(rate)
                 lone_seconds[name] += queries
-                print(f"round {number}: {name:18} {tokens / bulk:8.0f} tokens/s", flush=True)
-    return rates, {name: round(1000 * statistics.median(found), 2) for name, found in lone_seconds.items()}
+                tell(name, {"round": number, "tokens_per_second": round(rate)})
+    return rates, {name: round(1000 * median(found), 2) for name, found in lone_seconds.items()}
 
 
-def seconds(run: Callable[..., object], *arguments: object) -> float:
-    """How long it takes of this process's time."""
-    began = time.process_time()
-    run(*arguments)
-    return time.process_time() - began
+def core_seconds(run: Callable[..., object], *arguments: object) -> float:
+    """How long a call takes of this process's time."""
+    return seconds_of(partial(run, *arguments), time.process_time)
 
 
 class Int8Linear(nn.Module):
@@ -188,9 +182,8 @@ def torch_dynamic_int8(linear: nn.Linear) -> nn.Module:
 
 
 def batches_of(folder: Path, manifest: Manifest, texts: Sequence[str]) -> list[PackedBatch]:
-    """The texts, without an instruction, in their order."""
-    rows = TextTokenizer.load(folder, manifest).encode_batch(list(texts), [""] * len(texts))
-    return list(pack(rows, manifest.pooling))
+    """The texts in their order."""
+    return pack(tokenized(texts, folder), manifest.pooling)
 
 
 @torch.inference_mode()
@@ -202,7 +195,7 @@ def product_times(encoder: Encoder) -> dict[str, dict[str, float]]:
     scales = rowwise.weight_scale[0].bfloat16()
     dynamic = torch_dynamic_int8(nn.Linear(largest.in_features, largest.out_features))
     times: dict[str, dict[str, float]] = {}
-    for count in PRODUCT_TOKENS:
+    for count in _PRODUCT_TOKENS:
         x = torch.randn(count, largest.in_features).bfloat16()
         times[str(count)] = {
             "bfloat16": fastest(largest, x),
@@ -216,22 +209,16 @@ def product_times(encoder: Encoder) -> dict[str, dict[str, float]]:
 
 def fastest(run: Callable[..., object], *arguments: Tensor) -> float:
     """Microseconds of the core; the least of 30, because others' work on the machine only adds."""
-    return round(1e6 * min(seconds(run, *arguments) for _ in range(30)))
+    return round(1e6 * min(core_seconds(run, *arguments) for _ in range(30)))
 
 
-def sts(
-    folder: Path, manifest: Manifest, encoders: dict[str, Encoder], file: Path | None, count: int
-) -> dict[str, float]:
+def sts(folder: Path, manifest: Manifest, encoders: dict[str, Encoder], file: Path, count: int) -> dict[str, float]:
     """Spearman's correlation by kind, over the same pairs."""
-    if file is None:
-        print("no --sts FILE: no Spearman's correlation", flush=True)
-        return {}
     pairs = read_pairs(file)
     pairs = random.Random(0).sample(pairs, min(count, len(pairs)))
-    texts = [text for pair in pairs for text in (pair.first, pair.second)]
+    batches = batches_of(folder, manifest, [text for pair in pairs for text in (pair.first, pair.second)])
     found = {}
     for name, encoder in encoders.items():
-        batches = batches_of(folder, manifest, texts)
         vectors = nn.functional.normalize(encode(encoder, batches), dim=1)
         found[name] = round(evaluate_sts(pairs, vectors.numpy()), 4)
     return found

@@ -18,7 +18,7 @@ import ray
 from ray import serve
 
 from bench.client import ask, percentiles, requests_of
-from bench.report import finish, options_of
+from bench.report import finish, options_of, ratio, tell
 from bench.server import free_port, serving, stored
 from bench.texts import sentences
 from service.ray.ray_serve import deployment
@@ -49,16 +49,14 @@ def main() -> None:
             ask(url, again("warm-up", _CLIENTS * _INPUTS), _CLIENTS)  # the first batches are not typical
         for number in range(_ROUNDS):
             for name, url in urls.items():
-                found = ask(url, again(f"{name} {number}"), _CLIENTS)
-                rates[name].append(len(found.answers) / found.seconds)
-                print(f"round {number + 1}: {name:10} {rates[name][-1]:6.2f} requests/s", flush=True)
+                rates[name].append(ask(url, again(f"{name} {number}"), _CLIENTS).per_second)
+                tell(name, {"round": number + 1, "requests_per_second": round(rates[name][-1], 2)})
         for name, url in urls.items():
             latencies[name] = percentiles(ask(url, again(f"{name} alone", 50, 1), 1).latencies, (50, 95, 99))
-    ratios = [left / right for left, right in zip(rates["ray_serve"], rates["plain"], strict=True)]
     speed = {
         "requests_per_second": {name: round(median(found), 2) for name, found in rates.items()},
-        "ratio": round(median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ratio": ratio(rates["ray_serve"], rates["plain"]),
+        "ratios": [ratio([left], [right]) for left, right in zip(rates["ray_serve"], rates["plain"], strict=True)],
         "single_text_one_client": latencies,
     }
     about = {"model": manifest.name, "requests": options.requests, "clients": _CLIENTS}

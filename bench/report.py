@@ -13,8 +13,11 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,6 +49,23 @@ def machine() -> dict[str, Any]:
         "versions": versions,
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
     }
+
+
+def seconds_of(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The time until a call returns."""
+    began = clock()
+    run()
+    return clock() - began
+
+
+def ratio(left: Sequence[float], right: Sequence[float]) -> float:
+    """The median of the rounds' own ratios, as the speed of a shared machine changes from round to round."""
+    return round(median(a / b for a, b in zip(left, right, strict=True)), 3)
+
+
+def tell(name: str, figures: Mapping[str, object]) -> None:
+    """Print figures as a line for people."""
+    print(f"{name:16}", *(f"{figure} {value}" for figure, value in figures.items()), sep="  ", flush=True)
 
 
 def finish(name: str, result: dict[str, Any], save: bool) -> None:

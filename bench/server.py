@@ -97,12 +97,32 @@ def running(
 
 
 @contextmanager
-def serving(model: Path, environment: Mapping[str, object], module: str = "service") -> Iterator[Server]:
-    """`llm2vec-service serve`, or a module that varies it. `environment` has the settings."""
+def serving(
+    model: Path,
+    environment: Mapping[str, object],
+    module: str = "service",
+    cores: Sequence[Sequence[int]] = (),
+) -> Iterator[Server]:
+    """`llm2vec-service serve`, or a module that varies it. `environment` has the settings.
+
+    `cores` are those of the server and those that this process has from then on, if both are to be kept apart.
+    """
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--model", str(model), "--port", str(port)]
+    if cores:
+        os.sched_setaffinity(0, cores[0])
     with running(command, port, {name: str(value) for name, value in environment.items()}) as server:
+        if cores:
+            os.sched_setaffinity(0, cores[1])
         yield server
+
+
+def two_cores() -> tuple[list[int], list[int]]:
+    """A core for a server and one for its clients."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("the server and its clients need a core each")
+    return cores[:1], cores[1:2]
 
 
 def free_port() -> int:

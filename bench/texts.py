@@ -1,10 +1,14 @@
-"""The texts that benchmarks embed: the same for everybody who is measured."""
+"""The texts that benchmarks embed, the same for everybody who is measured, and their rows of tokens in batches."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+
+from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
 _ADDRESSES = Path(__file__).parent / "data" / "addresses.txt"
 
@@ -40,3 +44,25 @@ def distinct_texts(count: int) -> list[str]:
         start = generator.randrange(len(words) - 15)
         found[" ".join(words[start : start + generator.randint(9, 15)])] = None
     return list(found)
+
+
+def tokenized(texts: Sequence[str], folder: Path) -> list[TokenizedText]:
+    """The rows of texts, without an instruction, for the encoder stored in a folder."""
+    return _tokenizer_of(folder).encode_batch(texts, [""] * len(texts))
+
+
+@cache
+def _tokenizer_of(folder: Path) -> TextTokenizer:
+    from model_store.manifest import read_manifest  # pydantic, which forward passes on a GPU do without
+
+    return TextTokenizer.load(folder, read_manifest(folder))
+
+
+def packed_batches(rows: Sequence[TokenizedText], tokens: int) -> list[list[TokenizedText]]:
+    """Batches of rows in their order, as full as so many tokens allow."""
+    batches: list[list[TokenizedText]] = [[]]
+    for row in rows:
+        if batches[-1] and sum(map(len, batches[-1])) + len(row) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches

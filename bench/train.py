@@ -7,8 +7,8 @@ attention with a mask. Both have the same texts, base, adapters and loss; a step
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.report import finish, options_of
-from bench.texts import mixed_texts, sentences
+from bench.report import finish, options_of, seconds_of, tell
+from bench.texts import mixed_texts, sentences, tokenized
 from model_store.build.sources import Source
 from model_store.encoder.devices import choose_device, choose_dtype
 from model_store.encoder.packing import PackedBatch, to_device
-from model_store.manifest import read_manifest
-from model_store.text.tokenizer import TextTokenizer, TokenizedText
+from model_store.text.tokenizer import TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.losses import in_batch_loss
 from model_store.training.stages import ContrastiveEncoder
@@ -55,33 +54,28 @@ def main() -> None:
     result: dict[str, Any] = {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "loads": {}}
     for load, texts in (("sentences", sentences()), ("mixed", mixed_texts(options.texts * options.steps))):
         result["loads"][load] = _measure(options, decoder, device, texts)
-        print(f"{load:10}", *(f"{name} {value}" for name, value in result["loads"][load].items()), sep="  ")
+        tell(load, result["loads"][load])
     finish("train", result, options.save)
 
 
 def _measure(options: argparse.Namespace, decoder: TrainableDecoder, device: torch.device, texts: list[str]) -> Any:
-    tokenizer = TextTokenizer.load(options.base, read_manifest(options.base))
-    rows = [row.shortened(512) for row in tokenizer.encode_batch(texts, [""] * len(texts))]
+    rows = [row.shortened(512) for row in tokenized(texts, options.base)]
     batches = [rows[n * options.texts : (n + 1) * options.texts] * 2 for n in range(options.steps)]
-    seconds: dict[str, list[float]] = {"packed": [], "padded": []}
     stage = ContrastiveEncoder(decoder)
-    steps: dict[str, Callable[[list[TokenizedText]], Tensor]] = {
-        "packed": lambda batch: _packed(stage, batch, device),
-        "padded": lambda batch: _padded(decoder, batch, device),
-    }
-    for batch in (batches[0], *batches):  # the first is a warm-up
-        for name, vectors in steps.items():
-            began = time.perf_counter()
-            in_batch_loss(vectors(batch).split(len(batch) // 2), 20.0).backward()
-            stage.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+    ways = {"packed": partial(_packed, stage), "padded": partial(_padded, decoder)}
+
+    def step(vectors: Callable[..., Tensor], batch: list[TokenizedText]) -> None:
+        in_batch_loss(vectors(batch, device).split(len(batch) // 2), 20.0).backward()
+        stage.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     tokens = [sum(map(len, batch)) for batch in batches]
-    speed = {
-        name: round(median(count / taken for count, taken in zip(tokens, each[1:], strict=True)))
-        for name, each in seconds.items()
-    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for batch in (batches[0], *batches):  # the first is a warm-up
+        for name, way in ways.items():
+            rates[name].append(sum(map(len, batch)) / seconds_of(partial(step, way, batch)))
+    speed = {name: round(median(each[1:])) for name, each in rates.items()}
     padding = sum(max(map(len, batch)) * len(batch) for batch in batches) / sum(tokens) - 1
     return {
         "tokens_per_step": round(median(tokens)),

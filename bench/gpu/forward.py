@@ -1,12 +1,12 @@
-"""Steps 4 to 6 and 8: batches by their tokens, a lone query, kernels by their time, and other ways to the same."""
+"""Steps 2 to 4 and 6: batches by their tokens, a lone query, kernels by their time, and other ways to the same."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,18 +14,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from bench.gpu.ceilings import best_product, fp8_product
-from bench.gpu.checks import vectors_of
-from bench.gpu.clocks import device_seconds, launch_seconds, ms, packed_batches, pipelined
+from bench.gpu.clocks import best_product, device_seconds, fp8_product, full_width, launch_seconds, ms, pipelined
 from bench.gpu.inputs import SHAPES, Row, random_encoder, rows_of, trained_tokenizer
 from bench.gpu.report import Report
-from bench.texts import mixed_texts
+from bench.texts import mixed_texts, packed_batches
 from model_store.build.self_test import compile_checked, largest_difference
 from model_store.encoder.attention import implementation_name
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch, to_device
 from model_store.encoder.pipeline import Pipeline, finish_of, forward, graph_sizes
-from model_store.encoder.pooling import Wanted, pool
+from model_store.encoder.pooling import pool
 from model_store.encoder.quantization import Quantization
 from model_store.shape import Shape
 
@@ -34,6 +32,12 @@ from model_store.shape import Shape
 # Tokens → way (graph, plain, eager) → figures
 Table = dict[str, dict[str, dict[str, float]]]
 
+# Tokens of the batches that a model is measured with.
+_SIZES = {
+    "8B": [16, 256, 1024, 1100, 2048, 8192],
+    "1.3B": [16, 256, 1024, 1100, 2048, 8192],
+    "270M": [16, 2048, 4096, 8192],
+}
 _MOST_CAPTURED = 4096
 _LONE_ROUNDS = 200
 _TEXT_TOKENS = 128
@@ -41,47 +45,33 @@ _TABLE_ROWS = 25
 _PROFILED_ROUNDS = 3
 
 
-def measure_8b(report: Report, limits: dict[str, float]) -> None:
-    """Step 4."""
-    sizes = [16, 64] if report.tiny else [16, 256, 1024, 1100, 2048, 8192]
-    if pipeline := ready(report, "8B", sizes):
-        table = report.step("8B by tokens", 30, lambda: by_tokens(pipeline, limits["bf16_flops"], sizes))
-        if table:
-            share = best(table, sizes[-1], "of_ceiling", max)
-            report.target(f"8B at {sizes[-1]}, of the matmul rate", share, at_least=0.76)
-        lone_and_kernels(report, "8B", pipeline, limits)
-
-
-def measure_1b(report: Report, limits: dict[str, float]) -> Encoder | None:
-    """Step 5; returns the encoder of 1.3B, which later steps compare with."""
-    sizes = [16, 64] if report.tiny else [16, 256, 1024, 1100, 2048, 8192]
-    if not (pipeline := ready(report, "1.3B", sizes)):
+def measure(report: Report, name: str) -> Encoder | None:
+    """Steps 2 to 4: a model and its encoder, if it can be made."""
+    sizes = [16, 64] if report.tiny else _SIZES[name]
+    pipeline = ready(report, name, sizes)
+    if pipeline is None:
         return None
-    plain, peak = Pipeline(pipeline.encoder), limits["bf16_flops"]
-    table = report.step("1.3B by tokens", 20, lambda: by_tokens(pipeline, peak, sizes))
-    if table and "graph" in table["16"]:
+    table = report.step(f"{name} by tokens", 30, lambda: by_tokens(pipeline, report.bf16_flops, sizes))
+    if table and name == "8B":
+        share = best(table, sizes[-1], "of_ceiling", max)
+        report.target(f"8B at {sizes[-1]}, of the matmul rate", share, at_least=0.76)
+    if table and name == "1.3B" and "graph" in table["16"]:
         captured, eager = (table["16"][way]["wall_ms"] for way in ("graph", "eager"))
         report.target("1.3B at 16, captured / eager time", captured / eager, at_most=0.6)
-    lone_and_kernels(report, "1.3B", pipeline, limits)
-    report.step("1.3B alone and among", 5, lambda: alone_and_among(report, pipeline))
-    longest = 512 if report.tiny else 8192
-    report.step(f"1.3B one text of {longest}", 5, lambda: timed(plain, rows_of([longest]), peak))
+    if name != "270M":
+        lone_and_kernels(report, name, pipeline)
+    if name == "1.3B":
+        plain, longest = Pipeline(pipeline.encoder), 512 if report.tiny else 8192
+        report.step(f"1.3B one text of {longest}", 5, lambda: timed(plain, rows_of([longest]), report.bf16_flops))
     return pipeline.encoder
 
 
-def measure_270m(report: Report, limits: dict[str, float]) -> None:
-    """Step 6."""
-    sizes = [16, 64] if report.tiny else [16, 2048, 4096, 8192]
-    if pipeline := ready(report, "270M", sizes):
-        report.step("270M by tokens", 10, lambda: by_tokens(pipeline, limits["bf16_flops"], sizes))
+def measure_rest(report: Report, encoder: Encoder | None) -> None:
+    """Step 6; `encoder` is that of 1.3B."""
     report.step("pooling alone", 5, lambda: pooling_ms(report))
-
-
-def measure_rest(report: Report, limits: dict[str, float], encoder: Encoder | None) -> None:
-    """Step 8; `encoder` is that of 1.3B."""
     sizes = [16, 64] if report.tiny else [16, 8192]
     merged = report.figures.get("8B by tokens")
-    unmerged = report.step("8B unmerged", 45, lambda: other_8b(report, limits["bf16_flops"], sizes, merged=False))
+    unmerged = report.step("8B unmerged", 45, lambda: other_8b(report, report.bf16_flops, sizes, merged=False))
     if merged and unmerged:
         for tokens in sizes:
             ratio = best(merged, tokens, "wall_ms", min) / best(unmerged, tokens, "wall_ms", min)
@@ -90,7 +80,7 @@ def measure_rest(report: Report, limits: dict[str, float], encoder: Encoder | No
     def in_fp8() -> Table:
         return other_8b(report, best_product(report, fp8_product), sizes, quantization="fp8")
 
-    fp8 = report.step("8B fp8", 45, in_fp8, report.lacks_cuda())
+    fp8 = report.step("8B fp8", 45, in_fp8, report.lacks_cuda)
     if merged and fp8:
         ratio = best(merged, sizes[-1], "wall_ms", min) / best(fp8, sizes[-1], "wall_ms", min)
         report.target(f"8B at {sizes[-1]}, fp8 / bf16 rate", ratio, at_least=1.3)
@@ -112,8 +102,9 @@ def ready(report: Report, name: str, sizes: Sequence[int]) -> Pipeline | None:
 
     if report.step(f"{name} build", 15, build) is None:
         return None
-    report.step(f"{name} compile", 60, lambda: compile_checked(ways[0].encoder), report.lacks_compiler())
-    report.step(f"{name} capture", 15, capture, report.lacks_cuda())
+    lacks = "" if report.compile else "--compile"
+    report.step(f"{name} compile", 60, lambda: compile_checked(ways[0].encoder), lacks)
+    report.step(f"{name} capture", 15, capture, report.lacks_cuda)
     return ways[-1]
 
 
@@ -161,7 +152,7 @@ def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, flo
     encoder = pipeline.encoder
     device, shape = encoder.device, shape_of(encoder)
     batch = PackedBatch.pack(rows, "mean")
-    finish = finish_of([Wanted(encoder.manifest.width)] * len(rows), [1] * len(rows))
+    finish = finish_of(full_width(pipeline, rows), [1] * len(rows))
     replay = next((replay for replay in pipeline.replays if replay.serves(batch)), None)
     if replay is not None:
         seconds = device_seconds(partial(replay.graph.replay, batch, finish), device)
@@ -173,8 +164,8 @@ def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, flo
     flops = shape.linear_flops_per_token * sum(lengths) + shape.attention_flops(lengths)
     return {
         "device_ms": ms(seconds),
-        "wall_ms": ms(statistics.median(whole)),
-        "host_ms": ms(statistics.median(launched)),
+        "wall_ms": ms(median(whole)),
+        "host_ms": ms(median(launched)),
         "tokens_per_second": round(sum(lengths) / seconds),
         "of_ceiling": float(f"{flops / seconds / peak:.3g}"),
     }
@@ -186,16 +177,19 @@ def best(table: Table, tokens: int, figure: str, choose: Any) -> float:
     return float(choose(ways[way][figure] for way in ("graph", "plain") if way in ways))
 
 
-def lone_and_kernels(report: Report, name: str, pipeline: Pipeline, limits: dict[str, float]) -> None:
+def lone_and_kernels(report: Report, name: str, pipeline: Pipeline) -> None:
     """A query of 16 tokens with nothing beside it, many times; then where the device's time goes."""
 
     def lone() -> dict[str, float]:
         whole, launched = launch_seconds(pipeline, rows_of([16]), 10 if report.tiny else _LONE_ROUNDS)
-        floor = 2 * shape_of(pipeline.encoder).linear_parameters / limits["bytes_per_second"]
-        median, slow = np.percentile(whole, (50, 99))
-        host = ms(statistics.median(launched))
-        to_floor = float(f"{median / floor:.3g}")
-        return {"p50_ms": ms(median), "p99_ms": ms(slow), "host_ms": host, "floor_ms": ms(floor), "to_floor": to_floor}
+        floor = 2 * shape_of(pipeline.encoder).linear_parameters / report.bytes_per_second
+        return {
+            "p50_ms": ms(median(whole)),
+            "p99_ms": ms(float(np.percentile(whole, 99))),
+            "host_ms": ms(median(launched)),
+            "floor_ms": ms(floor),
+            "to_floor": float(f"{median(whole) / floor:.3g}"),
+        }
 
     found = report.step(f"{name} lone", 5, lone)
     if found and name == "8B":
@@ -208,12 +202,12 @@ def kernel_table(pipeline: Pipeline, tokens: int) -> dict[str, Any]:
     """The kernels that take the most of a batch's time on the device, or the operations on a CPU."""
     length = min(tokens, _TEXT_TOKENS)
     rows = rows_of([length] * (tokens // length))
-    vectors_of(pipeline, rows)
+    pipelined(pipeline, [rows])
     # On a GPU that a test has made up there is CPU alone to be profiled.
     activities = torch.profiler.supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(_PROFILED_ROUNDS):
-            vectors_of(pipeline, rows)
+            pipelined(pipeline, [rows])
     events = profile.key_averages()
     kernels = [event for event in events if event.device_type.name == "CUDA"]
     times = {event.key: (event.self_device_time_total, event.count) for event in kernels} or {
@@ -233,19 +227,6 @@ def kernel_table(pipeline: Pipeline, tokens: int) -> dict[str, Any]:
             for name, (microseconds, count) in top
         ],
     }
-
-
-def alone_and_among(report: Report, pipeline: Pipeline) -> dict[str, Any]:
-    """A text's vector does not depend on its batch mates, but for the rounding of differently tiled products."""
-    others = rows_of([7] * 63 + [512, 200], seed=1)
-    found = {}
-    for length in (5, 16, 40, 300):
-        row = rows_of([length])
-        alone, among = vectors_of(pipeline, row)[0], vectors_of(pipeline, [*others, *row])[-1]
-        difference = largest_difference(alone[None], among[None])
-        found[str(length)] = {"bit_identical": bool((alone == among).all()), "1 - cosine": difference}
-        report.check(f"alone and among, {length} tokens", difference, 1e-3)
-    return found
 
 
 def pooling_ms(report: Report) -> dict[str, float]:
@@ -278,40 +259,40 @@ def against_padded(report: Report, encoder: Any) -> dict[str, Any]:
     rows = [Row(encoding.ids, 0) for encoding in trained_tokenizer().encode_batch(texts)]
     tokens = sum(map(len, rows))
     batches = packed_batches(rows, 512 if report.tiny else 8192)
-    rates: dict[str, float] = {"packed": 0.0, "padded": 0.0}
-    with eager_layers(encoder):
-        padded_vectors(encoder, rows[:32])
-    pipelined(Pipeline(encoder), batches)
-    for _ in range(2):
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    by_length = [rows[index] for index in order]
+    times: dict[str, list[float]] = {"packed": [], "padded": []}
+    for _ in range(3):  # the first warms up
         seconds, packed = pipelined(Pipeline(encoder), batches)
-        rates["packed"] = max(rates["packed"], tokens / seconds)
-        began = time.perf_counter()
+        times["packed"].append(seconds)
         with eager_layers(encoder):
-            padded = padded_vectors(encoder, rows)
-        rates["padded"] = max(rates["padded"], tokens / (time.perf_counter() - began))
-    # Random weights: the rounding of as many layers as the model has, with nothing that was learned to dampen it.
-    report.check(f"packed against padded, {len(encoder.model.layers)} layers", largest_difference(packed, padded), 0.05)
-    ratio = round(rates["packed"] / rates["padded"], 2)
-    return {"texts": len(rows), "tokens": tokens, "tokens_per_second": rates, "packed / padded": ratio}
+            seconds, padded = padded_vectors(encoder, by_length)
+        times["padded"].append(seconds)
+    rates = {name: tokens / min(each[1:]) for name, each in times.items()}
+    return {
+        "texts": len(rows),
+        "tokens": tokens,
+        "tokens_per_second": rates,
+        "packed / padded": round(rates["packed"] / rates["padded"], 2),
+        # Random weights: the rounding of as many layers as the model has, with nothing that was learned to dampen it.
+        "largest 1 - cosine": largest_difference(packed[order], padded),
+    }
 
 
 @torch.inference_mode()
-def padded_vectors(encoder: Encoder, rows: Sequence[Row]) -> Tensor:
-    """(B, D) by way of transformers' own attention, in batches of 32 of about one length, padded to their longest."""
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+def padded_vectors(encoder: Encoder, rows: Sequence[Row]) -> tuple[float, Tensor]:
+    """Seconds, and (B, D) by way of transformers' own attention, in batches of 32 rows, padded to their longest."""
+    began, found = time.perf_counter(), []
     encoder.model.set_attn_implementation("sdpa")
     try:
-        for start in range(0, len(order), 32):
-            places = order[start : start + 32]
-            parts = [torch.tensor(rows[place].token_ids) for place in places]
+        for start in range(0, len(rows), 32):
+            parts = [torch.tensor(row.token_ids) for row in rows[start : start + 32]]
             ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(encoder.device)
             lengths = torch.tensor([len(part) for part in parts], device=encoder.device)
             mask = (torch.arange(ids.shape[1], device=encoder.device) < lengths[:, None]).long()
             output = encoder.model(input_ids=ids, attention_mask=mask, is_causal=False, use_cache=False)
             sums = (output.last_hidden_state * mask[..., None]).sum(1).float()
-            for place, vector in zip(places, torch.nn.functional.normalize(sums).cpu(), strict=True):
-                found[place] = vector
+            found.append(torch.nn.functional.normalize(sums).cpu())
     finally:
         encoder.model.set_attn_implementation(implementation_name(encoder.kernel))
-    return torch.stack(found)
+    return time.perf_counter() - began, torch.cat(found)

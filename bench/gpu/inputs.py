@@ -27,16 +27,17 @@ Shape = tuple[str, dict[str, Any]]
 Row = TokenizedText
 
 
-def llama(width: int, layers: int, heads: int, groups: int, mlp: int, vocabulary: int, **others: Any) -> Shape:
-    """Sizes by their place; what a config may say besides by its name."""
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp, "vocab_size": vocabulary}
-    return "llama", {**sizes, "num_attention_heads": heads, "num_key_value_heads": groups, **others}
-
-
-def gemma3(width: int, layers: int, head: int, mlp: int, vocabulary: int, **others: Any) -> Shape:
-    """The same for heads of so many numbers, four of them on one key."""
-    others = {"head_dim": head, "query_pre_attn_scalar": head, **others}
-    return "gemma3_text", llama(width, layers, 4, 1, mlp, vocabulary, **others)[1]
+_TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "intermediate_size": 96,
+    "vocab_size": 12000,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.15,
+}
+_TINY_GEMMA = {"num_hidden_layers": 6, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 
 
 def known(base: str, **others: Any) -> Shape:
@@ -53,25 +54,21 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "270M": known("demo:", query_pre_attn_scalar=256),
     },
     "tiny": {
-        "8B": llama(64, 2, 4, 1, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),
-        "1.3B": llama(64, 2, 4, 2, 96, 12000, max_position_embeddings=8192, initializer_range=0.15),
-        "270M": gemma3(64, 6, 32, 96, 12000, sliding_window=16, initializer_range=0.15),
+        "8B": ("llama", _TINY),
+        "1.3B": ("llama", {**_TINY, "num_key_value_heads": 2}),
+        "270M": ("gemma3_text", {**_TINY, **_TINY_GEMMA}),
     },
 }
 
 
 def random_encoder(
-    shape: Shape,
-    device: torch.device,
-    layers: int | None = None,
-    merged: bool = True,
-    quantization: Quantization = "none",
+    shape: Shape, device: torch.device, merged: bool = True, quantization: Quantization = "none"
 ) -> Encoder:
-    """Seeded bfloat16 weights of a shape, or of some of its layers, made on the device; the fastest kernel there.
+    """Seeded bfloat16 weights of a shape, made on the device; the fastest kernel there.
 
     It is what `Encoder.load` makes of a stored one, unless its projections are to stay as they are.
     """
-    config = config_of(shape, layers)
+    config = config_of(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")

@@ -1,16 +1,15 @@
-"""What is known so far, kept in a file: figures, checks, targets, errors; and the time that is left."""
+"""What is known so far, kept in a file: figures, targets, errors; and the time that is left."""
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +18,6 @@ from bench.report import machine
 
 _Found = TypeVar("_Found")
 
-_RESULTS = Path(__file__).parents[1] / "results"
-
 
 class Report:
     """Runs steps and keeps what they find in a file."""
@@ -28,19 +25,25 @@ class Report:
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.device = device
         self.shapes: str = options.shapes
+        # Tiny shapes only show that everything runs.
+        self.tiny = options.shapes == "tiny"
         self.compile: bool = device.type == "cuda" if options.compile is None else options.compile
+        self.lacks_cuda = "" if device.type == "cuda" else "CUDA"
+        # Operations of large products, and bytes that a copy reads and writes, a second. While they are unknown, shares
+        # of them are NaN.
+        self.bf16_flops = self.bytes_per_second = math.nan
         self._file = options.out / "gpu.json"
         self._ends: float = time.perf_counter() + options.seconds
-        about = {"machine": about_machine(device, options.commit), "shapes": options.shapes}
-        self.document: dict[str, Any] = {"benchmark": "gpu", **about, "running": ""}
-        self.targets, self.checks, self.figures, self.skipped, self.errors = (
-            self.document.setdefault(name, {}) for name in ("targets", "checks", "figures", "skipped", "errors")
+        about = {**machine(), "cuda": torch.version.cuda}
+        if options.commit:
+            about["commit"] = options.commit
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            about |= {"device": properties.name, "device_gb": round(properties.total_memory / 1e9, 1)}
+        self.document: dict[str, Any] = {"benchmark": "gpu", "machine": about, "shapes": options.shapes, "running": ""}
+        self.targets, self.figures, self.skipped, self.errors = (
+            self.document.setdefault(name, {}) for name in ("targets", "figures", "skipped", "errors")
         )
-
-    @property
-    def tiny(self) -> bool:
-        """Whether this only shows that everything runs."""
-        return self.shapes == "tiny"
 
     @property
     def seconds_left(self) -> float:
@@ -75,12 +78,6 @@ class Report:
                 torch.cuda.empty_cache()
         return found
 
-    def check(self, name: str, value: float, limit: float) -> None:
-        """Note whether a difference is small enough; NaN is not."""
-        self.checks[name] = {"value": float(f"{value:.3g}"), "limit": limit, "ok": bool(value <= limit)}
-        if not value <= limit:
-            print(f"CHECK FAILED {name}: {value:.3g} > {limit}", flush=True)
-
     def target(self, name: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
         """Note a figure beside what it should be."""
         met = value >= at_least if at_least is not None else at_most is not None and value <= at_most
@@ -88,37 +85,9 @@ class Report:
         self.targets[name] = {"value": float(f"{value:.3g}"), "target": aim, "met": bool(met)}
         print(f"target {name}: {value:.3g}, {aim}: {'met' if met else 'MISSED'}", flush=True)
 
-    def lacks_cuda(self) -> str:
-        """What a step lacks that runs on a GPU only."""
-        return "" if self.device.type == "cuda" else "CUDA"
-
-    def lacks_compiler(self) -> str:
-        """What a step lacks that compiles."""
-        return "" if self.compile else "--compile"
-
-    def save(self, and_results: bool = False) -> None:
-        """Write it, and on request among the results that the repository keeps."""
-        for file in (self._file, _RESULTS / "gpu.json")[: 1 + and_results]:
-            file.write_text(json.dumps(self.document, indent=1) + "\n")
-
-    @property
-    def failed(self) -> bool:
-        """Whether a step or a check did."""
-        return bool(self.errors) or not all(check["ok"] for check in self.checks.values())
-
-
-def lacks_packages(names: str) -> str:
-    """Those of some packages, by the names that they are imported by, that are not installed."""
-    return ", ".join(name for name in names.split() if importlib.util.find_spec(name) is None)
-
-
-def about_machine(device: torch.device, commit: str) -> dict[str, Any]:
-    """The machine and its device; the commit as given, where the files come without their history."""
-    found = {**machine(), "cuda": torch.version.cuda, **({"commit": commit} if commit else {})}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"device": properties.name, "device_gb": round(properties.total_memory / 1e9, 1)}
-    return found
+    def save(self) -> None:
+        """Write the file."""
+        self._file.write_text(json.dumps(self.document, indent=1) + "\n")
 
 
 def sync(device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Step 7: the server with 1.3B over HTTP, and the engine by itself with the batches that the server chose."""
+"""Step 5: the server with 1.3B over HTTP, and the engine by itself with the batches that the server chose."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import sys
 import tempfile
@@ -13,22 +14,21 @@ from typing import Any, Literal
 
 import torch
 
-from bench.gpu.clocks import packed_batches, pipelined
+from bench.gpu.clocks import pipelined
 from bench.gpu.inputs import SHAPES, random_encoder, store
-from bench.gpu.report import Report, lacks_packages
-from bench.gpu.start import NEEDS
-from bench.texts import distinct_texts, mixed_texts
+from bench.gpu.report import Report
+from bench.texts import distinct_texts, mixed_texts, packed_batches, tokenized
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pipeline
-from model_store.text.tokenizer import TextTokenizer
 
-_SERVER_NEEDS = f"{NEEDS} fastapi opentelemetry uvicorn httptools pybase64 uvloop"
+_NEEDS = ["pydantic", "pydantic_settings", "prometheus_client", "orjson", "fastapi", "opentelemetry", "uvicorn"]
+_NEEDS += ["httptools", "pybase64", "uvloop"]
 
 
 def measure(report: Report, encoder: Encoder | None) -> None:
     """`encoder` is that of 1.3B, for the engine by itself."""
-    lacks = lacks_packages(_SERVER_NEEDS) or ("" if encoder else "1.3B build")
-    found = report.step("1.3B over HTTP", 110, lambda: over_http(report, encoder), lacks)
+    lacks = [name for name in _NEEDS if importlib.util.find_spec(name) is None] or ["1.3B build"] * (encoder is None)
+    found = report.step("1.3B over HTTP", 110, lambda: over_http(report, encoder), ", ".join(lacks))
     if found:
         report.target("1.3B, HTTP / engine rate", found["http / engine"], at_least=0.95)
 
@@ -48,7 +48,7 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
         count = 1024 if report.tiny else 8192
         distinct = [f"{number} {text}" for number, text in enumerate(mixed_texts(count))]
         texts = {"bulk": distinct, "query": distinct_texts(count)}
-        rows = TextTokenizer.load(folder, manifest).encode_batch(distinct, [""] * count)
+        rows = tokenized(distinct, folder)
         mean_tokens = sum(map(len, rows)) / count
 
         def asked(kind: str, inputs: int, connections: int) -> Future[Answers]:
@@ -67,11 +67,10 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
             found["switches"] = [line for line in server.log.read_text().splitlines() if " is o" in line]
             asked("query", 1, 4).result()
             bulk = asked("bulk", inputs, 16).result()
-            rate = len(bulk.answers) * inputs * mean_tokens / bulk.seconds
+            rate = bulk.per_second * inputs * mean_tokens
             found[f"bulk {inputs} × 16"] = {"tokens_per_second": round(rate), **latencies(bulk)}
             lone = asked("query", 1, queries).result()
-            per_second = round(len(lone.answers) / lone.seconds)
-            found[f"queries × {queries}"] = {"per_second": per_second, **latencies(lone)}
+            found[f"queries × {queries}"] = {"per_second": round(lone.per_second), **latencies(lone)}
             beside = asked("bulk", inputs, 16)
             found["queries × 16 beside bulk"] = latencies(asked("query", 1, 16).result())
             beside.result()
@@ -103,7 +102,7 @@ def main(folder: str, port: str, shapes: str, device: str, compiled: Literal["au
         port=int(port),
         device=device,
         compile=compiled,
-        cuda_graphs="off" if tiny else "auto",  # step 1 tries them, and to capture tiny shapes on a CPU takes minutes
+        cuda_graphs="off" if tiny else "auto",  # to capture tiny shapes on a CPU takes minutes
         max_tokens_per_request=1 << 20,
         max_queued_tokens=1 << 23,
     )

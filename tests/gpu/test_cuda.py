@@ -3,13 +3,14 @@
     python -m pytest -m gpu tests/gpu
 
 needs torch, transformers and pytest alone, but for the worker, which is skipped where pydantic or another of its
-packages is missing. The encoders are tiny and made in memory.
+packages is missing. The encoders are made in memory: tiny ones, and some layers of a real model's shape.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import CONFIG_MAPPING, AutoModel
 
 from model_store.build.self_test import (
     TOLERANCE,
@@ -36,6 +37,7 @@ from model_store.encoder.pipeline import Pipeline, graph_sizes
 from model_store.encoder.pooling import Wanted
 from model_store.encoder.quantization import EmulatedFp8Linear, Fp8Linear, Quantization
 from model_store.rope import readable_positions
+from model_store.shape import known_configs
 from tests.tiny import FAMILIES, normalized, random_rows, tiny_config, tiny_model
 
 pytestmark = [
@@ -44,6 +46,7 @@ pytestmark = [
 ]
 
 LENGTHS = [1, 3, 16, 17, 18, 70, 9, 300]
+REAL = "princeton-nlp/Sheared-LLaMA-1.3B"
 WORKER_PACKAGES = ("pydantic", "pydantic_settings", "prometheus_client", "orjson")
 
 
@@ -54,6 +57,16 @@ def encoder_of(
     sizes = {"width": model.config.hidden_size, "max_positions": readable_positions(model.config.to_dict())}
     manifest: Any = SimpleNamespace(pooling="mean", model_type=model.config.model_type, **sizes)
     return Encoder.of(model.to(dtype), manifest, choose_device(device), quantization=quantization)
+
+
+def model_of(name: str) -> Any:
+    """A tiny model of a family, or six layers of random weights in a real model's shape."""
+    if name != REAL:
+        return tiny_model(name)
+    sizes = {**known_configs()[REAL], "num_hidden_layers": 6}
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return AutoModel.from_config(CONFIG_MAPPING[sizes.pop("model_type")](**sizes), dtype=torch.bfloat16).eval()
 
 
 def vectors(encoder: Encoder, lengths: list[int]) -> torch.Tensor:
@@ -84,10 +97,11 @@ def test_bfloat16_is_near_float32(family: str) -> None:
     assert largest_difference(vectors(on_cuda, LENGTHS), vectors(on_cpu, LENGTHS)) < 0.01
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_neighbours_do_not_matter(family: str) -> None:
-    encoder = encoder_of(tiny_model(family), "cuda")
-    alone, among = vectors(encoder, [40]), vectors(encoder, [40, 512, *[7] * 63])[:1]
+@pytest.mark.parametrize("length", [5, 16, 40, 300])
+@pytest.mark.parametrize("name", [*FAMILIES, REAL])
+def test_neighbours_do_not_matter(name: str, length: int) -> None:
+    encoder = encoder_of(model_of(name), "cuda")
+    alone, among = vectors(encoder, [length]), vectors(encoder, [length, 512, 200, *[7] * 63])[:1]
     assert largest_difference(alone, among) < 1e-3  # the matrix products choose their kernel by the number of rows
 
 
@@ -111,16 +125,18 @@ def test_the_flash_kernel_is_chosen_for_16_bit() -> None:
     assert choose_kernel("auto", device, torch.float32, config) == "sdpa"
 
 
-@pytest.mark.parametrize("width", [20, 64, 128, 256])
+@pytest.mark.parametrize("width", [20, 60, 64, 128, 256])  # the first two are widened to a multiple of 8
+@pytest.mark.parametrize("groups", [2, 8])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 8, 100])
-def test_the_flash_kernel_equals_each_text_by_itself(width: int, window: int | None, causal: bool) -> None:
+@pytest.mark.parametrize("window", [None, 8, 100, 511])
+def test_the_flash_kernel_equals_each_text_by_itself(width: int, groups: int, window: int | None, causal: bool) -> None:
     torch.manual_seed(0)
-    starts = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    lengths = [*LENGTHS, 1013]
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     query, key, value = (
-        torch.randn(1, heads, sum(LENGTHS), width, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2)
+        torch.randn(1, heads, sum(lengths), width, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups)
     )
-    layout = Layout(starts, max(LENGTHS), window=window, causal=causal)
+    layout = Layout(starts, max(lengths), window=window, causal=causal)
     found = packed_torch_flash(query, key, value, replace(layout, cu_seqlens=starts.cuda())).float()
     expected = packed_sdpa(query.float(), key.float(), value.float(), layout)
     assert (found - expected).norm() < 0.01 * expected.norm()
@@ -137,21 +153,25 @@ def test_a_forward_pass_waits_for_nothing(family: str) -> None:
     assert hidden.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", REAL])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_captured_graphs_equal_the_plain_way(family: str, compiled: bool) -> None:
-    encoder = encoder_of(tiny_model(family), "cuda")
+def test_captured_graphs_equal_the_plain_way(name: str, compiled: bool) -> None:
+    encoder = encoder_of(model_of(name), "cuda")
     if compiled:
         compile_checked(encoder)
-    plain = Pipeline(encoder)
-    captured = plain.with_graphs(graph_sizes(256))
+    plain, width = Pipeline(encoder), encoder.manifest.width
+    captured = plain.with_graphs([*graph_sizes(512), 2048] if name == REAL else graph_sizes(256))
     check_same_vectors(plain, captured)
-    for seed, lengths in enumerate(([1], [16], [5, 3, 2], [9, 60, 30], [8] * 20, [17] * 15, [200, 70])):
+    # Below, at and above a block of texts that are taken together, and the last of either beyond every graph.
+    batches = [[1], [16], [5, 3, 2], [9, 60, 30], [8] * 20, [17] * 15, [200, 70]]
+    if name == REAL:
+        batches += [[8] * 30, [17] * 29, [500], [1013, 70], [2048], [2000, 700]]
+    for seed, lengths in enumerate(batches):
         rows = random_rows(lengths, seed)
-        wanted = [Wanted(64 if i % 2 else 21) for i in range(len(rows))]
+        wanted = [Wanted(width if i % 2 else width // 3) for i in range(len(rows))]
         found, expected = (torch.from_numpy(way.launch(rows, wanted).wait().copy()) for way in (captured, plain))
         assert largest_difference(found, expected) < 2 * TOLERANCE[torch.bfloat16]
-        assert not found[0, 21:].any()
+        assert not found[0, width // 3 :].any()
 
 
 @pytest.mark.skipif(
@@ -160,9 +180,9 @@ def test_captured_graphs_equal_the_plain_way(family: str, compiled: bool) -> Non
 def test_fp8_equals_its_slow_twin() -> None:
     torch.manual_seed(0)
     device = choose_device("cuda")
-    for tokens, bias in ((16, False), (17, True), (333, True)):
-        linear = torch.nn.Linear(256, 128, bias=bias, device=device, dtype=torch.bfloat16)
-        x = torch.randn(1, tokens, 256, device=device, dtype=torch.bfloat16)
+    for tokens, bias in itertools.product((16, 17, 333), (False, True)):
+        linear = torch.nn.Linear(1024, 512, bias=bias, device=device, dtype=torch.bfloat16)
+        x = torch.randn(1, tokens, 1024, device=device, dtype=torch.bfloat16)
         found, expected = (kind(linear, device)(x).float() for kind in (Fp8Linear, EmulatedFp8Linear))
         assert (found - expected).norm() < 0.02 * expected.norm()
     quantized, plain = (
