@@ -111,16 +111,7 @@ def main() -> None:
             **{f"encoder, {kind}": round(encoder_rate(encoder, rows[kind])) for kind in ("short", "long")},
             "peak_memory_gb": {"server": peak_memory_gb(servers["server"].process.pid)},
         }
-    compared = {
-        "tokens_per_second": {name: round(median(values)) for name, values in rates.items()},
-        "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
-        "gemm_gflops": [round(rate / 1e9) for rate in gemm],
-        "encoder's share of the gemm rate": gemm_shares(encoder, rows["mixed"], rates["encoder"], gemm),
-        "ratios": {
-            **{f"server / {name}": ratio(rates["server"], rates[name]) for name in rates if name != "server"},
-            **{f"encoder / {name}": ratio(rates["encoder"], rates[name]) for name in rates if name in others},
-        },
-    }
+    compared = comparison(encoder, rows["mixed"], rates, gemm)
     finish("cpu", {**result, **compared, **over_http.figures()}, options.save)
 
 
@@ -224,16 +215,27 @@ def lone(
     return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
 
 
-def gemm_shares(
-    encoder: Encoder, rows: Sequence[TokenizedText], rates: Sequence[float], gemm: Sequence[float]
-) -> dict[str, float]:
-    """The encoder's operations a second as a share of those of large matrix products."""
+def comparison(
+    encoder: Encoder, rows: Sequence[TokenizedText], rates: Mapping[str, list[float]], gemm: Sequence[float]
+) -> dict[str, Any]:
+    """The rounds' tokens a second beside each other, and the encoder's beside the rate of large matrix products."""
     shape = Shape.read(encoder.model.config.to_dict())
     linear = shape.linear_flops_per_token
     attention = shape.attention_flops(map(len, rows)) / sum(map(len, rows))
+    own = rates["encoder"]
+    others = [name for name in rates if name not in ("encoder", "server")]
     return {
-        "linear layers": ratio([linear * rate for rate in rates], gemm),
-        "with attention": ratio([(linear + attention) * rate for rate in rates], gemm),
+        "tokens_per_second": {name: round(median(values)) for name, values in rates.items()},
+        "rounds": {name: [round(value) for value in values] for name, values in rates.items()},
+        "gemm_gflops": [round(rate / 1e9) for rate in gemm],
+        "encoder's share of the gemm rate": {
+            "linear layers": ratio([linear * rate for rate in own], gemm),
+            "with attention": ratio([(linear + attention) * rate for rate in own], gemm),
+        },
+        "ratios": {
+            **{f"server / {name}": ratio(rates["server"], rates[name]) for name in ("encoder", *others)},
+            **{f"encoder / {name}": ratio(own, rates[name]) for name in others},
+        },
     }
 
 

@@ -73,30 +73,22 @@ def main() -> None:
     products = product_times(encoders["bfloat16"])
     rates, lone_ms = speeds(encoders, batches, lone, options.rounds)
     ratios = {name: ratio(found, rates["bfloat16"]) for name, found in rates.items()}
-    finish(
-        "quantization",
-        {
-            "model": manifest.name,
-            "device": "cpu, one core",
-            "texts": options.texts,
-            "tokens": sum(len(batch.token_ids) for batch in batches),
-            "cosine_to_bfloat16": {
-                name: {"mean": round(float(found.mean()), 5), "min": round(float(found.min()), 5)}
-                for name, found in cosines.items()
-            },
-            "sts_spearman": spearman,
-            "tokens_per_second": {name: round(median(found)) for name, found in rates.items()},
-            "ratio_to_bfloat16": ratios,
-            "lone_query_ms": lone_ms,
-            "product_us": products,
-            "worth_having": [
-                name
-                for name, found in cosines.items()
-                if name.startswith("int8") and ratios.get(name, 0) > 1 and found.min() >= _WORTH_COSINE
-            ],
-        },
-        options.save,
-    )
+    near = {name: {"mean": round(float(c.mean()), 5), "min": round(float(c.min()), 5)} for name, c in cosines.items()}
+    int8 = [name for name in cosines if name.startswith("int8")]
+    result = {
+        "model": manifest.name,
+        "device": "cpu, one core",
+        "texts": options.texts,
+        "tokens": sum(len(batch.token_ids) for batch in batches),
+        "cosine_to_bfloat16": near,
+        "sts_spearman": spearman,
+        "tokens_per_second": {name: round(median(found)) for name, found in rates.items()},
+        "ratio_to_bfloat16": ratios,
+        "lone_query_ms": lone_ms,
+        "product_us": products,
+        "worth_having": [name for name in int8 if ratios[name] > 1 and cosines[name].min() >= _WORTH_COSINE],
+    }
+    finish("quantization", result, options.save)
 
 
 def load_all(folder: Path) -> dict[str, Encoder]:

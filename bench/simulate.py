@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
-from bench.report import RESULTS, finish, options_of
+from bench.report import RESULTS, finish, options_of, tell
 from model_store.build.sources import shape_of
 from service.batching.cost_model import CostModel
 from service.batching.scheduling import Lane
@@ -38,9 +38,6 @@ _8B = "meta-llama/Meta-Llama-3-8B-Instruct"
 _SMALL = "princeton-nlp/Sheared-LLaMA-1.3B"
 _QUERIES_PER_SECOND = 150.0
 _SEED = 0
-
-_LINE = "{:40} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8} {:>8} {:>6}"
-
 
 LOADS: dict[str, tuple[Client, ...]] = {
     "published": (Client(2048, (50, 225), period=10),),
@@ -114,13 +111,12 @@ def main() -> None:
     cost = Plan(shape_of(_8B), gpu_named("h100-sxm"), Asked()).cost
     loads: dict[str, dict[str, dict[str, float | None]]] = {}
     for load, clients in LOADS.items():
-        print(_LINE.format(load, "query p50", "p99 ms", "bulk p50", "p99", "max s", "tokens/s", "a batch", "jain"))
         loads[load] = {}
         for name, policy in policies(cost).items():
             outcome = simulate(policy(), cost, _QUERIES_PER_SECOND, clients, options.seconds, _SEED)
             assert all(request.missing == 0 for request in outcome.requests), f"{name} lost or doubled an input"
-            loads[load][name] = summary = outcome.summary()
-            print(_LINE.format(name, *("-" if value is None else f"{value:g}" for value in summary.values())))
+            loads[load][name] = outcome.summary()
+            tell(f"{load}: {name}", loads[load][name])
     plans = {
         name: held_to_it(Plan(shape_of(base), gpu_named(gpu), asked), options.seconds)
         for name, (base, gpu, asked) in PLANS.items()

@@ -5,44 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from bench.gpu.inputs import Row
-from bench.gpu.report import Report, sync
-from bench.report import seconds_of
+from bench.gpu.report import Report
 from model_store.encoder.pipeline import Pipeline
 from model_store.encoder.pooling import Wanted
 from model_store.encoder.quantization import quantize_rows
 
 # M × K by K × N a matrix product; B texts, D width
 
-# What an event can tell apart.
-_GRAIN_SECONDS = 5e-7
-
 
 @torch.inference_mode()
-def device_seconds(run: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """The median time of one of many calls queued behind each other, after two that don't count."""
-    run()
-    sync(device)
-    began = time.perf_counter()
-    run()
-    sync(device)
-    rounds = min(max(int(budget / max(time.perf_counter() - began, _GRAIN_SECONDS)), 3), 100)
-    if device.type == "cpu":
-        return median(seconds_of(run) for _ in range(rounds))
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for start, end in marks:
-        start.record()
-        run()
-        end.record()
-    sync(device)
-    milliseconds: list[float] = [start.elapsed_time(end) for start, end in marks]
-    return max(median(milliseconds) / 1000, _GRAIN_SECONDS)
+def device_seconds(run: Callable[[], object]) -> float:
+    """The median time of one of many calls queued behind each other."""
+    return Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=0.5).median
 
 
 def launch_seconds(pipeline: Pipeline, rows: Sequence[Row], rounds: int) -> tuple[list[float], list[float]]:
@@ -84,7 +65,7 @@ def ceilings(report: Report) -> None:
 
     def copy() -> dict[str, float]:
         source = torch.ones((1 << 22) if report.tiny else (1 << 32), dtype=torch.uint8, device=report.device)
-        seconds = device_seconds(partial(torch.empty_like(source).copy_, source), report.device)
+        seconds = device_seconds(partial(torch.empty_like(source).copy_, source))
         report.bytes_per_second = float(f"{2 * source.numel() / seconds:.4g}")
         return {"bytes_per_second": report.bytes_per_second}
 
@@ -101,7 +82,7 @@ def best_product(report: Report, prepare: Callable[[Tensor, Tensor], Callable[[]
     best = 0.0
     for m, k, n in [(64, 64, 64)] if report.tiny else [(8192, 8192, 8192), (8192, 4096, 14336), (16384, 4096, 4096)]:
         left, right = (torch.randn(rows, k, device=report.device, dtype=torch.bfloat16) for rows in (m, n))
-        best = max(best, 2 * m * k * n / device_seconds(prepare(left, right), report.device))
+        best = max(best, 2 * m * k * n / device_seconds(prepare(left, right)))
     return float(f"{best:.4g}")
 
 

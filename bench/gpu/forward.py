@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import attrgetter
 from statistics import median
 from typing import Any
 
@@ -150,15 +151,15 @@ def by_tokens(pipeline: Pipeline, peak: float, sizes: Sequence[int], eager: bool
 def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, float]:
     """The device's time, the caller's and the host's, the rate and its share of the peak."""
     encoder = pipeline.encoder
-    device, shape = encoder.device, shape_of(encoder)
+    shape = shape_of(encoder)
     batch = PackedBatch.pack(rows, "mean")
     finish = finish_of(full_width(pipeline, rows), [1] * len(rows))
     replay = next((replay for replay in pipeline.replays if replay.serves(batch)), None)
     if replay is not None:
-        seconds = device_seconds(partial(replay.graph.replay, batch, finish), device)
+        seconds = device_seconds(partial(replay.graph.replay, batch, finish))
     else:
-        placed, finish = encoder.place(batch), to_device(finish, device)
-        seconds = device_seconds(partial(forward, encoder, placed, **finish), device)
+        placed, finish = encoder.place(batch), to_device(finish, encoder.device)
+        seconds = device_seconds(partial(forward, encoder, placed, **finish))
     whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
     lengths = [len(row) for row in rows]
     flops = shape.linear_flops_per_token * sum(lengths) + shape.attention_flops(lengths)
@@ -210,21 +211,19 @@ def kernel_table(pipeline: Pipeline, tokens: int) -> dict[str, Any]:
             pipelined(pipeline, [rows])
     events = profile.key_averages()
     kernels = [event for event in events if event.device_type.name == "CUDA"]
-    times = {event.key: (event.self_device_time_total, event.count) for event in kernels} or {
-        event.key: (event.self_cpu_time_total, event.count) for event in events
-    }
-    total = sum(microseconds for microseconds, _ in times.values())
-    top = sorted(times.items(), key=lambda item: -item[1][0])[:_TABLE_ROWS]
+    microseconds = attrgetter("self_device_time_total" if kernels else "self_cpu_time_total")
+    by_time = sorted(kernels or events, key=microseconds, reverse=True)
+    total = sum(map(microseconds, by_time))
     return {
         "microseconds": round(total / _PROFILED_ROUNDS, 1),
         "top": [
             {
-                "name": name[:120],
-                "calls": round(count / _PROFILED_ROUNDS, 1),
-                "microseconds": round(microseconds / _PROFILED_ROUNDS, 1),
-                "share": round(microseconds / total, 4) if total else 0.0,
+                "name": event.key[:120],
+                "calls": round(event.count / _PROFILED_ROUNDS, 1),
+                "microseconds": round(microseconds(event) / _PROFILED_ROUNDS, 1),
+                "share": round(microseconds(event) / total, 4) if total else 0.0,
             }
-            for name, (microseconds, count) in top
+            for event in by_time[:_TABLE_ROWS]
         ],
     }
 
@@ -237,7 +236,7 @@ def pooling_ms(report: Report) -> dict[str, float]:
     for length in (tokens, _TEXT_TOKENS):
         batch = PackedBatch.pack(rows_of([length] * (tokens // length)), "mean")
         placed = PackedBatch(longest=length, **to_device(batch.tensors, report.device))
-        found[f"texts of {length}"] = ms(device_seconds(partial(pool, hidden, placed), report.device))
+        found[f"texts of {length}"] = ms(device_seconds(partial(pool, hidden, placed)))
     return found
 
 

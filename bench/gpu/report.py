@@ -64,7 +64,8 @@ class Report:
         began, found = time.perf_counter(), None
         try:
             found = run()
-            sync(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # an error of the device belongs to this step
             self.figures[name] = found
         except Exception as error:
             self.errors[name] = "".join(traceback.format_exception(error))[-3000:]
@@ -88,9 +89,3 @@ class Report:
     def save(self) -> None:
         """Write the file."""
         self._file.write_text(json.dumps(self.document, indent=1) + "\n")
-
-
-def sync(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -27,7 +27,9 @@ _NEEDS += ["httptools", "pybase64", "uvloop"]
 
 def measure(report: Report, encoder: Encoder | None) -> None:
     """`encoder` is that of 1.3B, for the engine by itself."""
-    lacks = [name for name in _NEEDS if importlib.util.find_spec(name) is None] or ["1.3B build"] * (encoder is None)
+    lacks = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+    if encoder is None:
+        lacks.append("1.3B build")
     found = report.step("1.3B over HTTP", 110, lambda: over_http(report, encoder), ", ".join(lacks))
     if found:
         report.target("1.3B, HTTP / engine rate", found["http / engine"], at_least=0.95)
