@@ -47,7 +47,7 @@ def main() -> None:
         with serving(folder, settings, "bench.stand_in", (others, own)) as server:
             check(server, case, requests)
             results.append({"case": str(case), "front_ends": count, **measure(server.url, shares, options.seconds)})
-        tell("", results[-1])
+        tell(f"{count} front ends", results[-1])
     finish("front_ends", {"seconds": options.seconds, "clients": options.clients, "cases": results}, options.save)
 
 

@@ -60,7 +60,7 @@ def main() -> None:
             began, whole = time.perf_counter(), _WARM_UP_SECONDS + options.seconds
             found = uvloop.run(open_loop(server.url, requests, factor * capacity, whole, _CONNECTIONS))
             rows.append({"factor": factor, **figures(found, began + _WARM_UP_SECONDS, began + whole)})
-            tell("", rows[-1])
+            tell(f"{factor:g}x", rows[-1])
             time.sleep(1)
     best = max(row["goodput"] for row in rows)
     result = {
