@@ -63,7 +63,7 @@ class PackedBatch:
         missing = max(tokens - have, 0)
         ends = [tokens] * (missing > 0)
         ends += [max(tokens, have)] * (texts + 1 - len(self.cu_seqlens) - len(ends))
-        if not ends:
+        if not ends and not texts:
             return self
         filled = replace(
             self,

@@ -116,7 +116,7 @@ def test_long_texts_are_summed_in_blocks_of_their_own(mode: PoolingMode) -> None
         start += len(row)
 
 
-@pytest.mark.parametrize("lengths", [[30], [5, 3, 2], [64], [100, 20, 1]])
+@pytest.mark.parametrize("lengths", [[30], [5, 3, 2], [64], [100, 20, 1], [100, 20, 4, 2, 1, 1]])
 def test_batches_filled_up_to_one_size_have_the_same_shapes(lengths: list[int]) -> None:
     rows = [TokenizedText([3] * length, 0) for length in lengths]
     filled = PackedBatch.pack(rows, "mean").filled_up_to(128, texts=6)

@@ -12,7 +12,7 @@ from service.errors import InvalidRequest
 from service.settings import Settings
 from tests.service.fakes import fake_manifest
 
-OWN = {
+OWN: dict[str, Any] = {
     "template": Template(lead=VERBATIM),
     "query_instruction": "query: ",
     "document_instruction": "passage: ",
