@@ -112,8 +112,7 @@ serve.__signature__ = signature_of_settings()  # type: ignore[attr-defined]
 def build(
     recipe: Annotated[str | None, option("a packaged recipe, or one of your own", "NAME|FILE.toml")] = None,
     base: Annotated[
-        str | None,
-        option("a folder, a hub id (org/name or org/name@revision), or demo:; overrides a recipe's", "REF"),
+        str | None, option("a folder, a hub id (org/name or org/name@revision), or demo:; overrides a recipe's", "REF")
     ] = None,
     adapter: Annotated[_Texts, option("a LoRA adapter; several are merged in order", "REF")] = None,
     out: Annotated[Path | None, option("the encoder's folder", "DIR")] = None,

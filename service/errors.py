@@ -6,7 +6,6 @@ ServiceError
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
 │   ├── TooManyInputs
-│   ├── TooManyValues
 │   ├── UnsupportedEncoding
 │   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
@@ -67,8 +66,7 @@ class RequestTooLarge(InvalidRequest):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(
-            f"the request body is larger than {limit_bytes} bytes: send fewer inputs at once",
-            "request_too_large",
+            f"the request body is larger than {limit_bytes} bytes: send fewer inputs at once", "request_too_large"
         )
 
 
@@ -101,9 +99,7 @@ class ModelNotFound(InvalidRequest):
 
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(
-            f"the model {asked[:100]!r} does not exist here; this server serves {served!r}",
-            "model_not_found",
-            "model",
+            f"the model {asked[:100]!r} does not exist here; this server serves {served!r}", "model_not_found", "model"
         )
 
 
@@ -134,16 +130,6 @@ class TooMuchInFlight(Overloaded):
             "(the setting LLM2VEC_MAX_BYTES_IN_FLIGHT); try again later",
         )
         self.retry_after_seconds = 1.0
-
-
-class TooManyValues(InvalidRequest):
-    """The body holds more JSON values than any request needs."""
-
-    def __init__(self, values: int, most: int, what: str) -> None:
-        super().__init__(
-            f"the body holds {values} {what}: at most {most} are taken, send fewer inputs at once",
-            "request_too_large",
-        )
 
 
 class Unavailable(ServiceError):

@@ -18,14 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from statistics import mean
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import Metric
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -76,13 +69,7 @@ Samples = list[tuple[str, str, dict[str, str], float]]
 # Metrics whose values are not added up.
 _LARGEST = frozenset(
     f"llm2vec_{name}"
-    for name in (
-        "queue_oldest_seconds",
-        "batch_tokens_full",
-        "model_load_seconds",
-        "warmup_seconds",
-        "build_info",
-    )
+    for name in ("queue_oldest_seconds", "batch_tokens_full", "model_load_seconds", "warmup_seconds", "build_info")
 )
 _ALL_FRONT_ENDS = "llm2vec_ready"
 _MEAN_OF_ENGINES = "llm2vec_model_flops_utilization"

@@ -264,8 +264,7 @@ class Settings(BaseSettings):
         False, description="also give metrics under text-embeddings-inference's names, for dashboards that use them"
     )
     reject_unknown_fields: bool = Field(
-        False,
-        description="answer 400 to unknown request fields, instead of naming them in a header",
+        False, description="answer 400 to unknown request fields, instead of naming them in a header"
     )
     stuck_batch_seconds: float | None = Field(
         None,
@@ -274,9 +273,7 @@ class Settings(BaseSettings):
         "ends with status 1; by default 120, or 20 times the expected time if that is longer",
     )
     start_seconds: float | None = Field(
-        None,
-        gt=0,
-        description="the process also ends if loading and warm-up take longer; by default there is no limit",
+        None, gt=0, description="the process also ends if loading and warm-up take longer; by default there is no limit"
     )
     shutdown_grace_seconds: int = Field(
         30, ge=1, description="how long requests in flight may take to finish after SIGTERM"

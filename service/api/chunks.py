@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from typing import Annotated, Literal
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from service.api.openai import ERRORS, EmbedFields, usage
-from service.embedding.choices import EmbedDtype
-from service.embedding.requests import ChunkRequest, ChunkResult, EmbedInput
+from service.api.openai import ERRORS, EmbedFields, write_answer
+from service.embedding.requests import ChunkRequest, EmbedInput
 from service.errors import InvalidRequest
-from service.http.answers import EncodingFormat, encode_vectors
 from service.http.call import Call
 from service.http.common import Text
 from service.http.openapi import documented
@@ -59,7 +54,8 @@ class ChunkEmbeddingsAnswer(BaseModel):
 
 @router.post(
     "/v1/chunk_embeddings",
-    **partial(documented, errors=ERRORS)(
+    **documented(
+        ERRORS,
         ChunkEmbeddingsBody,
         ChunkEmbeddingsAnswer,
         {"input": "Berlin is the capital of Germany. It has 3.7 million people.", "chunk_size": 8},
@@ -85,25 +81,9 @@ async def create_chunk_embeddings(request: Request) -> Response:
         body.timeout_seconds(),
     )
     result = await call.embed_chunks(asked)
-    slices = write_answer(
-        result, call.parts.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
-    )
+
+    def place_of(chunk: int) -> bytes:
+        return b'"start":%d,"end":%d,"tokens":%d,' % (*result.spans[chunk], result.tokens[chunk])
+
+    slices = write_answer(result.embedded, call.parts.served_name, body, place_of)
     return call.answer(slices, [EmbedInput(asked.text, asked.instruction)], result.embedded)
-
-
-def write_answer(
-    result: ChunkResult, model: str, encoding_format: EncodingFormat, dtype: EmbedDtype
-) -> Iterator[bytes]:
-    """The answer as JSON bytes, in slices."""
-    before = b'{"object":"list","data":['
-    index = 0
-    for part in encode_vectors(result.embedded.vectors, encoding_format, dtype):
-        items = [
-            b'{"object":"embedding","index":%d,"start":%d,"end":%d,"tokens":%d,"embedding":%b}'
-            % (place, *result.spans[place], result.tokens[place], vector)
-            for place, vector in enumerate(part, index)
-        ]
-        yield before + b",".join(items)
-        before = b","
-        index += len(part)
-    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage(result.embedded)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -15,9 +14,9 @@ from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_array
 from service.http.call import Call
-from service.http.common import Name, Text, truncation
-from service.http.error_responses import Dialect, described
-from service.http.openapi import documented
+from service.http.common import Dimensions, ModelName, Name, Text, truncation
+from service.http.error_responses import Dialect
+from service.http.openapi import described, documented
 from service.http.requests import missing
 from service.logs import request_id
 
@@ -48,7 +47,7 @@ _INPUTS_SCHEMA = {
             },
         },
         {"type": "null"},
-    ],
+    ]
 }
 
 
@@ -66,9 +65,7 @@ class CohereEmbedBody(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str | None = Field(
-        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
-    )
+    model: ModelName = None
     texts: list[Text] | None = Field(None, description="the texts")
     inputs: Annotated[list[_Input] | None, WithJsonSchema(_INPUTS_SCHEMA)] = Field(
         None, description="or texts in parts, which are joined by line breaks"
@@ -88,7 +85,7 @@ class CohereEmbedBody(BaseModel):
         "number, uint8 is that and 128; ubinary and binary are signs, eight to a number; base64 is of little-endian "
         "float32",
     )
-    output_dimension: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+    output_dimension: Dimensions = None
     max_tokens: int | None = Field(
         None, ge=1, strict=True, description="no fewer than the server reads: texts are not cut before"
     )
@@ -179,12 +176,11 @@ _ERRORS = described(CohereErrorAnswer)
 router = APIRouter(tags=["Cohere"], responses={401: _ERRORS[401]})
 
 
-_documented = partial(documented, CohereEmbedBody, errors=_ERRORS)
-
-
 @router.post(
     "/v1/embed",
-    **_documented(
+    **documented(
+        _ERRORS,
+        CohereEmbedBody,
         CohereFloatsAnswer | CohereByTypeAnswer,
         {"texts": ["A plane is taking off.", "A man is playing a flute."], "input_type": "search_document"},
         {"texts": ["how much protein a day"], "input_type": "search_query", "embedding_types": ["float", "int8"]},
@@ -197,7 +193,9 @@ async def embed_v1(request: Request) -> Response:
 
 @router.post(
     "/v2/embed",
-    **_documented(
+    **documented(
+        _ERRORS,
+        CohereEmbedBody,
         CohereByTypeAnswer,
         {"texts": ["how much protein a day"], "input_type": "search_query", "embedding_types": ["float"]},
         {
@@ -225,7 +223,8 @@ async def _embed(request: Request, version: Version) -> Response:
     texts, param = _texts(body)
     asked = to_embed_request(call, alias, texts, param, version)
     result = await call.embed(asked)
-    types = list(dict.fromkeys(body.embedding_types or ())) or _default_types(version)
+    default: list[EmbeddingType] = ["float"] if version == "2" else []  # without types, v1 gives one list of floats
+    types = list(dict.fromkeys(body.embedding_types or default))
     slices = write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
     return call.answer(slices, asked.inputs, result, [*result.vectors] * max(len(types), 1))
 
@@ -288,10 +287,6 @@ def write_answer(
     yield b',"meta":%b}' % orjson.dumps(meta)
 
 
-def _default_types(version: Version) -> list[EmbeddingType]:
-    return ["float"] if version == "2" else []
-
-
 def _texts(body: CohereEmbedBody) -> tuple[Sequence[str], str]:
     """The texts, and the name of their field.
 
@@ -322,10 +317,7 @@ def _text_of(item: _Input, index: int) -> str:
 
 
 def _meta(asked: EmbedRequest, result: EmbedResult, version: Version) -> dict[str, Any]:
-    meta: dict[str, Any] = {
-        "api_version": {"version": version},
-        "billed_units": {"input_tokens": result.prompt_tokens},
-    }
+    meta: dict[str, Any] = {"api_version": {"version": version}, "billed_units": {"input_tokens": result.prompt_tokens}}
     if result.truncated_inputs:
         lost = "end" if asked.keep == "start" else "start"
         meta["warnings"] = [

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -16,10 +15,9 @@ from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, Ti
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.call import Call
-from service.http.common import Text
-from service.http.error_responses import Dialect, described
-from service.http.models import alias_of, check_model, model_names
-from service.http.openapi import documented
+from service.http.common import Dimensions, ModelName, Text
+from service.http.error_responses import Dialect
+from service.http.openapi import described, documented
 from service.http.parts import Parts, parts_of
 from service.http.requests import TEXT_FIELDS, missing, parse, read_document
 from service.settings import Settings
@@ -43,29 +41,9 @@ class _Body(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str | None = Field(
-        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
-    )
+    model: ModelName = None
     options: dict[str, Any] | None = Field(None, description="accepted and not used: those with a value are named")
     keep_alive: Any = Field(None, description="accepted and not used: the model stays loaded")
-
-    def check(self, text_field: str) -> None:
-        """Accept a request without texts, which asks to load the model, unless its texts are in another field.
-
-        Raises:
-            InvalidRequest: for texts in another field: the client would take the empty answer for vectors.
-        """
-        extra = self.model_extra or {}
-        if getattr(self, text_field) is None and not TEXT_FIELDS.isdisjoint(extra):
-            raise missing(text_field, extra)
-
-    def unused(self) -> list[str]:
-        """The fields and options that change nothing here."""
-        options = [f"options.{name}" for name, value in (self.options or {}).items() if value is not None]
-        return [*(self.model_extra or {}), *options]
-
-
-AnyBody = TypeVar("AnyBody", bound=_Body)
 
 
 class OllamaEmbedBody(_Body):
@@ -75,7 +53,7 @@ class OllamaEmbedBody(_Body):
     truncate: bool | None = Field(
         None, strict=True, description="cut the end of a text that is too long, the default; or refuse the text"
     )
-    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+    dimensions: Dimensions = None
 
 
 class OllamaEmbeddingsBody(_Body):
@@ -177,12 +155,10 @@ _ERRORS = described(OllamaErrorAnswer)
 router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
 
-_documented = partial(documented, errors=_ERRORS)
-
-
 @router.post(
     "/api/embed",
-    **_documented(
+    **documented(
+        _ERRORS,
         OllamaEmbedBody,
         OllamaEmbedAnswer,
         {"model": "demo", "input": ["A plane is taking off.", "A man is playing a flute."]},
@@ -208,7 +184,9 @@ async def embed(request: Request) -> Response:
 
 @router.post(
     "/api/embeddings",
-    **_documented(OllamaEmbeddingsBody, OllamaEmbeddingsAnswer, {"model": "demo", "prompt": "A plane is taking off."}),
+    **documented(
+        _ERRORS, OllamaEmbeddingsBody, OllamaEmbeddingsAnswer, {"model": "demo", "prompt": "A plane is taking off."}
+    ),
 )
 async def embeddings(request: Request) -> Response:
     """Embed one text. Superseded by `/api/embed`."""
@@ -236,20 +214,17 @@ async def list_models(request: Request) -> Response:
         "digest": parts.manifest.embedding_space,
         **_description(parts),
     }
-    names = [name if ":" in name else name + _LATEST for name in model_names(parts)]
+    names = [name if ":" in name else name + _LATEST for name in parts.model_names()]
     return json_answer({"models": [{"name": name, "model": name, **about} for name in names]})
 
 
-@router.post(
-    "/api/show",
-    **_documented(OllamaShowBody, OllamaShowAnswer, {"model": "demo"}),
-)
+@router.post("/api/show", **documented(_ERRORS, OllamaShowBody, OllamaShowAnswer, {"model": "demo"}))
 async def show_model(request: Request) -> Response:
     """The facts about the served model, by one of its names."""
     parts = parts_of(request)
     body = parse(OllamaShowBody, await read_document(request))
     name = body.model or body.name
-    check_model(parts, name or "", _alias_of(parts, name))
+    parts.check_model(name or "", _alias_of(parts, name))
     manifest = parts.manifest
     family = manifest.model_type
     about = {
@@ -302,15 +277,20 @@ def _texts(given: Any, settings: Settings) -> Sequence[str]:
     return texts
 
 
-def _begin(call: Call[AnyBody], text_field: str, texts: Sequence[str]) -> tuple[list[EmbedInput], Chosen]:
+def _begin(call: Call[Any], text_field: str, texts: Sequence[str]) -> tuple[list[EmbedInput], Chosen]:
     """The inputs and their instruction, once the names and fields of the body are known to be right.
 
     Raises:
         InvalidRequest, ModelNotFound: if one of them is not.
     """
-    call.body.check(text_field)
-    alias = _alias_of(call.parts, call.body.model)
-    call.ignore(call.body.unused())
+    body: _Body = call.body
+    extra = body.model_extra or {}
+    if getattr(body, text_field) is None and not TEXT_FIELDS.isdisjoint(extra):
+        # A request without texts asks to load the model. But this one's client would take the empty answer for vectors.
+        raise missing(text_field, extra)
+    alias = _alias_of(call.parts, body.model)
+    options = [f"options.{name}" for name, value in (body.options or {}).items() if value is not None]
+    call.ignore([*extra, *options])
     chosen = call.choose(alias=alias)
     return call.inputs(texts, chosen), chosen
 
@@ -323,7 +303,7 @@ def _alias_of(parts: Parts, model: str | None) -> str:
     """
     if model is not None and model != parts.served_name and model not in parts.instructions.aliases:
         model = model.removesuffix(_LATEST)
-    return alias_of(parts, model)
+    return parts.instructions.alias_of(model, parts.served_name)
 
 
 def _description(parts: Parts) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -18,10 +18,8 @@ from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, To
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors, json_answer
 from service.http.call import Call
-from service.http.common import Name, Text, are_ids, split_text, truncation
-from service.http.error_responses import described
-from service.http.models import alias_of, check_model, model_names
-from service.http.openapi import documented
+from service.http.common import Dimensions, ModelName, Name, Text, are_ids, split_text, truncation
+from service.http.openapi import described, documented
 from service.http.parts import Parts, parts_of
 from service.http.requests import missing
 from service.logs import log
@@ -62,10 +60,8 @@ class EmbedFields(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str | None = Field(
-        None, description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"
-    )
-    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+    model: ModelName = None
+    dimensions: Dimensions = None
     encoding_format: EncodingFormat | None = Field(
         None, description="base64 is of little-endian numbers; float is the default"
     )
@@ -107,8 +103,7 @@ class EmbeddingsBody(EmbedFields):
     )
     truncate: bool | str | None = Field(None, description="cut what is too long: true or END, START; false or NONE")
     overflow: Overflow | None = Field(
-        None,
-        description="for an input that is too long: error refuses it, truncate cuts it, mean averages its chunks",
+        None, description="for an input that is too long: error refuses it, truncate cuts it, mean averages its chunks"
     )
     token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] | None = Field(
         None, description="whose ids an input of token ids holds; by default the server's setting decides"
@@ -152,12 +147,10 @@ ERRORS = described(ErrorAnswer)
 router = APIRouter(tags=["OpenAI"], responses={401: ERRORS[401]})
 
 
-_documented = partial(documented, errors=ERRORS)
-
-
 @router.post(
     "/v1/embeddings",
-    **_documented(
+    **documented(
+        ERRORS,
         EmbeddingsBody,
         EmbeddingsAnswer,
         {"input": ["A plane is taking off.", "A man is playing a flute."]},
@@ -174,7 +167,12 @@ async def create_embeddings(request: Request) -> Response:
 
 @router.post(
     "/openai/deployments/{deployment}/embeddings",
-    **_documented(EmbeddingsBody, EmbeddingsAnswer, {"input": ["A plane is taking off.", "A man is playing a flute."]}),
+    **documented(
+        ERRORS,
+        EmbeddingsBody,
+        EmbeddingsAnswer,
+        {"input": ["A plane is taking off.", "A man is playing a flute."]},
+    ),
 )
 async def create_azure_embeddings(request: Request, deployment: str) -> Response:
     """Embed texts, as Azure's clients ask: the deployment is the model's name, whatever the body says."""
@@ -189,10 +187,7 @@ async def _embed(call: Call[EmbeddingsBody], model: str | None) -> Response:
     if asked.token_ids != "model":
         call.headers["x-token-ids-decoded"] = asked.token_ids
     result = await call.embed(asked)
-    slices = write_answer(
-        result, call.parts.served_name, body.encoding_format or "float", body.embed_dtype or "float32"
-    )
-    return call.answer(slices, asked.inputs, result)
+    return call.answer(write_answer(result, call.parts.served_name, body), asked.inputs, result)
 
 
 # The middleware calls these functions itself, without FastAPI's routing.
@@ -205,14 +200,14 @@ DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/emb
 async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
     parts = parts_of(request)
-    return json_answer({"object": "list", "data": [_model(parts, name) for name in model_names(parts)]})
+    return json_answer({"object": "list", "data": [_model(parts, name) for name in parts.model_names()]})
 
 
 @router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
 async def get_model(request: Request, name: str) -> Response:
     """The served model by one of its names."""
     parts = parts_of(request)
-    check_model(parts, name, alias_of(parts, name))
+    parts.check_model(name, parts.instructions.alias_of(name, parts.served_name))
     return json_answer(_model(parts, name))
 
 
@@ -240,11 +235,8 @@ def to_embed_request(call: Call[EmbeddingsBody], alias: str) -> EmbedRequest:
             )
         choices = [chosen if text is None else Chosen(text, "request") for text in body.instruction]
     separator = call.settings.instruction_separator
-    if all(isinstance(item, str) for item in given):
-        inputs = [split_text(item, choice, separator) for item, choice in zip(given, choices, strict=True)]
-    else:
-        pairs = enumerate(zip(given, choices, strict=True))
-        inputs = [_input(call.parts, index, item, choice, separator) for index, (item, choice) in pairs]
+    pairs = enumerate(zip(given, choices, strict=True))
+    inputs = [_input(call.parts, index, item, choice, separator) for index, (item, choice) in pairs]
     keep = truncation(body.truncate)
     return EmbedRequest(
         inputs,
@@ -259,26 +251,22 @@ def to_embed_request(call: Call[EmbeddingsBody], alias: str) -> EmbedRequest:
 
 
 def write_answer(
-    result: EmbedResult, model: str, encoding_format: EncodingFormat, dtype: EmbedDtype = "float32"
+    result: EmbedResult, model: str, body: EmbedFields, more_of: Callable[[int], bytes] = lambda place: b""
 ) -> Iterator[bytes]:
-    """The answer as JSON bytes, in slices of some milliseconds' work each."""
+    """The answer as JSON bytes, in slices of some milliseconds' work each. `more_of` gives a vector further fields."""
     before = b'{"object":"list","data":['
     index = 0
-    for part in encode_vectors(result.vectors, encoding_format, dtype):
+    for part in encode_vectors(result.vectors, body.encoding_format or "float", body.embed_dtype or "float32"):
         items = [
-            b'{"object":"embedding","index":%d,"embedding":%b}' % (place, vector)
+            b'{"object":"embedding","index":%d,%b"embedding":%b}' % (place, more_of(place), vector)
             for place, vector in enumerate(part, index)
         ]
         yield before + b",".join(items)
         before = b","
         index += len(part)
-    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage(result)))
-
-
-def usage(result: EmbedResult) -> dict[str, int]:
-    """The cost of the request in tokens, and the number of inputs that were cut."""
     tokens = result.prompt_tokens
-    return {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, "truncated_inputs": result.truncated_inputs}
+    yield b'],"model":%b,"usage":%b}' % (orjson.dumps(model), orjson.dumps(usage))
 
 
 def _input(parts: Parts, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:

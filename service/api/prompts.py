@@ -75,12 +75,7 @@ async def list_prompts(request: Request) -> Response:
 
 @router.post(
     "/v1/prompts/preview",
-    **documented(
-        EmbeddingsBody,
-        PreviewAnswer,
-        {"input": "how much protein a day", "input_type": "query"},
-        errors=ERRORS,
-    ),
+    **documented(ERRORS, EmbeddingsBody, PreviewAnswer, {"input": "how much protein a day", "input_type": "query"}),
 )
 async def preview(request: Request) -> Response:
     """The tokens of each input of an embeddings request: where each came from, which are pooled and which are cut.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -9,25 +10,24 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from service.embedding.embedder import Embedder
 from service.embedding.instructions import Asked, Chosen
 from service.embedding.requests import ChunkRequest, ChunkResult, EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
-from service.errors import InvalidRequest
+from service.errors import ClientGone, InvalidRequest
 from service.http.answers import json_answer
-from service.http.common import with_instruction
+from service.http.common import split_text
 from service.http.headers import MOST_NAMED, answer_headers, header_text, ignored_header
-from service.http.models import alias_of
-from service.http.outcome import outcome_of
-from service.http.parts import parts_of
-from service.http.requests import read, while_connected
-from service.settings import Settings
+from service.http.parts import outcome_of, parts_of
+from service.http.requests import parse, read_document, require_ready
 
 Body = TypeVar("Body", bound=BaseModel)
 T = TypeVar("T")
 
 # Characters of a model's name in a header.
 _NAME_CHARACTERS = 200
+
+# Most requests are answered sooner, and need no task that waits for their client to hang up.
+_LISTEN_AFTER_SECONDS = 0.05
 
 
 class Call(Generic[Body]):
@@ -37,6 +37,8 @@ class Call(Generic[Body]):
         self.request = request
         self.body = body
         self.parts = parts_of(request)
+        self.settings = self.parts.settings
+        self.embedder = self.parts.embedder
         self.headers: dict[str, str] = {}
         self._began = began
 
@@ -49,17 +51,8 @@ class Call(Generic[Body]):
             ServiceError: whatever is wrong with the body.
         """
         began = time.perf_counter()
-        return cls(request, await read(request, model), began)
-
-    @property
-    def embedder(self) -> Embedder:
-        """The use case."""
-        return self.parts.embedder
-
-    @property
-    def settings(self) -> Settings:
-        """How the server runs."""
-        return self.parts.settings
+        require_ready(request)
+        return cls(request, parse(model, await read_document(request)), began)
 
     @property
     def seconds(self) -> float:
@@ -72,7 +65,7 @@ class Call(Generic[Body]):
         Raises:
             ModelNotFound: if no model here has that name.
         """
-        alias = alias_of(self.parts, model)
+        alias = self.parts.instructions.alias_of(model, self.parts.served_name)
         if model is not None and model != self.parts.served_name:
             self.headers["x-requested-model"] = header_text(model[:_NAME_CHARACTERS])
         return alias
@@ -111,7 +104,8 @@ class Call(Generic[Body]):
 
     def inputs(self, texts: Iterable[str | Sequence[int]], chosen: Chosen) -> list[EmbedInput]:
         """Inputs with one instruction. A text that holds the separator of the settings brings its own."""
-        return with_instruction(texts, chosen, self.settings.instruction_separator)
+        separator = self.settings.instruction_separator
+        return [split_text(text, chosen, separator) for text in texts]
 
     async def embed(self, asked: EmbedRequest) -> EmbedResult:
         """The vectors. Once the client has hung up, nothing more is computed.
@@ -141,7 +135,32 @@ class Call(Generic[Body]):
         Raises:
             ClientGone: if the client hung up.
         """
-        return await while_connected(self.request, work)
+        working = asyncio.current_task()
+        assert working is not None
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self.request.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            working.cancel()
+
+        watching: list[asyncio.Task[None]] = []
+        timer = asyncio.get_running_loop().call_later(
+            _LISTEN_AFTER_SECONDS, lambda: watching.append(asyncio.create_task(watch()))
+        )
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not gone:
+                raise
+            working.uncancel()
+            raise ClientGone("the client closed the connection") from None
+        finally:
+            timer.cancel()
+            for task in watching:
+                task.cancel()
 
     def answer(
         self,
@@ -151,7 +170,7 @@ class Call(Generic[Body]):
         written: Sequence[Vector] | None = None,
     ) -> Response:
         """An answer of JSON slices. `written` lists each vector as often as the answer holds it, by default once."""
-        headers = {**self._about(inputs, result), **self.headers}
+        headers = self._headers(inputs, result)
         vectors = result.vectors if written is None else written
         if not vectors:
             return Response(b"".join(slices), 200, headers, "application/json")
@@ -159,13 +178,13 @@ class Call(Generic[Body]):
 
     def json(self, content: Any, inputs: Sequence[EmbedInput], result: EmbedResult) -> Response:
         """A small answer that was computed from vectors."""
-        return json_answer(content, {**self._about(inputs, result), **self.headers})
+        return json_answer(content, self._headers(inputs, result))
 
     def _note_lane(self, lane: str) -> None:
         outcome_of(self.request.scope).lane = lane
 
-    def _about(self, inputs: Sequence[EmbedInput], result: EmbedResult) -> dict[str, str]:
-        return answer_headers(self.embedder, inputs, result, self.seconds)
+    def _headers(self, inputs: Sequence[EmbedInput], result: EmbedResult) -> dict[str, str]:
+        return {**answer_headers(self.embedder, inputs, result, self.seconds), **self.headers}
 
 
 def _utf8(header: str | None) -> str | None:

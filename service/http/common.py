@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from service.embedding.instructions import Chosen
 from service.embedding.requests import EmbedInput
@@ -13,13 +13,11 @@ from service.errors import InvalidRequest
 
 Text = Annotated[str, StringConstraints(strict=True)]
 Name = Annotated[str, StringConstraints(strict=True, max_length=200)]
-
-
-def with_instruction(texts: Iterable[str | Sequence[int]], chosen: Chosen, separator: str) -> list[EmbedInput]:
-    """Inputs with one instruction. A text that holds the separator has its own instruction before it."""
-    if not separator:
-        return [EmbedInput(text, chosen) for text in texts]
-    return [split_text(text, chosen, separator) for text in texts]
+ModelName = Annotated[
+    str | None,
+    Field(description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"),
+]
+Dimensions = Annotated[int | None, Field(strict=True, description="cut vectors to this many dimensions")]
 
 
 def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> EmbedInput:

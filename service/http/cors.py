@@ -30,47 +30,32 @@ def allow(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
         allow_credentials=False,
         expose_headers=(*ANSWER_HEADERS, *_ERROR_HEADERS),
     )
-    return PrivateNetwork(allowing if "*" in origins else VaryByOrigin(allowing))
+    return _CrossOrigin(allowing, every_origin="*" in origins)
 
 
-class PrivateNetwork:
-    """Lets pages of allowed origins reach a server in a private network, for which browsers ask beforehand."""
+class _CrossOrigin:
+    """Adds to Starlette's middleware what it does not do.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Pages of allowed origins reach a server in a private network, for which browsers ask beforehand. Unless every origin
+    is allowed, caches learn that every answer depends on the origin, also the answers that no page asked for.
+    """
+
+    def __init__(self, app: ASGIApp, every_origin: bool) -> None:
         self._app = app
+        self._every_origin = every_origin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http" or (_ASKS_FOR_PRIVATE, b"true") not in scope["headers"]:
-            await self._app(scope, receive, send)
-            return
+        asks_for_private = (_ASKS_FOR_PRIVATE, b"true") in scope.get("headers", ())
+        if asks_for_private:  # Starlette's middleware refuses a header that it does not know, by version
+            scope = {**scope, "headers": [header for header in scope["headers"] if header[0] != _ASKS_FOR_PRIVATE]}
 
-        async def send_with_leave(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 200:
+        async def send_with_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if "access-control-allow-origin" in headers:
+                if not self._every_origin and "origin" not in headers.get("vary", "").lower():
+                    headers.add_vary_header("Origin")
+                if asks_for_private and message["status"] == 200 and "access-control-allow-origin" in headers:
                     headers["access-control-allow-private-network"] = "true"
             await send(message)
 
-        # Starlette's middleware refuses what it does not know, by version.
-        kept = [header for header in scope["headers"] if header[0] != _ASKS_FOR_PRIVATE]
-        await self._app({**scope, "headers": kept}, receive, send_with_leave)
-
-
-class VaryByOrigin:
-    """Tells caches that every answer depends on the origin, also the answers that no page asked for."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-
-        async def send_with_vary(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                if "origin" not in headers.get("vary", "").lower():
-                    headers.add_vary_header("Origin")
-            await send(message)
-
-        await self._app(scope, receive, send_with_vary)
+        await self._app(scope, receive, send_with_more)

@@ -9,11 +9,10 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from service import errors
-from service.http.outcome import outcome_of
+from service.http.parts import outcome_of
 from service.metrics import Metrics
 
 # The most specific class that fits decides.
@@ -35,20 +34,6 @@ STATUS: dict[type[errors.ServiceError], int] = {
 
 # Characters of an error's message, and of the name of the field that is to blame.
 _MOST_CHARACTERS = 2000
-
-# What each status means, for the documentation.
-MEANINGS = {
-    400: "the request can't be served as it is; `code` and `param` say why",
-    401: "no API key, or one that is not valid",
-    404: "there is no such model",
-    408: "the request did not arrive in time",
-    413: "the body is too large",
-    415: "the body is compressed",
-    429: "overloaded: come again after `Retry-After` seconds",
-    500: "the model gave no finite vector",
-    503: "loading, draining, or out of memory",
-    504: "the deadline passed in the queue",
-}
 
 # These codes of refused requests are counted one by one.
 _KNOWN_REFUSALS = ("context_length_exceeded", "request_too_large", "request_timeout")
@@ -77,11 +62,6 @@ def openai_error_body(message: str, status: int, code: str, param: str | None = 
 
 
 OPENAI = Dialect(openai_error_body)
-
-
-def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of the errors of a dialect that words them in this shape."""
-    return {status: {"model": shape, "description": about} for status, about in meanings.items()}
 
 
 class ErrorResponses:
@@ -149,12 +129,9 @@ class ErrorResponses:
         rejected = self._metrics.rejected
         if isinstance(error, errors.ClientGone):
             self._metrics.cancelled.labels("request").inc()
-        elif isinstance(error, (errors.Overloaded, errors.DeadlineExceeded)):
-            rejected.labels(error.code).inc()
         elif isinstance(error, errors.InvalidRequest):
-            known = error.code if error.code in _KNOWN_REFUSALS else "invalid"
-            rejected.labels(known).inc()
-        elif isinstance(error, errors.Unauthorized):
+            rejected.labels(error.code if error.code in _KNOWN_REFUSALS else "invalid").inc()
+        elif isinstance(error, (errors.Overloaded, errors.DeadlineExceeded, errors.Unauthorized)):
             rejected.labels(error.code).inc()
 
 

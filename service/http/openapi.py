@@ -1,15 +1,35 @@
-"""What the OpenAPI document says of an endpoint that reads its body and writes its answer itself."""
+"""What the OpenAPI document says of endpoints that read their body and write their answer themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
+Responses = dict[int | str, dict[str, Any]]
 
-def documented(
-    body: type[BaseModel], answer: Any, *examples: dict[str, Any], errors: dict[int | str, dict[str, Any]]
-) -> dict[str, Any]:
+# What each status of an error means.
+MEANINGS = {
+    400: "the request can't be served as it is; `code` and `param` say why",
+    401: "no API key, or one that is not valid",
+    404: "there is no such model",
+    408: "the request did not arrive in time",
+    413: "the body is too large",
+    415: "the body is compressed",
+    429: "overloaded: come again after `Retry-After` seconds",
+    500: "the model gave no finite vector",
+    503: "loading, draining, or out of memory",
+    504: "the deadline passed in the queue",
+}
+
+
+def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) -> Responses:
+    """The errors of a dialect that words them in this shape."""
+    return {status: {"model": shape, "description": about} for status, about in meanings.items()}
+
+
+def documented(errors: Responses, body: type[BaseModel], answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a route: its body, its answers and examples of requests."""
     content: dict[str, Any] = {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}
     content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}

@@ -1,10 +1,11 @@
-"""The application's parts, as handlers find them: `parts_of(request)`."""
+"""What is known beside a request: the application's parts, and the request's outcome."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from starlette.requests import HTTPConnection
 
@@ -14,6 +15,8 @@ from service.embedding.backend import Backend
 from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import Instructions
+from service.embedding.requests import Timings
+from service.errors import ModelNotFound
 from service.http.access import Access
 from service.http.answers import AnswerWriter
 from service.metrics import Metrics
@@ -47,8 +50,42 @@ class Parts:
     parsing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a large body is parsed
     life: Life = field(default_factory=Life)
 
+    def model_names(self) -> list[str]:
+        """The names by which clients may ask for the model."""
+        served = self.served_name
+        return [served, f"{served}:query", f"{served}:document", *self.instructions.aliases]
+
+    def check_model(self, model: str, alias: str) -> None:
+        """Check a model's name where no instruction is asked for.
+
+        Raises:
+            ModelNotFound: if the role or prompt in the name does not exist.
+        """
+        if alias and not self.instructions.knows(alias):
+            raise ModelNotFound(model, self.served_name)
+
 
 def parts_of(connection: HTTPConnection) -> Parts:
     """The parts of the application that answers this request."""
     parts: Parts = connection.app.state.parts
     return parts
+
+
+@dataclass
+class Outcome:
+    """What the metrics, the log and the traces tell of a request after its answer.
+
+    `code` and `reason` describe an error; `lane` is "" if nothing was queued.
+    """
+
+    route: str = ""
+    lane: str = ""
+    code: str = ""
+    reason: str = ""
+    timings: Timings | None = None
+
+
+def outcome_of(scope: MutableMapping[str, Any]) -> Outcome:
+    """The outcome of the request with this ASGI scope."""
+    outcome: Outcome = scope.setdefault("state", {}).setdefault("outcome", Outcome())
+    return outcome

@@ -25,24 +25,19 @@ from service.errors import (
     RequestTooLarge,
     ServiceError,
     TooManyInputs,
-    TooManyValues,
     Unavailable,
     UnsupportedEncoding,
 )
+from service.http.access import METRICS_PATH, OPEN_PATHS
 from service.http.error_responses import ErrorResponses
 from service.http.json_size import JSONSize, json_size
-from service.http.outcome import Outcome, outcome_of
-from service.http.parts import Parts, parts_of
+from service.http.parts import Outcome, Parts, outcome_of, parts_of
 from service.logs import log, log_request, request_id
 from service.settings import Settings
 from service.tracing import Moments, Traces
 
-T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
-
-# Most requests are answered sooner, and need no task that waits for their client to hang up.
-_LISTEN_AFTER_SECONDS = 0.05
 
 # The status of text-embeddings-inference for errors that are 500 elsewhere.
 _DEVICE_FAILED = 424
@@ -82,20 +77,17 @@ class RequestContext:
         traces: Traces | None = None,
     ) -> None:
         self._app = app
-        self._life = parts.life
-        self._in_flight = parts.in_flight
-        self._access = parts.access
-        self._traces = traces
-        self._metrics = parts.metrics
+        self._parts = parts
         self._errors = errors
         self._direct = direct
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with self._in_flight.request():
+        with self._parts.in_flight.request():
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,7 +100,7 @@ class RequestContext:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
-        caller_of_request.set(self._access.caller(headers, scope.get("client")))
+        caller_of_request.set(self._parts.access.caller(headers, scope.get("client")))
         outcome = outcome_of(scope)
         status, started, whole = 0, 0.0, False
 
@@ -124,10 +116,10 @@ class RequestContext:
                 started = time.perf_counter()
             await send(message)
 
-        self._metrics.inflight.inc()
+        self._parts.metrics.inflight.inc()
         try:
             endpoint = self._direct.get((scope["method"], scope["path"]))
-            if (refusal := self._access.refusal(scope["method"], scope["path"], headers)) is not None:
+            if (refusal := self._parts.access.refusal(scope["method"], scope["path"], headers)) is not None:
                 outcome.route = scope["path"] if endpoint else ""
                 await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
             elif endpoint is None:
@@ -135,7 +127,7 @@ class RequestContext:
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
         except asyncio.CancelledError:
-            if status or self._life.phase != "draining":
+            if status or self._parts.life.phase != "draining":
                 raise
             # The server has waited for the grace period, which is over.
             stopped = Unavailable("the server stopped before it could answer: try again later")
@@ -149,7 +141,7 @@ class RequestContext:
             if not status:
                 await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
-            self._metrics.inflight.dec()
+            self._parts.metrics.inflight.dec()
             ended = time.perf_counter()
             outcome.route = outcome.route or getattr(scope.get("route"), "path", "unmatched")
             self._finish(outcome, method, status, ended - began)
@@ -170,7 +162,7 @@ class RequestContext:
     def _finish(self, outcome: Outcome, method: str, status: int, seconds: float) -> None:
         """Count and log a request."""
         route, code = outcome.route, outcome.code
-        count, duration = self._metrics.of_request(route, str(status), code, outcome.lane)
+        count, duration = self._parts.metrics.of_request(route, str(status), code, outcome.lane)
         count.inc()
         duration.observe(seconds)
         fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
@@ -178,7 +170,8 @@ class RequestContext:
             level = logging.WARNING if status in (503, 504) else logging.ERROR
             log_request(level, {**fields, "code": code, "reason": outcome.reason})
         else:
-            quiet = route in QUIET_ROUTES and status < 400
+            # Machines ask for these every few seconds.
+            quiet = status < 400 and (route in OPEN_PATHS or route == METRICS_PATH)
             log_request(logging.DEBUG if quiet else logging.INFO, {**fields, **({"code": code} if code else {})})
 
 
@@ -196,10 +189,6 @@ def _places(error: BaseException) -> str:
         parts.append(f"{''.join(traceback.format_tb(cause.__traceback__))}{type(cause).__name__}")
         cause = cause.__cause__ or cause.__context__
     return "\nafter:\n".join(parts)
-
-
-# Machines ask for these every few seconds, so they are logged at debug level while all is well.
-QUIET_ROUTES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytearray:
@@ -232,17 +221,6 @@ async def read_body(request: Request, limit_bytes: int) -> bytearray:
         if more and LATE in request.scope["state"]:
             raise RequestTimeout
     return body
-
-
-async def read(request: Request, model: type[Body]) -> Body:
-    """The request's body in a dialect's terms, once the server is ready.
-
-    Raises:
-        Unavailable: while it loads or drains.
-        ServiceError: whatever `read_document` and `parse` find wrong.
-    """
-    require_ready(request)
-    return parse(model, await read_document(request))
 
 
 async def read_document(request: Request) -> dict[str, Any]:
@@ -280,14 +258,17 @@ def _check_size(size: JSONSize, settings: Settings) -> None:
     """Refuse a body with more values than any request needs: everybody waits while it is parsed.
 
     Raises:
-        TooManyValues: for more values than the most token ids and inputs have, in any form.
+        InvalidRequest: for more values than the most token ids and inputs have, in any form.
     """
     containers = _CONTAINERS_AN_INPUT * settings.max_inputs_per_request
     values = settings.max_tokens_per_request + containers
-    if size.containers > containers:
-        raise TooManyValues(size.containers, containers, "arrays, objects and their keys")
-    if size.commas > values:
-        raise TooManyValues(size.commas, values, "values")
+    for found, most, what in (
+        (size.containers, containers, "arrays, objects and their keys"),
+        (size.commas, values, "values"),
+    ):
+        if found > most:
+            message = f"the body holds {found} {what}: at most {most} are taken, send fewer inputs at once"
+            raise InvalidRequest(message, "request_too_large")
 
 
 def _check_lists(document: dict[str, Any], most: int) -> None:
@@ -339,40 +320,6 @@ def missing(field: str, given: Collection[str]) -> InvalidRequest:
     other = sorted(TEXT_FIELDS.intersection(given))
     hint = f": this path reads {field}, not {other[0]}" if other else ""
     return InvalidRequest(f"{field} is missing{hint}", "invalid_value", field)
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the client hangs up first.
-
-    Raises:
-        ClientGone: if it did.
-    """
-    working = asyncio.current_task()
-    assert working is not None
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        working.cancel()
-
-    watching: list[asyncio.Task[None]] = []
-    timer = asyncio.get_running_loop().call_later(
-        _LISTEN_AFTER_SECONDS, lambda: watching.append(asyncio.create_task(watch()))
-    )
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        working.uncancel()
-        raise ClientGone("the client closed the connection") from None
-    finally:
-        timer.cancel()
-        for task in watching:
-            task.cancel()
 
 
 def require_ready(request: Request) -> None:

@@ -12,11 +12,8 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api import chunks, cohere, ollama, openai, operations, playground, prompts, reference
-from service.api.tei import dialect as tei
-from service.api.tei import embed as tei_embed
-from service.api.tei import info as tei_info
-from service.api.tei import rank as tei_rank
-from service.api.tei import tokens as tei_tokens
+from service.api.tei import bodies as tei_bodies
+from service.api.tei import handlers as tei
 from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import load_instructions
@@ -36,11 +33,10 @@ MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
 
 # The dialects' form of errors by path, beside OpenAI's own; then the routers, their paths, and the handlers that are
 # called without FastAPI.
-_DIALECTS: dict[str, Dialect] = {**tei.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
-_TEI = (tei_embed, tei_rank, tei_tokens, tei_info)
-_ROUTERS = [api.router for api in (openai, chunks, prompts, *_TEI, cohere, ollama, operations, reference)]
+_DIALECTS: dict[str, Dialect] = {**tei_bodies.DIALECTS, **cohere.DIALECTS, **ollama.DIALECTS}
+_ROUTERS = [api.router for api in (openai, chunks, prompts, tei, cohere, ollama, operations, reference)]
 _PATHS = [path for router in _ROUTERS for route in router.routes if (path := getattr(route, "path", "/")) != "/"]
-_DIRECT = {**openai.DIRECT, **tei_info.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
+_DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
 def create_app(

@@ -11,7 +11,7 @@ import pytest
 
 from model_store.templates import Template
 from model_store.text.tokenizer import TextTokenizer, TokenizationError, TokenizedText
-from service.api.tei.dialect import TEI
+from service.api.tei.bodies import TEI
 from service.embedding.rows import EmbedRow
 from service.errors import (
     ClientGone,

@@ -1,4 +1,4 @@
-"""The bodies of TEI's requests, and the shapes of its answers for the documentation."""
+"""The requests, answers and errors of text-embeddings-inference (TEI): their shapes, and its words for errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from service.http.common import Name, Text
+from service.errors import EncodingError, InvalidRequest, OutOfMemory
+from service.http.common import Dimensions, Name, Text
+from service.http.error_responses import Dialect
+from service.http.openapi import MEANINGS, described
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _INPUTS_SCHEMA = {
@@ -54,7 +57,7 @@ class EmbedBody(EmbedAllBody):
     """The body of `POST /embed`; null means absent."""
 
     normalize: Flag = Field(None, description="vectors of length 1, the default, or as the model gives them")
-    dimensions: int | None = Field(None, strict=True, description="cut vectors to this many dimensions")
+    dimensions: Dimensions = None
 
 
 class _Sentences(BaseModel):
@@ -152,3 +155,60 @@ class TEIInfo(BaseModel):
     version: str
     sha: str | None
     docker_label: str | None
+
+
+UNSUPPORTED = "unsupported_by_model"
+
+ErrorType = Literal["Validation", "Tokenizer", "Empty", "Overloaded", "Backend", "Unhealthy"]
+
+
+class TEIErrorAnswer(BaseModel):
+    """An error's shape."""
+
+    error: str
+    error_type: ErrorType
+
+
+_TYPE_OF_CODE: dict[str, ErrorType] = {
+    "empty_input": "Empty",
+    "invalid_token_ids": "Tokenizer",
+    "invalid_input": "Tokenizer",
+}
+_TYPE_OF_STATUS: dict[int, ErrorType] = {
+    424: "Backend",
+    429: "Overloaded",
+    500: "Backend",
+    503: "Unhealthy",
+    504: "Overloaded",
+}
+
+
+def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPE_OF_CODE.get(code) or _TYPE_OF_STATUS.get(status, "Validation")
+    return {"error": message, "error_type": kind}
+
+
+TEI = Dialect(
+    _error_body, {InvalidRequest: 422, EncodingError: 424, OutOfMemory: 424}, {"empty_input": 400, UNSUPPORTED: 424}
+)
+
+# The paths whose errors have this shape.
+DIALECTS = {
+    f"/{name}": TEI
+    for name in (
+        *("", "embed", "embed_all", "embed_sparse", "similarity", "rerank", "predict"),
+        *("tokenize", "decode", "info"),
+    )
+}
+
+ERRORS = described(
+    TEIErrorAnswer,
+    {
+        **{status: about for status, about in MEANINGS.items() if status not in (404, 500)},
+        400: "there is nothing to work on",
+        422: "the request can't be served as it is",
+        424: "the model gave no finite vector or ran out of memory, or it is not one that can do this",
+        429: "overloaded, and still so after a wait: come again after `Retry-After` seconds",
+        503: "loading or draining",
+    },
+)
