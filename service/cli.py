@@ -16,9 +16,10 @@ from typer.main import get_command
 
 from model_store.build.progress import bar_class
 from model_store.json_text import read_json_object
-from model_store.manifest import CONFIG_FILE, find_built
+from model_store.manifest import CONFIG_FILE, find_built, read_manifest
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, RecipeError, load_recipe, packaged_recipes, recipe_from
+from model_store.rope import limited_by
 from service.bulk.job import Asked, FileFormat, OnError
 from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
@@ -98,11 +99,11 @@ def serve(context: typer.Context, **_: str | None) -> int:
     if settings.several_processes:
         from service.processes.supervisor import supervise
 
-        return supervise(settings, _ProgressBar("building"))
+        return supervise(settings, _ProgressBar())
 
     from service.server.process import serve
 
-    return serve(settings, _ProgressBar("building"))
+    return serve(settings, _ProgressBar())
 
 
 serve.__signature__ = signature_of_settings()  # type: ignore[attr-defined]
@@ -146,17 +147,13 @@ def build(
 
     from model_store.build.build import build_encoder
 
-    manifest = build_encoder(encoder, folder, _ProgressBar("building"))
+    manifest = build_encoder(encoder, folder, _ProgressBar())
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
     return 0
 
 
 def _asked_recipe(name: str | None, out: Path | None, parts: dict[str, Any]) -> Recipe:
-    """What `build` is asked to make: a recipe by its name, or one of parts.
-
-    Raises:
-        RecipeError: for options that contradict each other or say too little.
-    """
+    """What `build` is asked to make: a recipe by its name, or one of parts."""
     if not name:
         if not (parts["base"] and out):
             raise RecipeError("build needs --recipe NAME, or --base REF and --out DIR")
@@ -198,8 +195,6 @@ def verify(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
 @_commands.command()
 def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
     """Print what a stored encoder is."""
-    from model_store.manifest import read_manifest
-
     manifest = read_manifest(folder)
     lines: dict[str, Any] = {
         "name": manifest.name,
@@ -268,7 +263,7 @@ def embed(
 
     from service.bulk.command import embed
 
-    embed(asked, _ProgressBar("building"))
+    embed(asked, _ProgressBar())
     return 0
 
 
@@ -363,7 +358,7 @@ def evaluate(
         name: pairs(name, options[name]) for name in ("words", "classification") if name in options
     }
     folder = load_settings({}).models_dir.expanduser()
-    evaluate(Asked(**options | paired), partial(embed_texts, url or ""), folder, _ProgressBar("building"))
+    evaluate(Asked(**options | paired), partial(embed_texts, url or ""), folder, _ProgressBar())
     return 0
 
 
@@ -386,8 +381,6 @@ def train(
 
 
 def _read_limit(folder: Path) -> str:
-    from model_store.rope import limited_by
-
     kind = limited_by(read_json_object(folder / CONFIG_FILE))
     return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
 
@@ -399,18 +392,12 @@ def _source(reference: str, commit: str | None) -> str:
 class _ProgressBar:
     """Shows the bytes of weights written."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: tqdm[Any] | None = None
+    _bar: tqdm[Any] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            self._bar = bar_class()(total=total, desc=self._what, unit="B", unit_scale=True)
+            self._bar = bar_class()(total=total, desc="building", unit="B", unit_scale=True)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
             self._bar = None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

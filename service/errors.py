@@ -80,18 +80,9 @@ class TooManyInputs(InvalidRequest):
 class UnsupportedEncoding(InvalidRequest):
     """The body is compressed: its unpacked size is unknown until memory is spent on it."""
 
-    def __init__(self, encoding: str) -> None:
-        super().__init__(
-            f"bodies are not taken in the content-encoding {encoding[:40]!r}: send the JSON as it is",
-            "unsupported_content_encoding",
-        )
-
 
 class RequestTimeout(InvalidRequest):
     """The client took too long to send its request."""
-
-    def __init__(self) -> None:
-        super().__init__("the request did not arrive in time", "request_timeout")
 
 
 class ModelNotFound(InvalidRequest):

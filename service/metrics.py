@@ -29,22 +29,13 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _TOKENS = (*_COUNTS, 4096, 8192, 16384, 32768, 65536)
 _RATIOS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-REJECTION_REASONS = (
-    "overloaded",
-    "loading",
-    "draining",
-    "failed",
-    "context_length_exceeded",
-    "request_too_large",
-    "request_timeout",
-    "invalid_api_key",
-    "invalid",
-    "timeout",
+# Series of these labels are there from the start, as 0.
+_REJECTION_REASONS = (
+    *("overloaded", "loading", "draining", "failed", "context_length_exceeded", "request_too_large"),
+    *("request_timeout", "invalid_api_key", "invalid", "timeout"),
 )
-DROP_REASONS = ("slow_request", "slow_reader", "too_many", "bad_request")
-CANCEL_STAGES = ("queued", "request")
-TOKEN_ID_DECODERS = ("model", "cl100k_base", "o200k_base")
-INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
+_DROP_REASONS = ("slow_request", "slow_reader", "too_many", "bad_request")
+_INSTRUCTION_SOURCES = ("item", "text", "request", "input_type", "alias", "header", "default", "none")
 
 
 # The names of text-embeddings-inference for these series: each with its kind, and the name of this server's series.
@@ -161,18 +152,16 @@ class Metrics:
 
         self.requests.labels("/v1/embeddings", "200", "")
         self.text_tokens, self.instruction_tokens = map(self.tokens.labels, ("text", "instruction"))
-        for reason in REJECTION_REASONS:
-            self.rejected.labels(reason)
-        for reason in DROP_REASONS:
-            self.dropped_connections.labels(reason)
-        for stage in CANCEL_STAGES:
-            self.cancelled.labels(stage)
-        for source in INSTRUCTION_SOURCES:
-            self.instruction_inputs.labels(source)
-        for decoder in TOKEN_ID_DECODERS:
-            self.token_id_inputs.labels(decoder)
-        for lane in ("interactive", "bulk"):
-            self.queue_wait_seconds.labels(lane)
+        for metric, values in (
+            (self.rejected, _REJECTION_REASONS),
+            (self.dropped_connections, _DROP_REASONS),
+            (self.cancelled, ("queued", "request")),
+            (self.instruction_inputs, _INSTRUCTION_SOURCES),
+            (self.token_id_inputs, ("model", "cl100k_base", "o200k_base")),
+            (self.queue_wait_seconds, ("interactive", "bulk")),
+        ):
+            for value in values:
+                metric.labels(value)
 
     def read_queue(
         self, lane: str, inputs: Callable[[], float], tokens: Callable[[], float], oldest: Callable[[], float]
@@ -218,9 +207,7 @@ def with_tei_names(page: bytes) -> bytes:
 
 def merged_page(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> bytes:
     """The metrics of a server of several processes in Prometheus' text format."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(merge(front_ends, engines)))
-    return generate_latest(registry)
+    return generate_latest(_Merged(merge(front_ends, engines)))
 
 
 def merge(front_ends: Sequence[Samples], engines: Sequence[Samples]) -> Samples:

@@ -91,11 +91,7 @@ def _narrow(shown: str) -> str:
 
 def offered(choices: Iterable[str]) -> Callable[[], list[str]]:
     """The values that the shell's completion offers."""
-
-    def offer() -> list[str]:
-        return list(choices)
-
-    return offer
+    return lambda: list(choices)
 
 
 def option(meaning: str, shown: str | None = None, name: str | None = None, **more: Any) -> Any:

@@ -322,12 +322,13 @@ def load_settings(given: dict[str, Any]) -> Settings:
     Raises:
         StartupError: for a bad value, or an LLM2VEC_ variable that does not exist.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    names = [name.upper() for name in Settings.model_fields]
     for variable in os.environ:
-        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            names = [name.upper() for name in Settings.model_fields]
-            near = difflib.get_close_matches(variable.upper().removeprefix(PREFIX), names, n=1)
-            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+        name = variable.upper().removeprefix(PREFIX)
+        if variable.upper().startswith(PREFIX) and name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            known = ", ".join(PREFIX + name for name in sorted(names))
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {known}"
             raise StartupError(f"there is no setting {variable}: {hint}")
     try:
         return Settings(**given)

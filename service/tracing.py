@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+_CARRIED = ("traceparent", "tracestate")
 _NAME = "llm2vec-service"
 
 
@@ -66,34 +67,35 @@ class Traces:
         if code:
             attributes["error.type"] = code
         behind = time.time() - time.perf_counter()
+
+        def unix_nanoseconds(moment: float) -> int:
+            return int((moment + behind) * 1e9)
+
         span = self._tracer.start_span(
             f"{method} {route}",
             context=self._propagator.extract(carrier),
             kind=self._trace.SpanKind.SERVER,
             attributes=attributes,
-            start_time=_nanoseconds(moments.began + behind),
+            start_time=unix_nanoseconds(moments.began),
         )
         if status >= 500:
             span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code))
-        if steps:
-            own = self._trace.set_span_in_context(span)
-            at = moments.began
-            for name, seconds in steps:
-                self._child(name, own, at + behind, at + seconds + behind)
-                at += seconds
-            self._child("serialize", own, moments.answered + behind, moments.ended + behind)
-        span.end(_nanoseconds(moments.ended + behind))
+        at = moments.began
+        parts = []
+        for name, seconds in steps:
+            parts.append((name, at, at + seconds))
+            at += seconds
+        if parts:
+            parts.append(("serialize", moments.answered, moments.ended))
+        own = self._trace.set_span_in_context(span)
+        for name, start, end in parts:
+            part = self._tracer.start_span(name, context=own, start_time=unix_nanoseconds(start))
+            part.end(unix_nanoseconds(end))
+        span.end(unix_nanoseconds(moments.ended))
 
     def close(self) -> None:
         """Send the spans that are left."""
         self._provider.shutdown()
-
-    def _child(self, name: str, parent: Any, start: float, end: float) -> None:
-        span = self._tracer.start_span(name, context=parent, start_time=_nanoseconds(start))
-        span.end(_nanoseconds(end))
-
-
-_CARRIED = ("traceparent", "tracestate")
 
 
 def start_traces() -> Traces | None:
@@ -112,7 +114,3 @@ def start_traces() -> Traces | None:
     provider = TracerProvider(resource=Resource.create(own))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Traces(provider)
-
-
-def _nanoseconds(seconds: float) -> int:
-    return int(seconds * 1e9)

@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from service.embedding.requests import EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_array
 from service.http.call import Call
-from service.http.common import Dimensions, ModelName, Name, Text, truncation
+from service.http.common import Dimensions, ModelName, Name, RequestBody, Text, truncation
 from service.http.error_responses import Dialect
-from service.http.openapi import described, documented
+from service.http.openapi import described, documented, with_example
 from service.http.requests import missing
 from service.logs import request_id
 
@@ -60,10 +60,8 @@ class _Input(BaseModel):
     content: list[_Part] = Field(min_length=1)
 
 
-class CohereEmbedBody(BaseModel):
+class CohereEmbedBody(RequestBody):
     """The body of `POST /v1/embed` and `POST /v2/embed`; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: ModelName = None
     texts: list[Text] | None = Field(None, description="the texts")
@@ -120,16 +118,12 @@ class CohereByTypeAnswer(BaseModel):
         ubinary: list[list[int]] | None = None
         base64: list[str] | None = None
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "id": "0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
-                "response_type": "embeddings_by_type",
-                "texts": ["A plane is taking off."],
-                "embeddings": {"float": [[0.0213, -0.0071, 0.0149]], "int8": [[127, -42, 89]]},
-                "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": 7}},
-            }
-        }
+    model_config = with_example(
+        id="0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
+        response_type="embeddings_by_type",
+        texts=["A plane is taking off."],
+        embeddings={"float": [[0.0213, -0.0071, 0.0149]], "int8": [[127, -42, 89]]},
+        meta={"api_version": {"version": "2"}, "billed_units": {"input_tokens": 7}},
     )
 
     id: str
@@ -142,16 +136,12 @@ class CohereByTypeAnswer(BaseModel):
 class CohereFloatsAnswer(BaseModel):
     """The answer's shape where v1 is asked for no types."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "id": "0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
-                "response_type": "embeddings_floats",
-                "texts": ["A plane is taking off."],
-                "embeddings": [[0.0213, -0.0071, 0.0149]],
-                "meta": {"api_version": {"version": "1"}, "billed_units": {"input_tokens": 7}},
-            }
-        }
+    model_config = with_example(
+        id="0c9ad0a6e9f94a0f8f5e6d1c2b3a4958",
+        response_type="embeddings_floats",
+        texts=["A plane is taking off."],
+        embeddings=[[0.0213, -0.0071, 0.0149]],
+        meta={"api_version": {"version": "1"}, "billed_units": {"input_tokens": 7}},
     )
 
     id: str
@@ -167,11 +157,7 @@ class CohereErrorAnswer(BaseModel):
     message: str
 
 
-def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    return {"message": message}
-
-
-_DIALECT = Dialect(_error_body)
+_DIALECT = Dialect(lambda message, status, code, param: {"message": message})
 _ERRORS = described(CohereErrorAnswer)
 router = APIRouter(tags=["Cohere"], responses={401: _ERRORS[401]})
 
@@ -221,22 +207,18 @@ async def _embed(request: Request, version: Version) -> Response:
     alias = call.alias(body.model)
     call.ignore(body.model_extra)
     texts, param = _texts(body)
-    asked = to_embed_request(call, alias, texts, param, version)
+    asked = _to_embed_request(call, alias, texts, param, version)
     result = await call.embed(asked)
     default: list[EmbeddingType] = ["float"] if version == "2" else []  # without types, v1 gives one list of floats
     types = list(dict.fromkeys(body.embedding_types or default))
-    slices = write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
+    slices = _write_answer(request_id.get() or "", result, texts, types, _meta(asked, result, version))
     return call.answer(slices, asked.inputs, result, [*result.vectors] * max(len(types), 1))
 
 
-def to_embed_request(
+def _to_embed_request(
     call: Call[CohereEmbedBody], alias: str, texts: Sequence[str], param: str, version: Version
 ) -> EmbedRequest:
-    """The request in the service's own terms.
-
-    Raises:
-        InvalidRequest: for names or limits that can't be served.
-    """
+    """The request in the service's own terms."""
     body, most = call.body, call.parts.limits.max_input_tokens
     if body.max_tokens is not None and body.max_tokens < most:
         raise InvalidRequest(
@@ -265,7 +247,7 @@ def to_embed_request(
     )
 
 
-def write_answer(
+def _write_answer(
     identity: str, result: EmbedResult, texts: Sequence[str], types: Sequence[EmbeddingType], meta: dict[str, Any]
 ) -> Iterator[bytes]:
     """The answer as JSON bytes, in slices of some milliseconds' work each. Without types it has one list of floats."""
@@ -273,7 +255,8 @@ def write_answer(
         orjson.dumps(identity),
         b"by_type" if types else b"floats",
     )
-    yield from json_array(_encode_texts(texts))
+    starts = range(0, len(texts), _TEXTS_AT_ONCE)
+    yield from json_array([orjson.dumps(text) for text in texts[at : at + _TEXTS_AT_ONCE]] for at in starts)
     yield b',"embeddings":'
     if types:
         before = b"{"
@@ -288,11 +271,7 @@ def write_answer(
 
 
 def _texts(body: CohereEmbedBody) -> tuple[Sequence[str], str]:
-    """The texts, and the name of their field.
-
-    Raises:
-        InvalidRequest: for images, no texts, or texts in both of the fields.
-    """
+    """The texts, and the name of their field."""
     if body.images:
         raise InvalidRequest("images are not taken: this model reads text only", "invalid_input", "images")
     if body.inputs is None:
@@ -325,11 +304,6 @@ def _meta(asked: EmbedRequest, result: EmbedResult, version: Version) -> dict[st
             f"their {lost}"
         ]
     return meta
-
-
-def _encode_texts(texts: Sequence[str]) -> Iterator[list[bytes]]:
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        yield [orjson.dumps(text) for text in texts[start : start + _TEXTS_AT_ONCE]]
 
 
 def _encode_as(vectors: Sequence[Vector], name: EmbeddingType) -> Iterator[list[bytes]]:

@@ -8,16 +8,16 @@ from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from service.embedding.instructions import Chosen
 from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, Timings
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.call import Call
-from service.http.common import Dimensions, ModelName, Text
+from service.http.common import Dimensions, ModelName, RequestBody, Text
 from service.http.error_responses import Dialect
-from service.http.openapi import described, documented
+from service.http.openapi import TEXT_SCHEMA, described, documented, with_example
 from service.http.parts import Parts, parts_of
 from service.http.requests import TEXT_FIELDS, missing, parse, read_document
 from service.settings import Settings
@@ -32,14 +32,12 @@ _NOTHING = EmbedResult((), 0, 0, Timings())
 
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; none, or an empty one alone, gives no vectors",
-    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}],
+    "anyOf": [TEXT_SCHEMA, {"type": "array", "items": TEXT_SCHEMA}, {"type": "null"}],
 }
 
 
-class _Body(BaseModel):
+class _Body(RequestBody):
     """The fields that the embedding endpoints share."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: ModelName = None
     options: dict[str, Any] | None = Field(None, description="accepted and not used: those with a value are named")
@@ -72,16 +70,12 @@ class OllamaShowBody(BaseModel):
 class OllamaEmbedAnswer(BaseModel):
     """The answer's shape, for the documentation; answers are written straight to bytes."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "example": {
-                "model": "demo",
-                "embeddings": [[0.0213, -0.0071, 0.0149]],
-                "total_duration": 14143917,
-                "load_duration": 0,
-                "prompt_eval_count": 7,
-            }
-        }
+    model_config = with_example(
+        model="demo",
+        embeddings=[[0.0213, -0.0071, 0.0149]],
+        total_duration=14143917,
+        load_duration=0,
+        prompt_eval_count=7,
     )
 
     model: str
@@ -94,7 +88,7 @@ class OllamaEmbedAnswer(BaseModel):
 class OllamaEmbeddingsAnswer(BaseModel):
     """The answer's shape."""
 
-    model_config = ConfigDict(json_schema_extra={"example": {"embedding": [0.0213, -0.0071, 0.0149]}})
+    model_config = with_example(embedding=[0.0213, -0.0071, 0.0149])
 
     embedding: list[float]
 
@@ -146,11 +140,7 @@ class OllamaErrorAnswer(BaseModel):
     error: str
 
 
-def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": message}
-
-
-_DIALECT = Dialect(_error_body)
+_DIALECT = Dialect(lambda message, status, code, param: {"error": message})
 _ERRORS = described(OllamaErrorAnswer)
 router = APIRouter(tags=["Ollama"], responses={401: _ERRORS[401]})
 
@@ -178,7 +168,7 @@ async def embed(request: Request) -> Response:
         wait_seconds=call.settings.overload_wait_seconds,
     )
     result = await call.embed(asked) if texts else _NOTHING
-    slices = write_answer(result, body.model or call.parts.served_name, call.seconds)
+    slices = _write_answer(result, body.model or call.parts.served_name, call.seconds)
     return call.answer(slices, inputs or [EmbedInput("", chosen)], result)
 
 
@@ -255,7 +245,7 @@ DIALECTS = {
 }
 
 
-def write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[bytes]:
+def _write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[bytes]:
     """The answer to `/api/embed` as JSON bytes, in slices of some milliseconds' work each."""
     yield b'{"model":%b,"embeddings":' % orjson.dumps(model)
     yield from json_array(encode_vectors(result.vectors, "float"))
@@ -263,11 +253,7 @@ def write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[by
 
 
 def _texts(given: Any, settings: Settings) -> Sequence[str]:
-    """The texts of `input`.
-
-    Raises:
-        InvalidRequest: if it holds anything else.
-    """
+    """The texts of `input`."""
     if given is None or (given == "" and settings.empty_text == "error"):
         # Clients ask so to load a model: ollama-python sends an empty text if it is given none.
         return []
@@ -278,11 +264,7 @@ def _texts(given: Any, settings: Settings) -> Sequence[str]:
 
 
 def _begin(call: Call[Any], text_field: str, texts: Sequence[str]) -> tuple[list[EmbedInput], Chosen]:
-    """The inputs and their instruction, once the names and fields of the body are known to be right.
-
-    Raises:
-        InvalidRequest, ModelNotFound: if one of them is not.
-    """
+    """The inputs and their instruction, once the names and fields of the body are known to be right."""
     body: _Body = call.body
     extra = body.model_extra or {}
     if getattr(body, text_field) is None and not TEXT_FIELDS.isdisjoint(extra):
@@ -296,11 +278,7 @@ def _begin(call: Call[Any], text_field: str, texts: Sequence[str]) -> tuple[list
 
 
 def _alias_of(parts: Parts, model: str | None) -> str:
-    """The role or prompt that a model's name asks for. `:latest` is the tag of models without one, and no role.
-
-    Raises:
-        ModelNotFound: if no model here has that name.
-    """
+    """The role or prompt that a model's name asks for. `:latest` is the tag of models without one, and no role."""
     if model is not None and model != parts.served_name and model not in parts.instructions.aliases:
         model = model.removesuffix(_LATEST)
     return parts.instructions.alias_of(model, parts.served_name)

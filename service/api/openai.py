@@ -18,47 +18,42 @@ from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, To
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors, json_answer
 from service.http.call import Call
-from service.http.common import Dimensions, ModelName, Name, Text, are_ids, split_text, truncation
-from service.http.openapi import described, documented
+from service.http.common import Dimensions, ModelName, Name, RequestBody, Text, are_ids, split_text, truncation
+from service.http.openapi import TEXT_SCHEMA, TOKEN_IDS_SCHEMA, described, documented
 from service.http.parts import Parts, parts_of
 from service.http.requests import missing
 from service.logs import log
 
+_TEXT_OR_NULL = {"anyOf": [TEXT_SCHEMA, {"type": "null"}]}
 _INPUT_SCHEMA = {
     "description": "a text or a list of texts; or token ids, one text's or a list of such; or pairs "
     "[instruction, text]; or objects of a text and how it is meant",
     "anyOf": [
-        {"type": "string"},
+        TEXT_SCHEMA,
         {
             "type": "array",
             "minItems": 1,
             "items": {
                 "anyOf": [
-                    {"type": "string"},
+                    TEXT_SCHEMA,
                     {
                         "type": "object",
                         "required": ["text"],
-                        "properties": {
-                            "text": {"type": "string"},
-                            "instruction": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-                            "input_type": {"anyOf": [{"type": "string"}, {"type": "null"}]},
-                        },
+                        "properties": {"text": TEXT_SCHEMA, "instruction": _TEXT_OR_NULL, "input_type": _TEXT_OR_NULL},
                         "additionalProperties": False,
                     },
-                    {"type": "array", "prefixItems": [{"type": "string"}, {"type": "string"}], "minItems": 2},
-                    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+                    {"type": "array", "prefixItems": [TEXT_SCHEMA, TEXT_SCHEMA], "minItems": 2},
+                    TOKEN_IDS_SCHEMA,
                 ]
             },
         },
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
+        TOKEN_IDS_SCHEMA,
     ],
 }
 
 
-class EmbedFields(BaseModel):
+class EmbedFields(RequestBody):
     """The fields that our own endpoints share; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: ModelName = None
     dimensions: Dimensions = None
@@ -95,7 +90,7 @@ class EmbedFields(BaseModel):
 class EmbeddingsBody(EmbedFields):
     """The body of `POST /v1/embeddings`; null means absent."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra={"required": ["input"]})
+    model_config = ConfigDict(json_schema_extra={"required": ["input"]})
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
     instruction: Text | list[Text | None] | None = Field(
@@ -270,11 +265,7 @@ def write_answer(
 
 
 def _input(parts: Parts, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:
-    """One input in any of its forms.
-
-    Raises:
-        InvalidRequest: if it has none of them.
-    """
+    """One input in any of its forms."""
     if isinstance(item, str) or item == [] or are_ids(item):
         return split_text(item, chosen, separator)
     if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item):
@@ -306,11 +297,7 @@ def _item_instruction(parts: Parts, index: int, item: dict[str, Any]) -> Chosen 
 
 
 def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> TokenIds:
-    """Whose ids the inputs hold.
-
-    Raises:
-        InvalidRequest: if there are some and none are taken.
-    """
+    """Whose ids the inputs hold."""
     given = {index: item.text for index, item in enumerate(inputs) if not isinstance(item.text, str)}
     if not given:
         return "model"
@@ -328,11 +315,7 @@ def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> Toke
 
 
 def _whose(given: Mapping[int, Sequence[int]], vocabulary: int) -> TokenIds:
-    """Whose ids an SDK of OpenAI sends: cl100k_base's; or the model's own, if cl100k_base lacks one of them.
-
-    Raises:
-        InvalidRequest: if the model lacks one too.
-    """
+    """Whose ids an SDK of OpenAI sends: cl100k_base's; or the model's own, if cl100k_base lacks one of them."""
     lacks = ((index, missing_id("cl100k_base", ids)) for index, ids in given.items())
     index, lacking = next((found for found in lacks if found[1] is not None), (0, None))
     if lacking is None:

@@ -40,12 +40,6 @@ class Page:
     content: bytes
     headers: Mapping[str, str]
 
-    @classmethod
-    def of(cls, content: bytes, media_type: str) -> Page:
-        """The file with its headers."""
-        tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-        return cls(content, {**HEADERS, "content-type": media_type, "etag": tag})
-
     def answer(self, request: Request) -> Response:
         """The file, or headers alone if the browser has it already."""
         known = request.headers.get("if-none-match", "").split(",")
@@ -60,7 +54,9 @@ def load_pages() -> dict[str, Page]:
     for entry in files("service").joinpath("playground").iterdir():
         if media_type := _TYPES.get(PurePath(entry.name).suffix):
             path = "/" if entry.name == "index.html" else f"/playground/{entry.name}"
-            pages[path] = Page.of(entry.read_bytes(), media_type)
+            content = entry.read_bytes()
+            tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+            pages[path] = Page(content, {**HEADERS, "content-type": media_type, "etag": tag})
     return pages
 
 

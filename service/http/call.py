@@ -119,12 +119,7 @@ class Call(Generic[Body]):
         return result
 
     async def embed_chunks(self, asked: ChunkRequest) -> ChunkResult:
-        """The vectors of one text's chunks. Once the client has hung up, nothing more is computed.
-
-        Raises:
-            ServiceError: as `Embedder.embed_chunks`.
-            ClientGone: if the client hung up.
-        """
+        """The vectors of one text's chunks, as `embed` gives those of texts."""
         result = await self.while_connected(self.embedder.embed_chunks(asked, self._note_lane))
         outcome_of(self.request.scope).timings = result.embedded.timings
         return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from service.embedding.instructions import Chosen
 from service.embedding.requests import EmbedInput
@@ -18,6 +18,12 @@ ModelName = Annotated[
     Field(description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"),
 ]
 Dimensions = Annotated[int | None, Field(strict=True, description="cut vectors to this many dimensions")]
+
+
+class RequestBody(BaseModel):
+    """A body that keeps its unknown fields, for `Call.ignore`."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> EmbedInput:
@@ -44,11 +50,6 @@ def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
             f"truncate is {truncate[:100]!r}: use true or false, or NONE, START or END", "invalid_value", "truncate"
         )
     return keep[truncate.upper()]
-
-
-def as_items(value: Any) -> list[Any]:
-    """A list as it is; anything else as a list of one item."""
-    return value if isinstance(value, list) else [value]
 
 
 def are_ids(value: Any) -> bool:

@@ -106,7 +106,6 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
         self._connection = connection
 
     def feed_data(self, data: Any) -> None:
-        """Called with the bytes that have come."""
         parser = self
         while True:
             try:
@@ -127,7 +126,7 @@ class _Parser(httptools.HttpRequestParser):  # type: ignore[misc,unused-ignore]
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection."""
+    """One client's connection. The event loop calls its first methods, and the parser those that begin with `on_`."""
 
     parser: _Parser
 
@@ -146,13 +145,11 @@ class Connection(HttpToolsProtocol):
         self._unparsed_bytes = 0  # since the last whole piece of a request
 
     def connection_made(self, transport: Any) -> None:
-        """Called by the event loop."""
         self._one_too_many = len(self.connections) >= self._guard.most
         super().connection_made(transport)
         self._reading_since = time.monotonic()
 
     def data_received(self, data: bytes) -> None:
-        """Called by the event loop."""
         if self._ends_at is not None or self.transport.is_closing():
             return
         if self._one_too_many:
@@ -166,7 +163,7 @@ class Connection(HttpToolsProtocol):
             self._refuse_header()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Called by the event loop when the client ends its side; True keeps ours open, for the answer.
+        """The client has ended its side. True keeps ours open, for the answer.
 
         Two kinds of client do this: one that has hung up, and one that still reads, such as `nc -N`. The server writes
         the first bytes, which all answers share: a client that has hung up resets the connection.
@@ -182,7 +179,6 @@ class Connection(HttpToolsProtocol):
         return True
 
     def resume_writing(self) -> None:
-        """Called by the event loop."""
         self._unsent = Unsent()
         super().resume_writing()
 
@@ -194,24 +190,21 @@ class Connection(HttpToolsProtocol):
             self._refuse(400, "invalid_http", "this is no HTTP request", "bad_request")
 
     def on_message_begin(self) -> None:
-        """Called by the parser."""
         self._reading_since = time.monotonic()
         self._in_header = True
         self._header_bytes = self._unparsed_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
-        """Called by the parser."""
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Called by the parser, also for the trailers of chunked bodies, which uvicorn keeps as well."""
+        """Called also for the trailers of chunked bodies, which uvicorn keeps as well."""
         self._count(len(name) + len(value))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Called by the parser."""
         self._unparsed_bytes = 0
         if self.parser.offers_upgrade:
             return
@@ -219,12 +212,10 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Called by the parser."""
         self._unparsed_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Called by the parser."""
         if self.parser.offers_upgrade:
             return
         self._reading_since = None

@@ -70,7 +70,7 @@ class ErrorResponses:
     The error for a path that does not exist names the known path that it ends with.
     """
 
-    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics, known_paths: Sequence[str] = ()) -> None:
+    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics, known_paths: Sequence[str]) -> None:
         self._known_paths = known_paths
         self._dialects = dialects
         self._metrics = metrics

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 Responses = dict[int | str, dict[str, Any]]
+
+TEXT_SCHEMA: dict[str, Any] = {"type": "string"}
+TOKEN_IDS_SCHEMA: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
 # What each status of an error means.
 MEANINGS = {
@@ -22,6 +25,11 @@ MEANINGS = {
     503: "loading, draining, or out of memory",
     504: "the deadline passed in the queue",
 }
+
+
+def with_example(**answer: Any) -> ConfigDict:
+    """The configuration of an answer's model that shows this example."""
+    return ConfigDict(json_schema_extra={"example": answer})
 
 
 def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) -> Responses:

@@ -38,6 +38,7 @@ from service.tracing import Moments, Traces
 
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+Direct = Mapping[tuple[str, str], Endpoint]
 
 # The status of text-embeddings-inference for errors that are 500 elsewhere.
 _DEVICE_FAILED = 424
@@ -69,12 +70,7 @@ class RequestContext:
     """
 
     def __init__(
-        self,
-        app: ASGIApp,
-        parts: Parts,
-        errors: ErrorResponses,
-        direct: Mapping[tuple[str, str], Endpoint],
-        traces: Traces | None = None,
+        self, app: ASGIApp, parts: Parts, errors: ErrorResponses, direct: Direct, traces: Traces | None
     ) -> None:
         self._app = app
         self._parts = parts
@@ -203,7 +199,10 @@ async def read_body(request: Request, limit_bytes: int) -> bytearray:
     """
     encoding = request.headers.get("content-encoding", "")
     if encoding and encoding.strip().lower() != "identity":
-        raise UnsupportedEncoding(encoding)
+        raise UnsupportedEncoding(
+            f"bodies are not taken in the content-encoding {encoding[:40]!r}: send the JSON as it is",
+            "unsupported_content_encoding",
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise RequestTooLarge(limit_bytes)
@@ -219,7 +218,7 @@ async def read_body(request: Request, limit_bytes: int) -> bytearray:
         hold(len(piece))
         body += piece
         if more and LATE in request.scope["state"]:
-            raise RequestTimeout
+            raise RequestTimeout("the request did not arrive in time", "request_timeout")
     return body
 
 
@@ -255,11 +254,7 @@ def _parsed(body: bytearray) -> Any:
 
 
 def _check_size(size: JSONSize, settings: Settings) -> None:
-    """Refuse a body with more values than any request needs: everybody waits while it is parsed.
-
-    Raises:
-        InvalidRequest: for more values than the most token ids and inputs have, in any form.
-    """
+    """Refuse a body with more values than the most token ids and inputs have: everybody waits while it is parsed."""
     containers = _CONTAINERS_AN_INPUT * settings.max_inputs_per_request
     values = settings.max_tokens_per_request + containers
     for found, most, what in (
@@ -275,9 +270,6 @@ def _check_lists(document: dict[str, Any], most: int) -> None:
     """Refuse a list that is longer than a list of inputs may be, in any field or in an object in a field.
 
     A list of one text's token ids may be longer.
-
-    Raises:
-        InvalidRequest: naming the field.
     """
     for name, given in document.items():
         for value in (given, *given.values()) if isinstance(given, dict) else (given,):

@@ -27,9 +27,11 @@ from service.server.startup import Served
 from service.tracing import Traces
 from service.version import VERSION
 
-# Makes the application. The argument is the function that the application calls when it can't go on.
-MakeApp = Callable[[Callable[[BaseException], None]], FastAPI]
+# Called when the application can't go on; and once it is ready, with facts for the log.
+OnFatal = Callable[[BaseException], None]
+OnReady = Callable[[dict[str, object]], None]
 
+MakeApp = Callable[[OnFatal], FastAPI]
 
 # The dialects' form of errors by path, beside OpenAI's own; then the routers, their paths, and the handlers that are
 # called without FastAPI.
@@ -40,10 +42,7 @@ _DIRECT = {**openai.DIRECT, **tei.DIRECT, **cohere.DIRECT, **ollama.DIRECT}
 
 
 def create_app(
-    served: Served,
-    on_fatal: Callable[[BaseException], None],
-    on_ready: Callable[[dict[str, object]], None] = lambda facts: None,
-    traces: Traces | None = None,
+    served: Served, on_fatal: OnFatal, on_ready: OnReady = lambda facts: None, traces: Traces | None = None
 ) -> FastAPI:
     """The application for one encoder. It answers `/livez` at once, and requests once the backend has started.
 
@@ -111,9 +110,7 @@ def _parts(served: Served, access: Access) -> Parts:
     )
 
 
-async def _run(
-    parts: Parts, on_fatal: Callable[[BaseException], None], on_ready: Callable[[dict[str, object]], None]
-) -> None:
+async def _run(parts: Parts, on_fatal: OnFatal, on_ready: OnReady) -> None:
     """Start the backend and let it compute for ever."""
     life, ready = parts.life, parts.metrics.ready
     began = time.perf_counter()

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
@@ -22,7 +21,7 @@ from service.errors import DeviceLost, StartupError
 from service.http.connections import Connection, Guard
 from service.http.parts import Parts
 from service.logs import log, unexplained
-from service.server.app import MakeApp, create_app, drain
+from service.server.app import MakeApp, OnFatal, OnReady, create_app, drain
 from service.server.startup import Progress, Served, prepare, settle
 from service.settings import Settings
 from service.tracing import start_traces
@@ -58,11 +57,7 @@ def serve(settings: Settings, progress: Progress) -> int:
         return answer(settings, listener, partial(make_app, prepared))
 
 
-def make_app(
-    prepared: Served,
-    on_fatal: Callable[[BaseException], None],
-    then: Callable[[dict[str, object]], None] = lambda facts: None,
-) -> FastAPI:
+def make_app(prepared: Served, on_fatal: OnFatal, then: OnReady = lambda facts: None) -> FastAPI:
     """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
 
     def on_ready(facts: dict[str, object]) -> None:
@@ -100,9 +95,8 @@ def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
             server_header=False,
             proxy_headers=False,  # the server does not use the client's address
         ),
-        on_stop=lambda: drain(app),
-        in_work=lambda: parts.embedder.running,
-        guard=guard,
+        app,
+        guard,
     )
     server.run(sockets=[listener])
     status = 1 if failure else 0
@@ -128,19 +122,14 @@ def listen(host: str, port: int, shared: bool = False) -> socket.socket:
     Raises:
         StartupError: if the address is taken or is not this machine's.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(
-            (host, port), backlog=2048, family=_family(host), reuse_port=shared, dualstack_ipv6=both
-        )
+        return socket.create_server((host, port), backlog=2048, family=family, reuse_port=shared, dualstack_ipv6=both)
     except OSError as error:
         raise StartupError(
             f"can't listen on {host}:{port} ({error.strerror or error}): choose another LLM2VEC_HOST or LLM2VEC_PORT"
         ) from error
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 class _Server(uvicorn.Server):
@@ -151,13 +140,10 @@ class _Server(uvicorn.Server):
     period is over.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, on_stop: Callable[[], None], in_work: Callable[[], int], guard: Guard
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, guard: Guard) -> None:
         super().__init__(config)
+        self._app = app
         self._guard = guard
-        self._on_stop = on_stop
-        self._in_work = in_work
         self._stop_at: float | None = None
         self._quiet_ticks = 0
 
@@ -166,7 +152,7 @@ class _Server(uvicorn.Server):
         if self._stop_at is not None and sig == signal.SIGINT:
             self.force_exit = self.should_exit = True
         elif self._stop_at is None:
-            self._on_stop()
+            drain(self._app)
             grace = self.config.timeout_graceful_shutdown or 0
             self._stop_at = time.monotonic() + grace
             watchdog.end_within(grace + _STOP_SECONDS)
@@ -177,7 +163,7 @@ class _Server(uvicorn.Server):
         if counter % _LOOK_TICKS == 0:
             self._guard.look(self.server_state.connections)
         if self._stop_at is not None:
-            self._quiet_ticks = 0 if self._in_work() else self._quiet_ticks + 1
+            self._quiet_ticks = 0 if self._app.state.parts.embedder.running else self._quiet_ticks + 1
             left = self._stop_at - time.monotonic()
             if self._quiet_ticks >= _QUIET_TICKS or left <= 0:
                 self.config.timeout_graceful_shutdown = max(1, round(left))
@@ -191,16 +177,13 @@ class _Server(uvicorn.Server):
         reset them.
         """
         loop = asyncio.get_running_loop()
+        make = partial(cast(Any, self.config.http_protocol_class), self.config, self.server_state, self.lifespan.state)
         listeners = [listener.dup() for listener in sockets or ()]
         for server in self.servers:
             server.close()  # the event loop accepts no more
         for connection in [one for listener in listeners for one in _waiting(listener)]:
-            await loop.connect_accepted_socket(self._protocol, connection)
+            await loop.connect_accepted_socket(make, connection)
         await super().shutdown(sockets)
-
-    def _protocol(self) -> asyncio.Protocol:
-        make: Any = self.config.http_protocol_class
-        return cast(asyncio.Protocol, make(self.config, self.server_state, self.lifespan.state))
 
 
 def _waiting(listener: socket.socket) -> list[socket.socket]:

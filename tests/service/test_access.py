@@ -13,8 +13,7 @@ import httpx
 import pytest
 
 from service.errors import StartupError
-from service.http.access import OPEN_PATHS, Access
-from service.http.api_keys import ApiKeys, read_keys
+from service.http.access import OPEN_PATHS, Access, ApiKeys, read_keys
 from service.processes.child import Assignment
 from service.settings import Settings, hash_keys, load_settings
 from tests.service.fakes import Server, fake_manifest, until

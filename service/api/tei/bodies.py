@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from service.errors import EncodingError, InvalidRequest, OutOfMemory
-from service.http.common import Dimensions, Name, Text
+from service.http.common import Dimensions, Name, RequestBody, Text
 from service.http.error_responses import Dialect
-from service.http.openapi import MEANINGS, described
+from service.http.openapi import MEANINGS, TEXT_SCHEMA, TOKEN_IDS_SCHEMA, described
 
-_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _INPUTS_SCHEMA = {
     "description": "a text or a list of texts; or token ids of this model, one text's or a list of such",
     "anyOf": [
-        {"type": "string"},
-        {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, _IDS]}},
-        _IDS,
+        TEXT_SCHEMA,
+        {"type": "array", "minItems": 1, "items": {"anyOf": [TEXT_SCHEMA, TOKEN_IDS_SCHEMA]}},
+        TOKEN_IDS_SCHEMA,
     ],
 }
 _IDS_SCHEMA = {
     "description": "token ids of this model, one text's or a list of such",
-    "anyOf": [_IDS, {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}],
+    "anyOf": [
+        TOKEN_IDS_SCHEMA,
+        {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}},
+    ],
 }
 
 
@@ -35,10 +37,8 @@ Direction = Annotated[Literal["left", "right"] | None, BeforeValidator(_lower)]
 Flag = Annotated[bool | None, Field(strict=True)]
 
 
-class TruncateFields(BaseModel):
+class TruncateFields(RequestBody):
     """The fields for texts that are too long; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     truncate: Flag = Field(None, description="cut a text that is too long; by default it is an error")
     truncation_direction: Direction = Field(
@@ -69,10 +69,8 @@ class SimilarityParameters(TruncateFields):
     prompt_name: Name | None = Field(None, description="a prompt's name, or query or document, for all sentences")
 
 
-class SimilarityBody(BaseModel):
+class SimilarityBody(RequestBody):
     """The body of `POST /similarity`; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     inputs: Annotated[_Sentences, WithJsonSchema(_Sentences.model_json_schema())]
     parameters: Annotated[
@@ -92,10 +90,8 @@ class RerankBody(TruncateFields):
     return_text: Flag = Field(None, description="give each text again beside its score")
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(RequestBody):
     """The body of `POST /tokenize`; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     inputs: Text | list[Text]
     add_special_tokens: Flag = Field(
@@ -104,10 +100,8 @@ class TokenizeBody(BaseModel):
     prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
 
 
-class DecodeBody(BaseModel):
+class DecodeBody(RequestBody):
     """The body of `POST /decode`; null means absent."""
-
-    model_config = ConfigDict(extra="allow")
 
     ids: Annotated[Any, WithJsonSchema(_IDS_SCHEMA)]
     skip_special_tokens: Flag = Field(None, description="leave special tokens out, the default")

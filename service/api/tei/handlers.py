@@ -34,7 +34,7 @@ from service.embedding.rows import Vector
 from service.errors import InvalidRequest
 from service.http.answers import encode_vectors, json_answer, json_array
 from service.http.call import Call
-from service.http.common import are_ids, as_items
+from service.http.common import are_ids
 from service.http.openapi import documented
 from service.http.parts import parts_of
 from service.http.requests import parse, read_document, require_ready
@@ -155,7 +155,8 @@ async def tokenize(request: Request) -> Response:
     call = await Call.read(request, TokenizeBody)
     body = call.body
     call.ignore(body.model_extra)
-    inputs = call.inputs(as_items(body.inputs), call.choose(names={"prompt_name": body.prompt_name}))
+    texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    inputs = call.inputs(texts, call.choose(names={"prompt_name": body.prompt_name}))
     asked = EmbedRequest(inputs, param="inputs", wait_seconds=call.settings.overload_wait_seconds)
     rows = await call.while_connected(call.embedder.locate(asked))
     around = body.add_special_tokens is not False
@@ -243,11 +244,7 @@ def _write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
 
 
 def _inputs(call: Call[Any]) -> list[EmbedInput]:
-    """The inputs, each with its instruction.
-
-    Raises:
-        InvalidRequest: if they are no texts or token ids, or ids where none are taken.
-    """
+    """The inputs, each with its instruction."""
     body: EmbedAllBody = call.body
     given = [body.inputs] if isinstance(body.inputs, str) or are_ids(body.inputs) else body.inputs
     if not isinstance(given, list):
