@@ -30,6 +30,9 @@ TOKENIZER_FILE = "tokenizer.json"
 
 _HASH_BLOCK = 1 << 22
 
+# Names of files that a library might read as a part of a model. Others, such as a README, change no vector.
+_READ_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".py", ".txt", ".jinja")
+
 
 class StoreError(UserError):
     """A folder that is not a whole, unchanged stored encoder."""
@@ -47,10 +50,24 @@ class StoredFile(_Frozen):
 
 
 class SourceRecord(_Frozen):
-    """Where weights came from: the reference as given, and the hub commit it was pinned to, if any."""
+    """Where weights came from: the reference as given, and the hub commit it was pinned to, if any.
+
+    `content` is the sha256 of the files of a local folder, which may be trained again in its place.
+    """
 
     reference: str
     commit: str | None = None
+    content: str = ""
+
+    @classmethod
+    def of(cls, reference: str, commit: str | None) -> SourceRecord:
+        """The record of a source as it is now."""
+        return cls(reference=reference, commit=commit, content="" if commit else _content_of(reference))
+
+    @property
+    def changed(self) -> bool:
+        """Whether the folder is there and holds other files than it did. Reads every byte of it."""
+        return bool(self.content) and _content_of(self.reference) not in (self.content, "")
 
 
 class Manifest(_Frozen):
@@ -163,12 +180,20 @@ def find_built(folder: Path, recipe: Recipe) -> Manifest | None:
     except StoreError:
         return None
     whole = manifest.recipe_fingerprint == recipe.fingerprint and not changed_files(folder, manifest)
-    return manifest if whole else None
+    return manifest if whole and not any(source.changed for source in (manifest.base, *manifest.adapters)) else None
+
+
+def _content_of(reference: str) -> str:
+    """The sha256 of the files directly in a folder that libraries read; "" if there is no such folder."""
+    folder = Path(reference).expanduser()
+    if not folder.is_dir():
+        return ""
+    return _digest({name: file.sha256 for name, file in describe_files(folder).items() if name.endswith(_READ_FILES)})
 
 
 def describe_files(folder: Path) -> dict[str, StoredFile]:
     """Size and sha256 of every file in the folder but the manifest."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE)
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE and path.is_file())
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda name: file_sha256(folder / name), names)
     return {
@@ -182,7 +207,7 @@ def changed_files(folder: Path, manifest: Manifest) -> list[str]:
 
     It reads every byte of the folder, several files at once.
     """
-    present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    present = {path.name for path in folder.iterdir() if path.name.endswith(_READ_FILES)} - {MANIFEST_FILE}
     differences = [f"{name}: not part of this encoder" for name in sorted(present - manifest.files.keys())]
     check: Callable[[tuple[str, StoredFile]], str | None] = lambda item: _difference(folder, *item)  # noqa: E731
     with ThreadPoolExecutor() as pool:

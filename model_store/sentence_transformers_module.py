@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import InputModule
 from torch import Tensor
 
 from model_store.encoder.attention import choose_kernel, implementation_name
-from model_store.encoder.encoder import Encoder
+from model_store.encoder.encoder import LEAST_TOKENS, Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.text.tokenizer import TextTokenizer
 
@@ -51,13 +51,15 @@ class StoredEncoderModule(InputModule):  # type: ignore[misc]
     def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **_: Any) -> dict[str, Any]:
         """Texts and the instruction they share, as the tensors of one packed batch."""
         rows = self._text_tokenizer.encode_batch(list(inputs), [prompt or ""] * len(inputs))
-        return dict(vars(PackedBatch.pack(rows, self._manifest.pooling)))
+        rows = [row.shortened(self.max_seq_length) for row in rows]
+        batch = PackedBatch.pack(rows, self._manifest.pooling).filled_up_to(LEAST_TOKENS)
+        return {**vars(batch), "texts": len(rows)}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
         """Add `sentence_embedding`, (B, D) float32, to the features of a packed batch."""
         batch = PackedBatch(**{name: features[name] for name in PackedBatch.__dataclass_fields__})
         encoder = self._on(batch.token_ids.device)
-        vectors: Tensor = torch.nn.functional.normalize(encoder.vectors(batch), dim=-1)
+        vectors: Tensor = torch.nn.functional.normalize(encoder.vectors(batch)[: features["texts"]], dim=-1)
         return {**features, "sentence_embedding": vectors}
 
     def get_embedding_dimension(self) -> int:

@@ -23,8 +23,19 @@ from model_store.json_text import read_json_object, unreadable
 
 _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
-# Initialisations that change the base's own weights while training starts, so that B·A is not the whole change.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+# Options that merging follows, or that say nothing of the trained weights. Every other one must have peft's default.
+_FOLLOWED = frozenset(
+    {
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("inference_mode", "runtime_config", "megatron_core", "ensure_weight_tying", "lora_dropout"),
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "qalora_group_size"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("eva_config", "loftq_config", "corda_config", "lora_ga_config"),  # of initialisations
+    }
+)
+
+# Initialisations that leave the base's own weights as they are when training starts, so that B·A is the whole change.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class AdapterError(UserError):
@@ -123,19 +134,16 @@ def _read_config(folder: Path, reference: str) -> LoraConfig:
     unknown = sorted(key for key, value in raw.items() if value and key not in LoraConfig.__dataclass_fields__)
     if unknown:
         raise AdapterError(f"adapter {reference}: {path} has options this version of peft does not know: {unknown}")
-    asked = raw.get
-    initialisation = str(asked("init_lora_weights", True))
-    for wrong, what in (
-        (asked("use_dora"), "DoRA"),
-        (asked("fan_in_fan_out"), "transposed (fan_in_fan_out) weights"),
-        (asked("bias", "none") != "none", "trained biases"),
-        (asked("alora_invocation_tokens"), "activation by tokens (aLoRA)"),
-        (asked("use_qalora") or asked("layer_replication"), "more than plain LoRA (QA-LoRA or layer replication)"),
-        (asked("modules_to_save"), "whole modules (modules_to_save)"),
-        (initialisation.lower().startswith(_BASE_CHANGING), f"{initialisation} initialisation"),
-    ):
-        if wrong:
-            raise AdapterError(f"adapter {reference} uses {what}: merge it with peft first and build from the result")
+    plain = LoraConfig()
+    wrong = [key for key, value in raw.items() if key not in _FOLLOWED and value and value != getattr(plain, key, None)]
+    if raw.get("init_lora_weights") not in _INITIALISATIONS:
+        wrong.append("init_lora_weights")
+    if wrong:
+        asked = ", ".join(f"{key} {raw[key]!r}" for key in wrong)
+        raise AdapterError(
+            f"adapter {reference} uses {asked}, more than plain LoRA: merge it with peft first, and build from the "
+            "result"
+        )
     for key in ("lora_alpha", "rank_pattern", "alpha_pattern"):
         value = raw.pop(key, None)
         numbers = value.values() if isinstance(value, dict) and key != "lora_alpha" else [value]

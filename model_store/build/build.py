@@ -33,6 +33,7 @@ from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
 from model_store.encoder.head import Head
 from model_store.errors import UserError
+from model_store.json_text import read_json_object
 from model_store.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -49,6 +50,9 @@ from model_store.templates import template_for
 from model_store.text.tokenizer import special_tokens_around
 
 SHARD_BYTES = 2 << 30
+
+# What training writes beside an adapter.
+TRAINING_CONFIG_FILE = "training_config.json"
 
 # What a recipe may say of an encoder beside its weights; else the files that come with them say it.
 _DESCRIBED = (*ENCODER_DEFAULTS, "template", "query_instruction", "document_instruction")
@@ -102,6 +106,7 @@ def _build(
     with ExitStack() as sources:
         base = sources.enter_context(resolve(recipe.base))
         stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
+        _refuse_lone_second_stage(stages)
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters)
@@ -133,6 +138,17 @@ def _refuse_missing_stage(recipe: Recipe) -> None:
                 f"the adapter {last} was trained on top of {', '.join(before)}, which must be merged before it: "
                 f"use --recipe {published.name}, or give the adapters in this order: {', '.join(published.adapters)}"
             )
+
+
+def _refuse_lone_second_stage(stages: Sequence[Source]) -> None:
+    """Refuse an adapter that was trained here on top of others which are not merged before it."""
+    config = stages[0].folder / TRAINING_CONFIG_FILE if stages else None
+    if config and config.is_file() and (before := read_json_object(config).get("peft_model_name_or_path")):
+        names = before if isinstance(before, str) else ", ".join(map(str, before))
+        raise BuildError(
+            f"the adapter {stages[0].reference} was trained on top of {names} ({config.name} says so), which must be "
+            "merged before it: give that adapter first"
+        )
 
 
 def _repository_name(reference: str) -> str:
@@ -285,8 +301,8 @@ def _describe(
             "vocabulary": shapes["embed_tokens.weight"][0],
             "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),
             "dtype": recipe.dtype,
-            "base": SourceRecord(reference=base.reference, commit=base.commit),
-            "adapters": [SourceRecord(reference=stage.reference, commit=stage.commit) for stage in stages],
+            "base": SourceRecord.of(base.reference, base.commit),
+            "adapters": [SourceRecord.of(stage.reference, stage.commit) for stage in stages],
             "tokenizer": tokenizer_source,
             "template": by_name,
             "query_instruction": "",

@@ -116,12 +116,17 @@ def _fetch(reference: str, only: str = "") -> Source:
     try:
         if constants.HF_HUB_OFFLINE:  # what was fetched before is all there is
             folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
-            return Source(reference, Path(folder), Path(folder).name)
-        info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
-        wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
-        folder = snapshot_download(
-            repository, revision=info.sha, allow_patterns=wanted, endpoint=endpoint, tqdm_class=bar_class()
-        )
+        else:
+            info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
+            wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
+            # By the branch's name, which the cache then knows; the folder has the name of the commit.
+            folder = snapshot_download(
+                repository,
+                revision=revision or None,
+                allow_patterns=wanted,
+                endpoint=endpoint,
+                tqdm_class=bar_class(),
+            )
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"{reference} is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched: unset it once, or give "
@@ -140,7 +145,7 @@ def _fetch(reference: str, only: str = "") -> Source:
         raise SourceError(
             f"{reference} could not be fetched from the hub ({error}): check the network, or give a local folder"
         ) from error
-    return Source(reference, Path(folder), info.sha)
+    return Source(reference, Path(folder), Path(folder).name)
 
 
 def wanted_files(names: list[str]) -> list[str]:

@@ -227,15 +227,19 @@ def test_an_adapter_tensor_without_a_place_is_named(tmp_path: Path, change: Any,
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("use_dora", True, "DoRA"),
-        ("bias", "all", "biases"),
+        ("use_dora", True, "uses use_dora True, more than plain LoRA: merge it with peft first"),
+        ("bias", "all", "bias 'all'"),
         ("modules_to_save", ["norm"], "modules_to_save"),
-        ("fan_in_fan_out", True, "transposed"),
-        ("init_lora_weights", "pissa", "pissa"),
+        ("fan_in_fan_out", True, "fan_in_fan_out"),
+        ("init_lora_weights", "pissa_niter_4", "pissa"),
+        ("init_lora_weights", "lora_ga", "lora_ga"),
+        ("arrow_config", {"top_k": 2}, "arrow_config"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("target_parameters", ["x"], "target_parameters"),
         ("peft_type", "IA3", "only LORA"),
         ("use_something_new", True, "does not know.*use_something_new"),
-        ("alora_invocation_tokens", [1, 2], "aLoRA"),
-        ("layer_replication", [[0, 2], [1, 3]], "layer replication"),
+        ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
+        ("layer_replication", [[0, 2], [1, 3]], "layer_replication"),
         ("r", 8, "rank 4, adapter_config.json says 8"),
     ],
 )
@@ -393,3 +397,45 @@ def test_remote_code_of_a_base_or_a_stored_encoder_never_runs(tmp_path: Path, mo
     poison(tmp_path / "encoder")  # which a server refuses before, as it was changed
     Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_adapter_that_was_trained_again_in_its_place_is_built_again(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tiny_model("llama"), 0)
+    asked = recipe(tmp_path / "base", tmp_path / "adapter")
+    ensure_built(asked, tmp_path / "encoder")
+    first = vectors_of(tmp_path / "encoder")
+    (tmp_path / "adapter" / "README.md").write_text("it changes no vector")
+    shutil.rmtree(tmp_path / "adapter" / "checkpoint-3", ignore_errors=True)
+    inode = (tmp_path / "encoder").stat().st_ino
+    ensure_built(asked, tmp_path / "encoder")
+    assert (tmp_path / "encoder").stat().st_ino == inode  # kept as it is
+    save_adapter(tmp_path / "adapter", tiny_model("llama"), 1)
+    ensure_built(asked, tmp_path / "encoder")
+    assert (vectors_of(tmp_path / "encoder") - first).abs().max() > 1e-2
+    shutil.rmtree(tmp_path / "adapter")  # once built it is not needed any more
+    inode = (tmp_path / "encoder").stat().st_ino
+    ensure_built(asked, tmp_path / "encoder")
+    assert (tmp_path / "encoder").stat().st_ino == inode
+
+
+def test_one_s_own_second_stage_without_its_first_is_refused(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    for seed, name in enumerate(("mntp", "simcse")):
+        save_adapter(tmp_path / name, tiny_model("llama"), seed)
+    trained = {"model_name_or_path": "base", "peft_model_name_or_path": "out/mntp"}
+    (tmp_path / "simcse" / "training_config.json").write_text(json.dumps(trained))
+    with pytest.raises(BuildError, match=r"simcse was trained on top of out/mntp .* give that adapter first"):
+        build_encoder(recipe(tmp_path / "base", tmp_path / "simcse"), tmp_path / "encoder")
+    build_encoder(recipe(tmp_path / "base", tmp_path / "mntp", tmp_path / "simcse"), tmp_path / "encoder")
+
+
+def test_an_adapter_beside_torch_files_of_the_base(tmp_path: Path) -> None:
+    """In one folder, as some repositories have them: the base's weights are not looked for in the adapter's file."""
+    save_base(tmp_path / "base", layout="bin")
+    save_adapter(tmp_path / "adapter", tiny_model("llama"), 0)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "adapter" / name, tmp_path / "base" / name)
+    build_encoder(recipe(tmp_path / "base", tmp_path / "base"), tmp_path / "one")
+    build_encoder(recipe(tmp_path / "base", tmp_path / "adapter"), tmp_path / "two")
+    assert torch.equal(vectors_of(tmp_path / "one"), vectors_of(tmp_path / "two"))

@@ -35,6 +35,11 @@ def test_sentence_transformers_opens_the_folder(encoder: Path) -> None:
     model = sentence_transformers.SentenceTransformer(
         str(encoder), device="cpu", trust_remote_code=True, model_kwargs={"dtype": "float32"}
     )
+    model.max_seq_length = 40
+    cut = model.encode(["the mill and the river " * 20])[0]
+    assert np.abs(cut - model.encode(["the mill and the river " * 40])[0]).max() == 0
+    model.max_seq_length = 512
+    assert np.abs(cut - model.encode(["the mill and the river " * 20])[0]).max() > 1e-4
     for batch_size in (1, 32):
         plain = model.encode(TEXTS, batch_size=batch_size)
         assert np.abs(plain - ours(encoder).numpy()).max() < 1e-5

@@ -89,6 +89,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]
     server.server_close()
 
 
+def test_offline_what_was_fetched_before_is_used(
+    hub: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_base(tmp_path / "repository")
+    hub.folders["org/base"] = tmp_path / "repository"
+    with resolve("org/base") as fetched:
+        commit = fetched.commit
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    asked = len(hub.asked)
+    with resolve("org/base") as source:
+        assert (source.folder, source.commit) == (fetched.folder, commit)
+    with pytest.raises(SourceError, match=r"org/other is not in the cache, and HF_HUB_OFFLINE"), resolve("org/other"):
+        pass
+    assert len(hub.asked) == asked
+
+
 def test_a_folder_is_itself(tmp_path: Path) -> None:
     with resolve(str(tmp_path)) as source:
         assert source.folder == tmp_path
@@ -159,6 +175,11 @@ def test_without_a_terminal_fetching_is_told_in_whole_lines(
         (["adapter_model.safetensors", "adapter_model.bin"], ["adapter_model.safetensors"]),
         (["model.Q4_K_M.gguf"], ["model.Q4_K_M.gguf"]),
         (["original/model.safetensors", "modeling_llama.py"], []),
+        (["pytorch_model.bin", "adapter_model.safetensors"], ["pytorch_model.bin", "adapter_model.safetensors"]),
+        (
+            ["model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors", "onnx/config.json"],
+            ["model.safetensors", "1_Pooling/config.json", "2_Dense/model.safetensors"],
+        ),
     ],
 )
 def test_only_one_format_is_fetched_and_never_code(names: list[str], weights: list[str]) -> None:

@@ -164,3 +164,32 @@ def test_a_link_can_not_lead_out_of_the_folder(encoder: Path, tmp_path: Path) ->
     shutil.move(folder / "tokenizer.json", tmp_path / "elsewhere.json")
     (folder / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     assert changed_files(folder, read_manifest(folder)) == ["tokenizer.json: a link that leads out of the folder"]
+
+
+def test_a_readme_is_no_damage(encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    (folder / "README.md").write_text("What this encoder is for.")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (folder / ".cache").mkdir()
+    assert not changed_files(folder, read_manifest(folder))
+    (folder / "tokenizer.model").write_text("which a library may read")
+    assert changed_files(folder, read_manifest(folder)) == ["tokenizer.model: not part of this encoder"]
+
+
+def test_a_manifest_of_the_first_format_is_read(encoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    for later in ("manifest_sha256", "attention", "document_instruction", "prompts", "default_prompt"):
+        del content[later]
+    for records in ([content["base"]], content["adapters"], [content["recipe"]]):
+        for record in records:
+            record.pop("content", None), record.pop("attention", None), record.pop("document_instruction", None)
+    del content["template"]["lead"]
+    content["format"] = 1
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "manifest_sha256": digest}))
+    first, second = read_manifest(folder), read_manifest(encoder)
+    assert (first.attention, first.template, first.sealed()) == ("bidirectional", second.template, first)
+    assert (first.embedding_space, first.recipe) == (second.embedding_space, second.recipe)
+    assert not problems(folder)
