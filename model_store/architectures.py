@@ -41,6 +41,7 @@ ARCHITECTURES = {
     for row in (
         Architecture("llama", " </s>", "LlamaTokenizer"),
         Architecture("mistral", " </s>", "LlamaTokenizer", windowed=False),
+        Architecture("ministral3", " </s>", "LlamaTokenizer"),
         Architecture("qwen2", "<|endoftext|>", "Qwen2Tokenizer", float16=False),
         Architecture("qwen3", "<|endoftext|>", "Qwen2Tokenizer", float16=False),
         Architecture("gemma", "<eos>", "GemmaTokenizer", float16=False),
@@ -52,6 +53,9 @@ ARCHITECTURES = {
 
 # Multimodal wrappers whose decoder is in the table.
 TEXT_MODEL_OF = {"gemma3": "gemma3_text"}
+
+# Names of stock decoders that were published with code of their own, which made their attention bidirectional.
+BIDIRECTIONAL_NAMES = {"llama_bidirec": "llama"}
 
 # Names that training wrappers put into the names of a model's tensors: those of torch.compile, DistributedDataParallel,
 # FSDP and activation checkpointing.

@@ -50,6 +50,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 20},
     "phi3": {"sliding_window": WINDOW},
+    # Queries at later positions are scaled up.
+    "ministral3": {
+        "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": 32,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
 }
 
 _CORPUS = (

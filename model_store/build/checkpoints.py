@@ -18,7 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from model_store.architectures import TEXT_MODEL_OF, architecture_of, decoder_name, is_encoder_tensor
+from model_store.architectures import (
+    BIDIRECTIONAL_NAMES,
+    TEXT_MODEL_OF,
+    architecture_of,
+    decoder_name,
+    is_encoder_tensor,
+)
 from model_store.build.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rope
 from model_store.errors import CheckpointError
 from model_store.json_text import read_json_object, unreadable
@@ -80,6 +86,7 @@ def _decoder_config(folder: Path) -> Any:
         )
     raw.pop("auto_map", None)  # points at remote code, which never runs
     model_type = str(raw.get("model_type", ""))
+    raw["model_type"] = model_type = BIDIRECTIONAL_NAMES.get(model_type, model_type)
     architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
     for key in ("dtype", "torch_dtype"):
         if raw.get(key) and not isinstance(getattr(torch, str(raw[key]), None), torch.dtype):

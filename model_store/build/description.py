@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from model_store.architectures import BIDIRECTIONAL_NAMES
 from model_store.build.checkpoints import load_torch_file, read_raw_config
 from model_store.build.sources import Source
 from model_store.encoder.head import Head
@@ -125,9 +126,11 @@ def description_of(sources: Sequence[Source]) -> Description:
 
 
 def is_bidirectional(folder: Path) -> bool:
-    """Whether config.json asks transformers itself for bidirectional attention."""
+    """Whether config.json asks for bidirectional attention, by transformers' own keys or by the model's name."""
     raw = read_raw_config(folder)
     raw = {**raw, **(raw.get("text_config") or {})}
+    if raw.get("model_type") in BIDIRECTIONAL_NAMES:
+        return True
     return raw.get("is_causal") is False or bool(raw.get("use_bidirectional_attention"))
 
 

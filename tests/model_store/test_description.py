@@ -41,6 +41,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], str, bool, tuple[int, ...]]] = {
         *("gemma3_text", {"use_bidirectional_attention": True}, "mean", True),
         (160, 64),
     ),
+    "ministral3, bidirectional, scaled queries, mean": ("ministral3", {"is_causal": False}, "mean", False, ()),
     "gemma3, causal, weighted mean": ("gemma3_text", {}, "weightedmean", False, ()),
 }
 
@@ -190,3 +191,14 @@ def test_a_recipe_wins_over_the_files(tmp_path: Path) -> None:
     build_encoder(recipe, tmp_path / "encoder")
     manifest = read_manifest(tmp_path / "encoder")
     assert (manifest.pooling, manifest.query_instruction, manifest.attention) == ("last_token", "find", "causal")
+
+
+def test_a_name_that_stands_for_bidirectional_attention(tmp_path: Path) -> None:
+    """transformers does not know the name: the same model under the name that it knows is the oracle."""
+    published = publish(tmp_path, "llama", {"is_causal": False}, "mean", False, ())
+    expected = theirs(published)
+    changed(published, "config.json", lambda found: {**found, "model_type": "llama_bidirec", "pooling": "avg"})
+    changed(published, "config.json", lambda found: {key: found[key] for key in found.keys() - {"is_causal"}})
+    manifest = build_encoder(recipe_from("encoder", base=str(published), dtype="float32"), tmp_path / "encoder")
+    assert (manifest.attention, manifest.model_type) == ("bidirectional", "llama")
+    assert np.abs(ours(tmp_path / "encoder") - expected).max() < 1e-5
