@@ -73,7 +73,7 @@ def random_encoder(
     with torch.device(device):
         model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     sizes = {"width": config.hidden_size, "max_positions": readable_positions(config.to_dict())}
-    manifest: Any = SimpleNamespace(pooling="mean", model_type=config.model_type, **sizes)
+    manifest: Any = SimpleNamespace(attention="bidirectional", pooling="mean", model_type=config.model_type, **sizes)
     if merged:
         return Encoder.of(model, manifest, device, quantization=quantization)
     kernel = choose_kernel("auto", device, torch.bfloat16, config)

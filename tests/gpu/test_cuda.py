@@ -55,7 +55,9 @@ def encoder_of(
 ) -> Encoder:
     """What `Encoder.load` makes of a stored one."""
     sizes = {"width": model.config.hidden_size, "max_positions": readable_positions(model.config.to_dict())}
-    manifest: Any = SimpleNamespace(pooling="mean", model_type=model.config.model_type, **sizes)
+    manifest: Any = SimpleNamespace(
+        attention="bidirectional", pooling="mean", model_type=model.config.model_type, **sizes
+    )
     return Encoder.of(model.to(dtype), manifest, choose_device(device), quantization=quantization)
 
 

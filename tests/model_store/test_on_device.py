@@ -52,7 +52,7 @@ def encoder(family: str, kernel: Kernel, device: torch.device, rope: dict[str, A
         model = AutoModel.from_config(config, dtype=dtype, attn_implementation=implementation_name(kernel))
     fix_frequencies(model, 512)
     merge_projections(model, device, gated=True)
-    manifest: Any = SimpleNamespace(width=64, pooling="mean")
+    manifest: Any = SimpleNamespace(attention="bidirectional", width=64, pooling="mean")
     return Encoder(model.eval().requires_grad_(False), manifest, device, dtype, kernel)
 
 

@@ -37,7 +37,7 @@ def test_there_are_not_too_many() -> None:
 def test_what_waits_for_the_device_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture that fails can leave torch's allocator unusable, so none is begun."""
     gpus = install(Gpus(), monkeypatch.setattr)
-    manifest: Any = SimpleNamespace(width=64, pooling="mean", max_positions=512)
+    manifest: Any = SimpleNamespace(attention="bidirectional", width=64, pooling="mean", max_positions=512)
     pipeline = Pipeline(Encoder.of(tiny_model("llama").bfloat16(), manifest, torch.device("cuda", 0)))
     assert len(pipeline.with_graphs([16, 24]).replays) == gpus.done["capture"] == 2
 
