@@ -193,6 +193,19 @@ def verify(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
 
 
 @_commands.command()
+def export(
+    folder: Annotated[Path, argument("the encoder's folder")],
+    out: Annotated[Path, option("where to write it", "DIR")],
+) -> int:
+    """Write a stored encoder as sentence-transformers' own modules, where they can be it."""
+    from model_store.build.export import export_encoder
+
+    export_encoder(folder, out)
+    print(f"{out}: opens with SentenceTransformer({str(out)!r}), without this package")
+    return 0
+
+
+@_commands.command()
 def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
     """Print what a stored encoder is."""
     manifest = read_manifest(folder)
