@@ -104,6 +104,20 @@ def readable(path: Path, failure: Failure, *also: type[Exception]) -> Iterator[N
         raise failure(f"{path} can't be read: {told}") from error
 
 
+def read_json(path: Path, failure: Failure) -> Any:
+    """The JSON value in a file. Strings in it may hold lone surrogates: see `unicode_problem`.
+
+    Raises:
+        UserError: `failure`, if the file can't be read or is not valid JSON.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise failure(f"{path} can't be read: {error}") from error
+    except ValueError as error:
+        raise failure(f"{path} {error}") from error
+
+
 def _too_long(most_bytes: int) -> BadText:
     return BadText(f"has more than {most_bytes} bytes")
 

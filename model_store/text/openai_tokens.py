@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import lzma
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate
@@ -41,14 +40,6 @@ class UnknownTokenId(UserError):
         self.token_id = token_id
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Token `i` is `data[starts[i]:starts[i + 1]]`; 300,000 bytes objects would take ten times the memory."""
-
-    data: bytes
-    starts: array[int]
-
-
 def missing_id(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> int | None:
     """The first id that the encoding has no token for, None if there is no such id. Loads nothing."""
     count, special_tokens = _TOKENS[encoding], _SPECIAL_TOKENS[encoding]
@@ -75,26 +66,19 @@ def decode_bytes(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> bytes:
     Raises:
         UnknownTokenId: at the first id that the encoding has no token for.
     """
-    return b"".join(_pieces(encoding, token_ids))
-
-
-def _pieces(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> Iterator[bytes]:
-    tokens = _load(encoding)
-    data, starts, count = tokens.data, tokens.starts, _TOKENS[encoding]
+    if (missing := missing_id(encoding, token_ids)) is not None:
+        raise UnknownTokenId(encoding, missing)
+    data, starts = _load(encoding)
     special_tokens = _SPECIAL_TOKENS[encoding]
-    for token_id in token_ids:
-        if 0 <= token_id < count:
-            yield data[starts[token_id] : starts[token_id + 1]]
-        elif token_id in special_tokens:
-            yield special_tokens[token_id]
-        else:
-            raise UnknownTokenId(encoding, token_id)
+    return b"".join(special_tokens.get(one) or data[starts[one] : starts[one + 1]] for one in token_ids)
 
 
 @cache  # several threads may load it at the same time at first, with the same result
-def _load(encoding: OpenAIEncoding) -> _Tokens:
-    """The tokens as `openai_encodings/make.py` packed them."""
-    packed = files("model_store.text").joinpath("openai_encodings", f"{encoding}.xz").read_bytes()
-    unpacked = lzma.decompress(packed)
+def _load(encoding: OpenAIEncoding) -> tuple[bytes, array[int]]:
+    """(data, starts) of a file that `openai_encodings/make.py` packed: token `i` is `data[starts[i]:starts[i + 1]]`.
+
+    300,000 bytes objects would take ten times the memory.
+    """
+    data = lzma.decompress(files("model_store.text").joinpath("openai_encodings", f"{encoding}.xz").read_bytes())
     count = _TOKENS[encoding]
-    return _Tokens(unpacked, array("I", accumulate(unpacked[:count], initial=count)))
+    return data, array("I", accumulate(data[:count], initial=count))

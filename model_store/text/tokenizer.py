@@ -72,9 +72,7 @@ class TokenizedText:
         """
         if len(self) <= most:
             return self
-        room, end = self.room(most), len(self) - self.tail
-        if room < 1:
-            raise ValueError(f"{self.head + self.tail} tokens around the text leave no room for it in {most}")
+        room, end = self._chunk_starts(most).step, len(self) - self.tail
         kept = slice(self.head, self.head + room) if keep == "start" else slice(end - room, end)
         return self._of(self.token_ids[kept], cut=True)
 
@@ -263,12 +261,11 @@ class TextTokenizer:
             own = own[len(self._before) :]
         if self._after and own[-len(self._after) :] == self._after:
             own = own[: -len(self._after)]
-        suffix = self._ids([self._template.suffix])[0]
-        cut = self._reference is not None and len(own) > self._reference.doc_max_length
-        if self._reference:
-            own = own[: self._reference.doc_max_length]
-        lead = self._ids([self._template.prefix + self._template.before_text(instruction)])[0]
-        return self._row(index, [*lead, *own, *suffix], len(own) + len(suffix), cut)
+        lead, suffix = self._ids(
+            [self._template.prefix + self._template.before_text(instruction), self._template.suffix]
+        )
+        kept = own[: self._reference.doc_max_length] if self._reference else own
+        return self._row(index, [*lead, *kept, *suffix], len(kept) + len(suffix), cut=len(kept) < len(own))
 
     def _check_ids(self, index: int, token_ids: Sequence[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
