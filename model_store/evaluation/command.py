@@ -12,17 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from model_store.errors import UserError
 from model_store.evaluation.report import Score, check_picture, draw, table, write_json
 from model_store.evaluation.retrieval import Retrieval
 from model_store.evaluation.sts import Sts
-from model_store.evaluation.text_vectors import EmbedTexts, ServerVectors
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import load_recipe
 
 # Poolings that a base which was never trained as an encoder is compared under: those of the paper.
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
 
+# (texts, the instruction before each of them or "") → (n, D) normalised vectors in the texts' order
+EmbedTexts = Callable[[Sequence[str], str], NDArray[np.float32]]
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +57,16 @@ class Asked:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     json: Path | None = None
     picture: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServerVectors:
+    """The vectors of a running server, under its own pooling."""
+
+    embed_texts: EmbedTexts
+
+    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
+        return {"as served": self.embed_texts(texts, instruction)}
 
 
 class Task(Protocol):
@@ -145,13 +159,10 @@ def _models(
         return
 
     from model_store.build.build import ensure_built
-    from model_store.evaluation.local import LocalEncoder
-    from model_store.evaluation.stages import each_stage
+    from model_store.evaluation.local import LocalEncoder, each_stage
 
-    def load(folder: Path, causal: bool = False) -> LocalEncoder:
-        poolings = asked.pooling or (STAGE_POOLINGS if asked.stages else ())
-        return LocalEncoder.load(folder, poolings, asked.device, asked.dtype, causal)
-
+    poolings = asked.pooling or (STAGE_POOLINGS if asked.stages else ())
+    load = partial(LocalEncoder.load, poolings=poolings, device=asked.device, dtype=asked.dtype)
     if asked.stages:
         recipe = load_recipe(asked.stages)
         if asked.adapter:

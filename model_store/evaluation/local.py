@@ -1,12 +1,16 @@
 """Vectors from an encoder in this process, for evaluation: of texts under several poolings, and of words.
 
-Texts are cut as the official library cuts them, so that scores can be compared with published ones.
+Texts are cut as the official library cuts them, so that scores can be compared with published ones. An LLM2Vec encoder
+can also be evaluated at every stage of making it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,12 +19,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from model_store.build.build import Progress, build_encoder
 from model_store.encoder.devices import Dtype
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pooling import pool
 from model_store.evaluation.files import DatasetError
 from model_store.pooling_modes import PoolingMode
+from model_store.recipe import Recipe
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
 # D width
@@ -48,7 +54,10 @@ class LocalEncoder:
         dtype: Dtype = "auto",
         causal: bool = False,
     ) -> LocalEncoder:
-        """Load a stored encoder. Without `poolings` it uses its own pooling; with `causal` it attends as its base does.
+        """Load a stored encoder. Without `poolings` it uses its own pooling.
+
+        With `causal` it attends as its base does, each token to those before it, through transformers' own attention:
+        that finds the beginnings of texts from `position_ids`, and its mask keeps the texts apart.
 
         Raises:
             StoreError, DeviceError: as `Encoder.load`.
@@ -56,7 +65,9 @@ class LocalEncoder:
         encoder = Encoder.load(folder, device, dtype)
         encoder.pack_weights()
         if causal:
-            make_causal(encoder)
+            softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
+            encoder.model.config.is_causal = True
+            encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
         tokenizer = TextTokenizer.load(folder, encoder.manifest, reference=True)
         large = encoder.device.type == "cuda" and not causal
         batch_tokens = _GPU_BATCH_TOKENS if large else _BATCH_TOKENS
@@ -128,14 +139,31 @@ class LocalEncoder:
         return self.encoder.place(PackedBatch.pack(rows, pooling))
 
 
-def make_causal(encoder: Encoder) -> None:
-    """Make the model attend as its base does: each token to those before it, through transformers' own attention.
+def each_stage(
+    recipe: Recipe, load: Callable[..., LocalEncoder], progress: Progress
+) -> Iterator[tuple[str, Callable[[], LocalEncoder]]]:
+    """(name, function that loads it) of each stage from a base to an encoder, in the order of BehnamGhader et al. 2024.
 
-    transformers finds the beginnings of texts from `position_ids`, and its mask keeps the texts apart.
+    First comes the causal base as it is, then the base with bidirectional attention alone, then with one more adapter
+    merged each time. Each encoder is built in a temporary folder at its turn, so disk and memory hold one at a time: a
+    stage must be loaded before the next one is asked for. `load` is `LocalEncoder.load` with its options.
+
+    Raises:
+        ValueError: the errors of `build_encoder`.
     """
-    softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
-    encoder.model.config.is_causal = True
-    encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
+    for merged, name in enumerate(["bidirectional", *_stage_names(recipe.adapters)]):
+        with tempfile.TemporaryDirectory(prefix="llm2vec-stage-") as scratch:
+            folder = Path(scratch) / "encoder"
+            build_encoder(recipe.model_copy(update={"adapters": recipe.adapters[:merged]}), folder, progress)
+            if merged == 0:
+                yield "causal", partial(load, folder, causal=True)
+            yield name, partial(load, folder)
+
+
+def _stage_names(adapters: tuple[str, ...]) -> list[str]:
+    """The last part of each reference, or whole references if two last parts are the same."""
+    short = [re.split("[/:]", reference.partition("@")[0].rstrip("/"))[-1] for reference in adapters]
+    return [f"+ {name}" for name in (short if len(set(short)) == len(short) else adapters)]
 
 
 def _batches(rows: Sequence[TokenizedText], most: int) -> Iterable[list[int]]:

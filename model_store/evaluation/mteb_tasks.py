@@ -16,9 +16,9 @@ from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 from numpy.typing import NDArray
 
 from model_store.evaluation.files import DatasetError
-from model_store.evaluation.report import Score
-from model_store.evaluation.text_vectors import TextVectors
-from model_store.json_text import parse_json, unicode_problem
+from model_store.evaluation.report import Score, TextVectors
+from model_store.json_text import unicode_problem
+from model_store.text.files import read_json
 
 
 class MtebEncoder:
@@ -95,16 +95,12 @@ def mteb_tasks(names: Sequence[str], instructions: Path | None = None) -> list[M
         tasks = list(mteb.get_tasks(tasks=list(names)))
     except KeyError as error:
         raise DatasetError(f"mteb does not know the task: {error.args[0]}") from error
-    return [MtebTask(task, _read_instructions(instructions) if instructions else None) for task in tasks]
+    own = _read_instructions(instructions) if instructions else None
+    return [MtebTask(task, own) for task in tasks]
 
 
 def _read_instructions(path: Path) -> dict[str, str]:
-    try:
-        found = parse_json(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path} can't be read: {error}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path} {error}") from error
+    found = read_json(path, DatasetError)
     if problem := unicode_problem(found):
         raise DatasetError(f"{path} {problem}")
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):

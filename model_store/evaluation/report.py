@@ -1,4 +1,4 @@
-"""The scores of an evaluation as a table, as JSON and as a picture."""
+"""The vectors that a task takes and the scores that it gives: as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from model_store.errors import UserError
 
@@ -17,6 +20,12 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 class ReportError(UserError):
     """A report that can't be written."""
+
+
+class TextVectors(Protocol):
+    """(n, D) normalised vectors in the texts' order, for each setting that is compared."""
+
+    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]: ...
 
 
 @dataclass(frozen=True)

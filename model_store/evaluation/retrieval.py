@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.evaluation.files import DatasetError, number_field, read_json_lines, read_table, text_field
-from model_store.evaluation.report import Score
-from model_store.evaluation.text_vectors import TextVectors
+from model_store.evaluation.report import Score, TextVectors
 
 # Q queries, N documents, D width
 
@@ -30,7 +29,7 @@ class Collection:
     relevant: Mapping[str, Mapping[str, float]]
 
 
-def read_collection(folder: Path, split: str = "test") -> Collection:
+def read_collection(folder: Path) -> Collection:
     """The collection in a folder: corpus.jsonl, queries.jsonl and qrels/test.tsv (the first two may be .gz).
 
     A document is its title, if it has one, and its text; it is a space if both are empty. A query without a relevant
@@ -42,7 +41,7 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     """
     documents = _texts(_one_of(folder, "corpus.jsonl"))
     queries = _texts(_one_of(folder, "queries.jsonl"))
-    path = folder / "qrels" / f"{split}.tsv"
+    path = folder / "qrels" / "test.tsv"
     judged: dict[tuple[str, str], tuple[int, float]] = {}
     relevant: dict[str, dict[str, float]] = {}
     for number, row in read_table(path):

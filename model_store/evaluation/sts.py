@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from model_store.evaluation.files import DatasetError, number_field, read_table, text_field
-from model_store.evaluation.report import Score
-from model_store.evaluation.text_vectors import TextVectors
+from model_store.evaluation.report import Score, TextVectors
 
 
 @dataclass(frozen=True)

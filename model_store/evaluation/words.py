@@ -17,25 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score
 
+from model_store.evaluation.classification import sample, tuned_probe
 from model_store.evaluation.files import DatasetError, read_lines
-from model_store.evaluation.probe import sample, tuned_probe
 from model_store.evaluation.report import Score
 
-
-@dataclass(frozen=True)
-class _Layout:
-    """The columns of the word and of each layer of tags."""
-
-    word: int
-    tags: dict[str, int]
-
-
+# By the number of columns: the column of the word, and that of each layer of tags.
 _LAYOUTS = {
-    2: _Layout(0, {"tag": 1}),
-    3: _Layout(0, {"part of speech": 1, "chunk": 2}),  # CoNLL-2000
-    4: _Layout(0, {"part of speech": 1, "chunk": 2, "entity": 3}),  # CoNLL-2003
-    5: _Layout(1, {"entity": 2}),  # Universal NER
-    10: _Layout(1, {"part of speech": 3}),  # CoNLL-U
+    2: (0, {"tag": 1}),
+    3: (0, {"part of speech": 1, "chunk": 2}),  # CoNLL-2000
+    4: (0, {"part of speech": 1, "chunk": 2, "entity": 3}),  # CoNLL-2003
+    5: (1, {"entity": 2}),  # Universal NER
+    10: (1, {"part of speech": 3}),  # CoNLL-U
 }
 
 
@@ -144,9 +136,9 @@ def _spans(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
 
 
 def _sentence(rows: list[list[str]]) -> TaggedSentence:
-    layout = _LAYOUTS[len(rows[0])]
-    tags = {name: tuple(row[column] for row in rows) for name, column in layout.tags.items()}
-    return TaggedSentence(tuple(row[layout.word] for row in rows), tags)
+    word, layers = _LAYOUTS[len(rows[0])]
+    tags = {name: tuple(row[column] for row in rows) for name, column in layers.items()}
+    return TaggedSentence(tuple(row[word] for row in rows), tags)
 
 
 def _expected(columns: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from model_store.evaluation.probe import ProbeError, fit_probe, sample, tuned_probe
+from model_store.evaluation.classification import ProbeError, fit_probe, sample, tuned_probe
 
 
 def examples(seed: int) -> tuple[np.ndarray, list[str]]:
