@@ -15,8 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from model_store.errors import UserError
-from model_store.json_text import parse_json
 from model_store.pooling_modes import PoolingMode
+from model_store.text.files import read_json
 from model_store.training.arguments import AS_WRITTEN, Arguments, sentences
 
 Stage = Literal["mntp", "simcse", "supervised"]
@@ -60,13 +60,9 @@ class _Config(BaseModel):
     file: Path | None = Field(default=None, exclude=True)
 
     @model_validator(mode="after")
-    def _one_source_of_texts(self) -> _Config:
+    def _can_run(self) -> _Config:
         if self.train_file is None and self.dataset_name is None:
             raise ValueError("there is nothing to train on: give train_file, or a dataset_name")
-        return self
-
-    @model_validator(mode="after")
-    def _one_metric_that_there_is(self) -> _Config:
         name = self.arguments.get("metric_for_best_model")
         if name is not None and name.removeprefix("eval_") not in self.metrics:
             raise ValueError(f'metric_for_best_model is "{name}": write {" or ".join(self.metrics)}')
@@ -81,11 +77,6 @@ class _Config(BaseModel):
     def base(self) -> str:
         """The base's reference, as `sources.resolve` reads it."""
         return self.model_name_or_path + ("" if self.model_revision == "main" else f"@{self.model_revision}")
-
-    @property
-    def seed(self) -> int:
-        """The seed of everything that is drawn at random."""
-        return int(self.arguments.get("seed", 42))
 
 
 class MntpConfig(_Config):
@@ -127,11 +118,7 @@ class SupervisedConfig(_ContrastiveConfig):
 
 
 TrainingConfig = MntpConfig | SimcseConfig | SupervisedConfig
-_STAGES: dict[Stage, type[TrainingConfig]] = {
-    "mntp": MntpConfig,
-    "simcse": SimcseConfig,
-    "supervised": SupervisedConfig,
-}
+_STAGES: dict[Stage, type[TrainingConfig]] = {kind.stage: kind for kind in (MntpConfig, SimcseConfig, SupervisedConfig)}
 
 # Keys for something that always holds here, or for a method that packed training does not need.
 _NOTHING_TO_DECIDE = {
@@ -184,12 +171,7 @@ def read_config(stage: Stage, path: Path) -> TrainingConfig:
     Raises:
         TrainingConfigError: for bad JSON, an unknown key (naming the nearest), or a value that can't be honoured.
     """
-    try:
-        given = parse_json(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingConfigError(f"{path} can't be read: {error}") from error
-    except ValueError as error:
-        raise TrainingConfigError(f"{path} {error}") from error
+    given = read_json(path, TrainingConfigError)
     if not isinstance(given, dict):
         raise TrainingConfigError(f"{path} is not a JSON object")
     try:
@@ -221,14 +203,11 @@ def parse_config(stage: Stage, given: dict[str, Any]) -> TrainingConfig:
             _refuse_key(stage, key, value)
     try:
         Arguments(**arguments)
-    except ValidationError as error:
-        raise TrainingConfigError("; ".join(sentences(error))) from error
-    if "bf16" in arguments and arguments.pop("bf16") and "torch_dtype" not in own:
-        own["torch_dtype"] = "bfloat16"
-        notes.append("bf16 is read as torch_dtype bfloat16: the adapters are updated in float32 copies")
-    if own.get("torch_dtype", "") is None:
-        del own["torch_dtype"]
-    try:
+        if arguments.pop("bf16", False) and "torch_dtype" not in own:
+            own["torch_dtype"] = "bfloat16"
+            notes.append("bf16 is read as torch_dtype bfloat16: the adapters are updated in float32 copies")
+        if own.get("torch_dtype", "") is None:
+            del own["torch_dtype"]
         return config_class(**own, arguments=arguments, notes=tuple(notes))
     except ValidationError as error:
         raise TrainingConfigError("; ".join(sentences(error))) from error

@@ -24,9 +24,6 @@ from model_store.build.sources import Source
 from model_store.encoder.attention import choose_kernel, implementation_name
 from model_store.errors import CheckpointError
 
-# transformers' name for the dropout of attention weights. Other dropouts belong to pre-training and stay off.
-_ATTENTION_DROPOUT = "attention_dropout"
-
 
 @dataclass(frozen=True)
 class TrainableDecoder:
@@ -71,7 +68,7 @@ def load_trainable(
     config = copy.deepcopy(checkpoint.config)
     direct(config, "bidirectional")
     config.use_cache = False
-    setattr(config, _ATTENTION_DROPOUT, attention_dropout)
+    config.attention_dropout = attention_dropout  # other dropouts belong to pre-training and stay off
     tensors = {name: merged_tensor(checkpoint, adapters, name, shape, dtype) for name, shape in shapes.items()}
     head = None
     if with_head and not getattr(config, "tie_word_embeddings", False):

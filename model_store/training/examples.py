@@ -114,23 +114,22 @@ class TokenRows(Dataset[tuple[NDArray[np.int64], Place]]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, place: Place | int) -> tuple[NDArray[np.int64], Place]:
-        place = (EVALUATION, place) if isinstance(place, int) else place
+    def __getitem__(self, place: Place) -> tuple[NDArray[np.int64], Place]:
         start, end = self._ends[place[1] : place[1] + 2]
         return self._tokens[start:end].astype(np.int64), place
 
 
+@dataclass(frozen=True)
 class Triplets(Dataset[Triplet]):
     """Triplets as a dataset."""
 
-    def __init__(self, triplets: Sequence[Triplet]) -> None:
-        self.triplets = triplets
+    triplets: Sequence[Triplet]
 
     def __len__(self) -> int:
         return len(self.triplets)
 
-    def __getitem__(self, place: Place | int) -> Triplet:
-        return self.triplets[place if isinstance(place, int) else place[1]]
+    def __getitem__(self, place: Place) -> Triplet:
+        return self.triplets[place[1]]
 
 
 @dataclass(frozen=True)
@@ -191,9 +190,4 @@ class ContrastiveBatches:
 
 def as_inputs(batch: PackedBatch) -> dict[str, Any]:
     """The fields of a packed batch that a decoder gets."""
-    return {
-        "token_ids": batch.token_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "longest": batch.longest,
-    }
+    return {name: getattr(batch, name) for name in ("token_ids", "position_ids", "cu_seqlens", "longest")}

@@ -33,7 +33,7 @@ def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) ->
     folder, main = config.output_dir, arguments.process_index == 0
     asked = config.arguments.get("resume_from_checkpoint")
     overwrite = bool(config.arguments.get("overwrite_output_dir"))
-    resume = resume or asked is True
+    resume = resume or bool(asked)
     with arguments.main_process_first(desc="looking for a checkpoint"):
         whole = whole_checkpoints(folder)
         if isinstance(asked, str):
@@ -42,7 +42,7 @@ def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) ->
                 raise TrainingConfigError(
                     f"resume_from_checkpoint {asked} is no whole checkpoint: set it true or leave it out"
                 )
-        if whole and (resume or isinstance(asked, str) or not overwrite):
+        if whole and (resume or not overwrite):
             _refuse_other_run(config, folder / CONFIG_FILE)
             if main:
                 print(f"going on from {whole[-1]}")

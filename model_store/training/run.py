@@ -22,25 +22,26 @@ from model_store.build.build import base_name
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
 from model_store.encoder.devices import choose_dtype
-from model_store.evaluation.sts import ScoredPair, evaluate_sts
 from model_store.manifest import TOKENIZER_FILE
 from model_store.templates import template_for
 from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
-from model_store.training.corpus import Examples, read_examples
 from model_store.training.decoder import TrainableDecoder, load_trainable
-from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, Order, TokenRows, Triplets
+from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, TokenRows, Triplets
 from model_store.training.published import Published
 from model_store.training.resume import begin
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
-from model_store.training.texts import TrainingDataError, Triplet
-from model_store.training.trainer import ContrastiveTrainer, Measure, MntpTrainer, PackedTrainer, StopAfter
+from model_store.training.texts import Examples, TrainingDataError, Triplet, read_examples
+from model_store.training.trainer import ContrastiveTrainer, MntpTrainer, PackedTrainer, StopAfter
 
 # The default length of a row in tokens, as in the official scripts.
 _DEFAULT_LENGTH = {"mntp": 1024, "simcse": 512, "supervised": 512}
 
 # Texts that one call tokenizes.
 _TOKENIZED_TOGETHER = 1000
+
+# The keys among the arguments that transformers' class does not have.
+_NOT_OF_TRANSFORMERS = ("warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
@@ -54,29 +55,26 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
         TrainingConfigError, TrainingDataError: and the errors of the readers of base and adapters.
     """
     try:
-        return _train(config, resume, callbacks)
+        arguments = training_arguments(config)
+        checkpoint = begin(config, arguments, resume)
+        examples = read_examples(config, arguments)
+        with ExitStack() as sources:
+            with arguments.main_process_first(desc="fetching the base"):
+                base = sources.enter_context(resolve(config.base))
+                first = None if isinstance(config, MntpConfig) else config.peft_model_name_or_path
+                before = (sources.enter_context(resolve(first)),) if first else ()
+            trainer = prepare(config, arguments, examples, base, before)
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            # Each process draws its own dropout. A checkpoint restores the state of its generators.
+            torch.manual_seed(arguments.seed + arguments.process_index)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if arguments.do_eval and arguments.eval_strategy == "no":
+                trainer.evaluate()
+            trainer.save_model()
+            trainer.save_state()
     except TrainingConfigError as error:
         raise TrainingConfigError(f"{config.file}: {error}" if config.file else str(error)) from error
-
-
-def _train(config: TrainingConfig, resume: bool, callbacks: Sequence[TrainerCallback]) -> Path:
-    arguments = training_arguments(config)
-    checkpoint = begin(config, arguments, resume)
-    examples = read_examples(config, arguments)
-    with ExitStack() as sources:
-        with arguments.main_process_first(desc="fetching the base"):
-            base = sources.enter_context(resolve(config.base))
-            first = None if isinstance(config, MntpConfig) else config.peft_model_name_or_path
-            before = (sources.enter_context(resolve(first)),) if first else ()
-        trainer = prepare(config, arguments, examples, base, before)
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        _seed_dropout(arguments)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if arguments.do_eval and arguments.eval_strategy == "no":
-            trainer.evaluate()
-        trainer.save_model()
-        trainer.save_state()
     return config.output_dir
 
 
@@ -171,14 +169,6 @@ def _try_schedule(arguments: TrainingArguments) -> None:
         ) from error
 
 
-_NOT_OF_TRANSFORMERS = ("warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
-
-
-def _seed_dropout(arguments: TrainingArguments) -> None:
-    """Give each process its own random numbers. A checkpoint restores the state of its generators."""
-    torch.manual_seed(arguments.seed + arguments.process_index)
-
-
 def _mntp(
     config: MntpConfig,
     arguments: TrainingArguments,
@@ -188,31 +178,17 @@ def _mntp(
     texts: Examples,
     length: int,
 ) -> PackedTrainer:
-    vocabulary = decoder.config.vocab_size
+    mask_token, mixed = _mask_token(config, tokenizer, decoder.config), config.data_collator_type == "default"
     special = [token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    untouched = np.zeros(vocabulary, dtype=bool)
-    untouched[[token_id for token_id in special if token_id < vocabulary]] = True
-    masking = Masking(
-        _mask_token(config, tokenizer, decoder.config),
-        config.mlm_probability,
-        config.data_collator_type == "default",
-        untouched,
-        config.seed,
-    )
+    untouched = np.isin(np.arange(decoder.config.vocab_size), special)
+    masking = Masking(mask_token, config.mlm_probability, mixed, untouched, arguments.seed)
     rows = [_tokenize(tokenizer, part, arguments) for part in (texts.train, texts.held_out)]
     if config.line_by_line:
         examples, held_out = (TokenRows([row[:length] for row in part]) for part in rows)
     else:
         examples, held_out = (TokenRows.in_blocks(part, length) for part in rows)
-    return MntpTrainer(
-        MaskedNextToken(decoder),
-        arguments,
-        examples,
-        held_out,
-        MaskedBatches(masking),
-        _order([""] * len(examples), config, arguments),
-        published,
-    )
+    stage, one_group = MaskedNextToken(decoder), [""] * len(examples)
+    return MntpTrainer(stage, arguments, examples, held_out, MaskedBatches(masking), one_group, published)
 
 
 def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
@@ -258,14 +234,12 @@ def _contrastive(
     data: Examples,
     length: int,
 ) -> PackedTrainer:
-    template = template_for(
-        base_name(published.base, published.before), config.pooling_mode, architecture_of(decoder.config.model_type)
-    )
+    name, architecture = base_name(published.base, published.before), architecture_of(decoder.config.model_type)
+    template = template_for(name, config.pooling_mode, architecture)
     reader = TextTokenizer(tokenizer, template, skip_instruction=True, vocabulary=decoder.config.vocab_size)
-    simcse = isinstance(config, SimcseConfig)
-    train, held_out = (
-        [Triplet(text, text, None) for text in part] if simcse else part for part in (data.train, data.held_out)
-    )
+    train, held_out = data.train, data.held_out
+    if simcse := isinstance(config, SimcseConfig):
+        train, held_out = ([Triplet(text, text) for text in part] for part in (train, held_out))
     if len({each.negative is None for each in train}) > 1:
         raise TrainingDataError("some examples have a negative and some have none: give all of them one, or none")
     batches = ContrastiveBatches(
@@ -277,19 +251,9 @@ def _contrastive(
         Triplets(train),
         Triplets(held_out),
         batches,
-        _order([each.group for each in train], config, arguments),
+        [each.group for each in train],
         published,
         loss_scale=config.loss_scale,
         dropout_in_evaluation=simcse,
-        measures=[_sts(data.pairs)] if data.pairs else [],
+        pairs=data.pairs,
     )
-
-
-def _order(groups: Sequence[str], config: TrainingConfig, arguments: TrainingArguments) -> Order:
-    return Order(groups, arguments.train_batch_size * arguments.world_size, config.seed)
-
-
-def _sts(pairs: Sequence[ScoredPair]) -> Measure:
-    """Spearman's correlation over pairs, as in `eval --sts`, with the present weights."""
-    texts = [text for pair in pairs for text in (pair.first, pair.second)]
-    return lambda encode: {"spearman": evaluate_sts(pairs, encode(texts))}

@@ -1,4 +1,7 @@
-"""Training texts from files: plain lines, JSON or JSON lines. Errors name the file and the line. No torch here."""
+"""The examples of a configuration: the training examples and the held-out ones, from files or the hub.
+
+Files are plain lines, JSON or JSON lines. Errors name the file and the line.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,31 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from model_store.errors import UserError
+from model_store.evaluation.sts import ScoredPair, read_pairs
 from model_store.json_text import parse_json
 from model_store.text.files import checked, json_values, numbered_lines, open_text, readable
+from model_store.training.config import MntpConfig, TrainingConfig, TrainingConfigError
+
+# The default percentage of texts held out, as in the official scripts.
+_DEFAULT_HELD_OUT = {"mntp": 5, "simcse": 0, "supervised": 0}
+
+# The keys that may hold each field of a triplet.
+_FIELDS = {
+    "query": ("query", "anchor", "question"),
+    "positive": ("positive", "pos", "document", "answer"),
+    "negative": ("negative", "neg"),
+    "instruction": ("instruction", "user_prompt", "prompt"),
+    "passage_instruction": ("passage_instruction",),
+}
 
 
 class TrainingDataError(UserError):
@@ -29,10 +49,51 @@ class Triplet:
 
     query: str
     positive: str
-    negative: str | None
+    negative: str | None = None
     instruction: str = ""
     passage_instruction: str = ""
     group: str = ""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The training examples and the held-out examples: texts or triplets. `pairs` are the pairs of eval_sts_file."""
+
+    train: list[Any]
+    held_out: list[Any]
+    pairs: list[ScoredPair]
+
+
+def read_examples(config: TrainingConfig, arguments: TrainingArguments) -> Examples:
+    evaluated = arguments.do_eval or arguments.eval_strategy != "no"
+    supervised = config.stage == "supervised"
+    read = partial(read_triplets, e5=config.dataset_name == "E5") if supervised else read_texts
+    pairs_file = None if isinstance(config, MntpConfig) else config.eval_sts_file
+    pairs = read_pairs(pairs_file) if pairs_file else []
+    held_out: list[Any] = []
+    if config.train_file is not None:
+        examples: list[Any] = list(read(config.train_file))
+    else:
+        with arguments.main_process_first(desc="fetching the dataset"):
+            examples, held_out = _fetch_dataset(config, evaluated)
+    if evaluated and config.validation_file is not None:
+        held_out = list(read(config.validation_file))
+    elif evaluated and not held_out:
+        percentage = config.validation_split_percentage
+        percentage = _DEFAULT_HELD_OUT[config.stage] if percentage is None else percentage
+        first = len(examples) * percentage // 100
+        held_out, examples = examples[:first], examples[first:]
+        if not held_out and not pairs:
+            raise TrainingConfigError(
+                "evaluation is asked for, but nothing is held out: give validation_file, validation_split_percentage "
+                'or eval_sts_file, or set eval_strategy to "no" and do_eval false'
+            )
+        if not held_out and arguments.metric_for_best_model in ("loss", "eval_loss"):
+            raise TrainingConfigError(
+                "metric_for_best_model is loss, but nothing is held out to measure it on: set it to spearman, or give "
+                "validation_file or validation_split_percentage"
+            )
+    return Examples(examples[: config.max_train_samples], held_out[: config.max_eval_samples], pairs)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -56,15 +117,6 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-_FIELDS = {
-    "query": ("query", "anchor", "question"),
-    "positive": ("positive", "pos", "document", "answer"),
-    "negative": ("negative", "neg"),
-    "instruction": ("instruction", "user_prompt", "prompt"),
-    "passage_instruction": ("passage_instruction",),
-}
-
-
 def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
     """Triplets or pairs of a .jsonl or .json file (may be .gz), or of all such files in a folder. Each file is a group.
 
@@ -82,23 +134,38 @@ def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
     triplets = []
     for file in paths:
         group = file.name.partition(".")[0]
-        instructions = e5_instructions(group) if e5 else [""]
+        instructions = _e5_instructions(group) if e5 else [""]
         for number, (line, value) in enumerate(_values(file, plain=False)):
-            triplet = triplet_of(value, f"{file}, {line}", group)
-            instruction = triplet.instruction or instructions[number % len(instructions)]
-            triplets.append(replace(triplet, instruction=instruction))
+            triplets.append(_triplet_of(value, f"{file}, {line}", group, instructions[number % len(instructions)]))
     return triplets
 
 
-def e5_instructions(name: str) -> list[str]:
-    """The instructions for a file of the public E5 data, used by its lines in turn; [""] for any other name."""
-    table = tomllib.loads((files("model_store.training") / "e5_instructions.toml").read_text())
-    found = table.get(name, "")
-    return found if isinstance(found, list) else [found]
+def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], list[Any]]:
+    """(train, validation) of a dataset on the hub."""
+    from datasets import load_dataset
+
+    try:
+        splits = load_dataset(config.dataset_name, config.dataset_config_name, cache_dir=config.cache_dir)
+    except Exception as error:  # the hub's client and the dataset's reader may raise anything
+        raise TrainingDataError(
+            f"the dataset {config.dataset_name} could not be fetched ({error}): check its name and the network, or "
+            "give its texts as train_file"
+        ) from error
+
+    def examples(split: str) -> list[Any]:
+        if split not in splits:
+            return []
+        rows, where = splits[split], f"{config.dataset_name}, {split}"
+        if config.stage == "supervised":
+            return [_triplet_of(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        column = "text" if "text" in rows.column_names else rows.column_names[0]
+        return [text.strip() for text in rows[column] if text and text.strip()]
+
+    return examples("train"), examples("validation") if evaluated else []
 
 
-def triplet_of(value: Any, where: str, group: str) -> Triplet:
-    """The triplet that a JSON object holds.
+def _triplet_of(value: Any, where: str, group: str = "", instruction: str = "") -> Triplet:
+    """The triplet that a JSON object holds; the `instruction` is for an object without its own.
 
     Raises:
         TrainingDataError: if the object holds no triplet.
@@ -121,14 +188,15 @@ def triplet_of(value: Any, where: str, group: str) -> Triplet:
     for field in ("query", "positive"):
         if field not in found:
             raise TrainingDataError(f"{where}: there is no {field!r} among {', '.join(map(repr, value))}")
-    return Triplet(
-        found["query"],
-        found["positive"],
-        found.get("negative"),
-        found.get("instruction", ""),
-        found.get("passage_instruction", ""),
-        group,
-    )
+    found["instruction"] = found.get("instruction") or instruction
+    return Triplet(**found, group=group)
+
+
+def _e5_instructions(name: str) -> list[str]:
+    """The instructions for a file of the public E5 data, used by its lines in turn; [""] for any other name."""
+    table = tomllib.loads((files("model_store.training") / "e5_instructions.toml").read_text())
+    found = table.get(name, "")
+    return found if isinstance(found, list) else [found]
 
 
 def _values(path: Path, plain: bool) -> Iterator[tuple[str, Any]]:

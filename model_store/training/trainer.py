@@ -16,21 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from model_store.training.examples import EVALUATION, Place
+from model_store.evaluation.sts import ScoredPair, evaluate_sts
+from model_store.training.examples import EVALUATION, Order
 from model_store.training.losses import contrastive_loss, in_batch_loss
 from model_store.training.published import Published, load_weights
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
-# Gives further metrics of an evaluation. Its argument encodes texts as vectors of length 1. Every process calls it.
-Measure = Callable[[Callable[[Sequence[str]], NDArray[np.float32]]], dict[str, float]]
-
 
 class PackedTrainer(Trainer):  # type: ignore[misc]
-    """Trains a stage's module on its examples in their order."""
+    """Trains a stage's module on its examples, of which each belongs to one of `groups`: see `Order`."""
 
     control: Any
 
@@ -41,27 +39,28 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         examples: Dataset[Any],
         held_out: Dataset[Any],
         collate: Collate,
-        order: Sampler[Place],
+        groups: Sequence[str],
         published: Published,
     ) -> None:
+        self._order = Order(groups, arguments.train_batch_size * arguments.world_size, arguments.seed)
+        self._published = published
         super().__init__(stage, arguments, data_collator=collate, train_dataset=examples, eval_dataset=held_out)
-        self._order, self._published = order, published
         self.model_accepts_loss_kwargs = False
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Place]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         return self._order
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The loss over the held-out examples and the metrics of the measures; logged, and given to the callbacks."""
+        """The loss over the held-out examples and the stage's other metrics; logged, and given to the callbacks."""
         began = time.perf_counter()
         self.model.eval()
         metrics: dict[str, float] = {}
         with torch.no_grad():
             if len(self.eval_dataset):
                 metrics |= self._held_out_metrics()
-            metrics |= self._measured()
+            metrics |= self._other_metrics()
         self.model.train()
         metrics["runtime"] = round(time.perf_counter() - began, 3)
         found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -72,7 +71,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
     def _held_out_metrics(self) -> dict[str, float]:
         raise NotImplementedError
 
-    def _measured(self) -> dict[str, float]:
+    def _other_metrics(self) -> dict[str, float]:
         return {}
 
     def _held_out_batches(self) -> Iterator[dict[str, Any]]:
@@ -127,10 +126,10 @@ class ContrastiveTrainer(PackedTrainer):
     """The loss is InfoNCE over the texts of a batch in all processes."""
 
     def __init__(
-        self, *arguments: Any, loss_scale: float, dropout_in_evaluation: bool, measures: Sequence[Measure]
+        self, *arguments: Any, loss_scale: float, dropout_in_evaluation: bool, pairs: Sequence[ScoredPair]
     ) -> None:
         super().__init__(*arguments)
-        self._loss_scale, self._dropout_in_evaluation, self._measures = loss_scale, dropout_in_evaluation, measures
+        self._loss_scale, self._dropout_in_evaluation, self._pairs = loss_scale, dropout_in_evaluation, pairs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -151,8 +150,12 @@ class ContrastiveTrainer(PackedTrainer):
         loss, queries = self._summed(sums)
         return {"loss": loss / max(queries, 1)}
 
-    def _measured(self) -> dict[str, float]:
-        return {name: value for measure in self._measures for name, value in measure(self.encode).items()}
+    def _other_metrics(self) -> dict[str, float]:
+        """Spearman's correlation over the pairs, as in `eval --sts`, with the present weights. Every process has it."""
+        if not self._pairs:
+            return {}
+        texts = [text for pair in self._pairs for text in (pair.first, pair.second)]
+        return {"spearman": evaluate_sts(self._pairs, self.encode(texts))}
 
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(B, D) vectors of length 1, as they would be served. Texts of about the same length are computed together."""

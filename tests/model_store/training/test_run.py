@@ -25,10 +25,9 @@ from model_store.encoder.packing import PackedBatch
 from model_store.recipe import recipe_from
 from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import Stage, TrainingConfigError, parse_config
-from model_store.training.corpus import read_examples
 from model_store.training.resume import whole_checkpoints
 from model_store.training.run import prepare, train, training_arguments
-from model_store.training.texts import TrainingDataError
+from model_store.training.texts import TrainingDataError, read_examples
 from service.cli import main
 from tests.model_store.training.runs import texts, tiny_config, write_texts
 from tests.tiny import FAMILIES, normalized
