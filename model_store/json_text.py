@@ -67,9 +67,7 @@ def unreadable(path: Path, complaint: str, error: Exception) -> CheckpointError:
     """The error for a file that can't be read: its path, and the cause, in one sentence."""
     if is_lfs_pointer(path):
         return CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
-    return CheckpointError(f"{path} {complaint}: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
     told = " ".join(str(error).split())
-    return f"unknown value {told}" if isinstance(error, KeyError) and " " not in told else told
+    if isinstance(error, KeyError) and " " not in told:
+        told = f"unknown value {told}"
+    return CheckpointError(f"{path} {complaint}: {told}")

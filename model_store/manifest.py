@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ _READ = (1, 2)
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
-
-_HASH_BLOCK = 1 << 22
 
 # Names of files that a library might read as a part of a model. Others, such as a README, change no vector.
 _READ_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".py", ".txt", ".jinja")
@@ -109,13 +107,10 @@ class Manifest(_Frozen):
         return files
 
     def sealed(self) -> Manifest:
-        """The same manifest with its embedding-space id filled in."""
-        return self.model_copy(update={"embedding_space": self._space()})
+        """The same manifest with its `embedding_space` filled in: vectors of two spaces must not be compared.
 
-    def _space(self) -> str:
-        """16 hex digits that change whenever a vector could: vectors of two spaces must not be compared.
-
-        The id is a hash of the weights, configuration and tokenizer files, the template, the pooling and the span.
+        It is 16 hex digits that change whenever a vector could: a hash of the weights, configuration and tokenizer
+        files, the template, the pooling and the span.
         """
         template = self.template
         lead = [] if template.lead == Template().lead else [template.lead]  # format 1 had only that one
@@ -129,7 +124,7 @@ class Manifest(_Frozen):
             "pooling": self.pooling,
             "skip_instruction": self.skip_instruction,
         }
-        return hashlib.sha256(json.dumps(moves_vectors, sort_keys=True).encode()).hexdigest()[:16]
+        return self.model_copy(update={"embedding_space": _digest(moves_vectors)[:16]})
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`, with a hash over itself so that an edit by hand shows."""
@@ -173,8 +168,6 @@ def read_manifest(folder: Path) -> Manifest:
 
 def find_built(folder: Path, recipe: Recipe) -> Manifest | None:
     """The manifest in `folder` if it is the recipe's encoder, complete and unchanged. It reads every byte to check."""
-    if not (folder / MANIFEST_FILE).is_file():
-        return None
     try:
         manifest = read_manifest(folder)
     except StoreError:
@@ -193,12 +186,12 @@ def _content_of(reference: str) -> str:
 
 def describe_files(folder: Path) -> dict[str, StoredFile]:
     """Size and sha256 of every file in the folder but the manifest."""
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_FILE and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE and path.is_file())
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda name: file_sha256(folder / name), names)
+        hashes = pool.map(file_sha256, paths)
     return {
-        name: StoredFile(size=(folder / name).stat().st_size, sha256=digest)
-        for name, digest in zip(names, hashes, strict=True)
+        path.name: StoredFile(size=path.stat().st_size, sha256=digest)
+        for path, digest in zip(paths, hashes, strict=True)
     }
 
 
@@ -209,10 +202,10 @@ def changed_files(folder: Path, manifest: Manifest) -> list[str]:
     """
     present = {path.name for path in folder.iterdir() if path.name.endswith(_READ_FILES)} - {MANIFEST_FILE}
     differences = [f"{name}: not part of this encoder" for name in sorted(present - manifest.files.keys())]
-    check: Callable[[tuple[str, StoredFile]], str | None] = lambda item: _difference(folder, *item)  # noqa: E731
+    names = sorted(manifest.files)
     with ThreadPoolExecutor() as pool:
-        differences += [found for found in pool.map(check, sorted(manifest.files.items())) if found]
-    return differences
+        found = pool.map(partial(_difference, folder), names, [manifest.files[name] for name in names])
+    return differences + [difference for difference in found if difference]
 
 
 def _difference(folder: Path, name: str, stored: StoredFile) -> str | None:
@@ -230,12 +223,9 @@ def _difference(folder: Path, name: str, stored: StoredFile) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    digest = hashlib.sha256()
+    """Hex sha256 of a file."""
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -97,11 +97,9 @@ def read_recipe(text: str, name: str) -> Recipe:
         RecipeError: for bad TOML, an unknown or missing key, or a value that makes no sense.
     """
     try:
-        return Recipe.model_validate({"name": name, **tomllib.loads(text)})
-    except tomllib.TOMLDecodeError as error:
+        return recipe_from(**{"name": name, **tomllib.loads(text)})
+    except (tomllib.TOMLDecodeError, RecipeError) as error:
         raise RecipeError(f"recipe {name}: {error}") from error
-    except ValidationError as error:
-        raise RecipeError(f"recipe {name}: {_sentence(error)}") from error
 
 
 def packaged_recipes() -> dict[str, Recipe]:
@@ -144,8 +142,5 @@ def recipe_from(name: str, **values: object) -> Recipe:
     try:
         return Recipe.model_validate({"name": name, **given})
     except ValidationError as error:
-        raise RecipeError(_sentence(error)) from error
-
-
-def _sentence(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors())
+        issues = (f"{'.'.join(map(str, issue['loc']))}: {issue['msg']}" for issue in error.errors())
+        raise RecipeError("; ".join(issues)) from error
