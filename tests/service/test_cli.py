@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from service.cli import main
 from service.settings import SECRETS, Settings
 
-COMMANDS = ("serve", "build", "verify", "show", "embed", "plan", "eval", "train")
+COMMANDS = ("serve", "build", "verify", "export", "show", "embed", "plan", "eval", "train")
 
 
 @pytest.mark.parametrize("fault", ['ValueError("bug")', 'OSError("bug")', 'OSError(9, "bug")', 'KeyError("bug")'])
