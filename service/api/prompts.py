@@ -64,7 +64,7 @@ async def list_prompts(request: Request) -> Response:
     """The values of input_type, prompt_name and task, and the instruction behind each."""
     known = parts_of(request).instructions
     answer = {
-        "roles": {name: known.query if role == "query" else "" for name, role in ROLES.items()},
+        "roles": {name: known.of(role) for name, role in ROLES.items()},
         "prompts": {
             name: {"query": prompt.query, "document": prompt.document} for name, prompt in known.prompts.items()
         },

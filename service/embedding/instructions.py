@@ -115,7 +115,11 @@ class Instructions:
             prompt = found
         if prompt is not None:
             return prompt[1].document if role == "document" else prompt[1].query
-        return {"query": self.query, "document": self.document, None: ""}[role]
+        return self.of(role) if role else ""
+
+    def of(self, role: Role) -> str:
+        """The instruction of a role, "" for none."""
+        return self.query if role == "query" else self.document
 
     def alias_of(self, model: str | None, served: str) -> str:
         """The role or prompt that a model's name asks for: `served:query`, or an alias; "" for none.

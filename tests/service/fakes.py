@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -178,11 +178,17 @@ class FakeWorker:
 class Server:
     """The application over fakes, in a test client."""
 
-    def __init__(self, worker: FakeWorker | None = None, traces: Traces | None = None, **given: Any) -> None:
+    def __init__(
+        self,
+        worker: FakeWorker | None = None,
+        traces: Traces | None = None,
+        described: Mapping[str, Any] | None = None,
+        **given: Any,
+    ) -> None:
         self.worker = worker or FakeWorker()
         self.fatal: list[BaseException] = []
         settings = Settings(**given)
-        manifest = fake_manifest()
+        manifest = fake_manifest().model_copy(update=described)
         limits = Limits(settings, manifest, "cpu")
         self.metrics = Metrics()
         self.app: FastAPI = create_app(

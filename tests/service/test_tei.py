@@ -248,6 +248,16 @@ def test_rerank_takes_the_query_s_instruction_from_headers_alone(server: Server)
         np.testing.assert_allclose(rank["score"], expected("q", "Find:") @ text, atol=1e-6)
 
 
+def test_documents_of_an_encoder_that_has_a_prompt_for_them_get_it() -> None:
+    with (server := Server(described={"document_instruction": "title:"})).client:
+        rank = good(post(server, "/rerank", query="q", texts=["t"], raw_scores=True))[0]
+        np.testing.assert_allclose(rank["score"], expected("q", "Find:") @ expected("t", "title:"), atol=1e-6)
+        listed = server.client.get("/v1/prompts").json()
+        assert (listed["roles"]["passage"], listed["roles"]["query"]) == ("title:", "Find:")
+        vectors = server.embed(input="t", input_type="document").json()["data"]
+        np.testing.assert_allclose(vectors[0]["embedding"], expected("t", "title:"), rtol=1e-6)
+
+
 def test_tokenize(server: Server) -> None:
     bos = {"id": 1, "text": "<bos>", "special": True, "start": None, "stop": None}
     letters = [

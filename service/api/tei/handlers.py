@@ -114,7 +114,8 @@ async def similarity(request: Request) -> Response:
 async def rerank(request: Request) -> Response:
     """The texts by how close they are to the query, the closest first.
 
-    The query is embedded with the server's query instruction, or with the headers' one, and the texts with none. A
+    The query is embedded with the server's query instruction, or with the headers' one, and the texts with that of
+    documents, which LLM2Vec's encoders have none of. A
     score is (1 + cosine) / 2, from 0 to 1 like a classifier's. With raw_scores it is the cosine itself, in the same
     order. Messages call the query the input after the last text.
     """
@@ -123,10 +124,11 @@ async def rerank(request: Request) -> Response:
     call.ignore(body.model_extra)
     if not body.texts:
         raise InvalidRequest("texts is empty: send at least one", "empty_input", "texts")
-    chosen = call.choose()
+    known, chosen = call.parts.instructions, call.choose()
     if chosen.source != "header":
-        chosen = Chosen(call.parts.instructions.query, "default")
-    inputs = call.inputs(body.texts, NONE) + call.inputs([body.query], chosen)
+        chosen = Chosen(known.query, "default")
+    documents = Chosen(known.document, "default") if known.document else NONE
+    inputs = call.inputs(body.texts, documents) + call.inputs([body.query], chosen)
     asked = _to_embed_request(call, inputs, body, param="texts", beside=1)
     result = await call.embed(asked)
     cosines = _cosines(result)
