@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -95,18 +94,19 @@ def test_a_stored_encoder_on_every_kind_of_data(data: Path, capsys: pytest.Captu
     assert "        mean  last_token\n" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(find_spec("mteb") is not None, reason="mteb is here")
-def test_mteb_where_it_is_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--model", "demo", "--mteb", "STSBenchmark"]) == 1
-    assert "pip install 'llm2vec-service[eval]'" in capsys.readouterr().err
-
-
-def test_probes_where_scikit_learn_is_not_installed() -> None:
-    hidden = "import sys; sys.modules['sklearn'] = None; from service.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", hidden, "eval", "--model", "demo", "--classification", "a.tsv", "b.tsv"]
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("mteb", ["--mteb", "STSBenchmark"], "--mteb needs mteb"),
+        ("sklearn", ["--classification", "a.tsv", "b.tsv"], "--classification needs scikit-learn"),
+    ],
+)
+def test_a_package_of_the_extra_that_is_not_installed(package: str, arguments: list[str], message: str) -> None:
+    hidden = f"import sys; sys.modules['{package}'] = None; from service.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", hidden, "eval", "--model", "demo", *arguments]
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 1
-    assert "--classification needs scikit-learn" in found.stderr
+    assert message in found.stderr
     assert "pip install 'llm2vec-service[eval]'\n" in found.stderr
 
 
