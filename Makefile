@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test check format browser bench-cpu bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,16 @@ format: install
 test: install
 	$(BIN)/pytest
 
+# All tests in two parts of about the same work, to run side by side. The first times what servers do, so the second is
+# nice to it; together in the second are those of the encoder that takes a minute to build.
+OTHERS := $(addprefix tests/,bench clients deploy e2e/test_demo.py fidelity gpu model_store)
+
+test-service: install
+	$(BIN)/pytest $(addprefix --ignore=,$(OTHERS))
+
+test-others: install
+	nice $(BIN)/pytest $(OTHERS)
+
 # A telling part of the tests on the lowest versions that pyproject.toml promises, in an environment of their own.
 LOWEST_VENV := build/lowest-venv
 LOWEST_PINS := tests/lowest-constraints.txt
@@ -50,10 +60,14 @@ LOWEST_TESTS := $(addprefix tests/model_store/,test_attention.py test_build.py t
 lowest: $(LOWEST_VENV)/.installed
 	$(LOWEST_VENV)/bin/pytest -W default::DeprecationWarning $(LOWEST_TESTS)
 
-$(LOWEST_VENV)/.installed: pyproject.toml $(LOWEST_PINS)
+# After make install, as both write the metadata of this project here; its dependencies can come at the same time.
+$(LOWEST_VENV)/.installed: $(LOWEST_VENV)/.dependencies pyproject.toml | $(INSTALLED)
+	$(LOWEST_VENV)/bin/pip install --quiet --constraint $(LOWEST_PINS) --editable .
+	@touch $@
+
+$(LOWEST_VENV)/.dependencies: $(LOWEST_PINS)
 	$(PYTHON) -m venv $(LOWEST_VENV)
-	$(LOWEST_VENV)/bin/pip install --quiet --constraint $(LOWEST_PINS) torch
-	$(LOWEST_VENV)/bin/pip install --quiet --constraint $(LOWEST_PINS) --editable . pytest pytest-asyncio pytest-timeout
+	$(LOWEST_VENV)/bin/pip install --quiet --requirement $<
 	@touch $@
 
 # Each prints what it measures and ends with one JSON object; --save, by SAVE=--save, keeps it in bench/results/.
@@ -79,10 +93,14 @@ soak: install
 	SOAK_SECONDS=600 SOAK_FIGURES=build/soak.json $(BIN)/pytest tests/faults/test_soak.py -k everybody -s
 	$(BIN)/python -m bench.report soak build/soak.json $(SAVE)
 
-# The browser in which tests/e2e/test_playground.py tries the page, on Debian and its like, as root; they skip without.
-browser:
+# Programs without which some tests skip: Chromium for the playground, Prometheus with promtool for the dashboard and the
+# alerts, podman for the compose files. On Debian and its like, as root.
+programs:
 	apt-get update
-	apt-get install --yes --no-install-recommends chromium
+	apt-get install --yes --no-install-recommends chromium prometheus podman
+
+# All that tests need beside `make install`, and can have meanwhile.
+test-tools: programs build/chart-venv/.installed $(LOWEST_VENV)/.dependencies
 
 # Many more cases than `make test` tries: 105,000, and 1,000 for each operation of the OpenAPI document.
 fuzz: install
@@ -136,7 +154,7 @@ container-test: install
 
 # Alerts, and the dashboard against the shape that Grafana publishes and a Prometheus that scrapes a server.
 monitoring-test: install
-	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: apt-get install prometheus" >&2; exit 1; }
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { echo "monitoring-test needs prometheus and promtool: make programs" >&2; exit 1; }
 	$(BIN)/pytest tests/deploy/test_alerts.py tests/deploy/test_dashboard.py tests/deploy/test_panels.py
 
 # The chart as Helm renders it, against Kubernetes' schemas. The tools have an environment of their own.

@@ -20,7 +20,7 @@ PROMETHEUS = ROOT / "docker" / "prometheus"
 DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "llm2vec.json"
 
 # A test that skips without these says how to get them.
-NO_PROMETHEUS = "no prometheus and promtool here: Debian's package prometheus has both"
+NO_PROMETHEUS = "no prometheus and promtool: `make programs` installs both"
 
 
 def dashboard() -> dict[str, Any]:

@@ -92,7 +92,7 @@ def test_prometheus_and_grafana_find_what_they_look_for() -> None:
     assert services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{folder}/llm2vec.json"
 
 
-@pytest.mark.skipif(shutil.which("podman") is None, reason="podman-compose asks podman for its version: none is here")
+@pytest.mark.skipif(shutil.which("podman") is None, reason="podman-compose asks podman: `make programs` installs it")
 def test_each_override_changes_what_it_says() -> None:
     def together(*files: str) -> Any:
         options = [option for file in (BASE, *files) for option in ("-f", file)]

@@ -1,6 +1,6 @@
 """The playground in a browser, against live servers: Debian's Chromium, driven by Playwright.
 
-It skips where there is no Chromium (`make browser` installs it) or no Playwright. The views are tried with a tiny
+It skips where there is no Chromium (`make programs` installs it) or no Playwright. The views are tried with a tiny
 encoder, whose numbers are not the point: they have to be those that the API gives.
 """
 
@@ -43,7 +43,7 @@ PATIENCE_MS = 60_000
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium: `make browser` installs it")
+        pytest.skip("no Chromium: `make programs` installs it")
     options = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
