@@ -56,7 +56,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "rope_type": "yarn",
             "rope_theta": 10000.0,
-            "factor": 16.0,
+            "factor": 2.0,
             "original_max_position_embeddings": 32,
             "llama_4_scaling_beta": 0.1,
         },
