@@ -64,7 +64,12 @@ def golden(family: str) -> Golden:
 
 
 def build_like(
-    one: Golden, tensor: str, folder: Path, dtype: str = "float32", stages: Any = ("mntp", "second")
+    one: Golden,
+    tensor: str,
+    folder: Path,
+    dtype: str = "float32",
+    stages: Any = ("mntp", "second"),
+    attention: str | None = None,
 ) -> None:
     """Build the encoder that must give a golden tensor, through the product's own `build`."""
     about = one.document["tensors"][tensor]
@@ -77,6 +82,7 @@ def build_like(
         max_length=one.document["max_length"],
         doc_max_length=one.document["doc_max_length"],
         dtype=dtype,
+        attention=attention,
     )
     build_encoder(recipe, folder)
 

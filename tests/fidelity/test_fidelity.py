@@ -74,6 +74,15 @@ def test_controls_do_not_match(family: str, tmp_path: Path) -> None:
         assert difference.median() > 100 * TOLERANCE, control
 
 
+def test_causal_attention_is_what_the_control_says(family: str, tmp_path: Path) -> None:
+    """A recipe's `attention = "causal"` is the official library's `enable_bidirectional=False`."""
+    one = golden(family)
+    folder = tmp_path / "encoder"
+    build_like(one, "causal", folder, attention="causal")
+    ours = encode(folder, tokenize(folder, one, reference=True))
+    assert (ours - normalized(one.vectors["causal"])).abs().max() < TOLERANCE
+
+
 def test_without_mntp_is_what_the_control_says(family: str, tmp_path: Path) -> None:
     """The control is reproduced too: the difference is the missing stage and nothing else."""
     one = golden(family)
