@@ -30,7 +30,7 @@ def test_every_page_is_there_and_what_the_readme_links_to(site: Path) -> None:
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / f"{page.stem}.html").is_file(), page
     index = (site / "index.html").read_text()
-    for page in re.findall(r"\]\(\s*docs/(\w+)\.md", (ROOT / "README.md").read_text()):
+    for page in re.findall(r"\]\(\s*docs/([\w-]+)\.md", (ROOT / "README.md").read_text()):
         assert f'href="{page}.html"' in index, page
 
 
