@@ -65,6 +65,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} holds {len(gguf_files)} GGUF files: leave the one to use in a folder of its own"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is an adapter: give it with --adapter, and the model it was trained for as base"
+        )
     raise CheckpointError(f"{folder} holds no weights: neither *.safetensors, pytorch_model*.bin nor *.gguf")
 
 

@@ -292,6 +292,9 @@ def test_unusable_bases_are_refused(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):
         build_encoder(recipe(tmp_path / "base"), tmp_path / "encoder")
+    save_adapter(tmp_path / "adapter", tiny_model("llama"), 0)
+    with pytest.raises(CheckpointError, match="adapter is an adapter: give it with --adapter, and the model it was"):
+        build_encoder(recipe(tmp_path / "adapter"), tmp_path / "encoder")
 
 
 def test_a_torch_file_that_would_execute_something_is_refused(tmp_path: Path) -> None:
