@@ -63,7 +63,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return _GgufCheckpoint(gguf_files[0])
     if gguf_files:
         raise CheckpointError(
-            f"{folder} holds {len(gguf_files)} GGUF files: leave the one to use in a folder of its own"
+            f"{folder} holds {len(gguf_files)} GGUF files: name one of them, as in {folder}:{gguf_files[0].name}"
         )
     if (folder / "adapter_config.json").is_file():
         raise CheckpointError(

@@ -35,6 +35,7 @@ _WEIGHTS = (
 # sentence-transformers keeps each module behind the decoder in a folder such as 1_Pooling or 2_Dense.
 _MODULE_FILE = re.compile(r"\d+_\w+/(config\.json|model\.safetensors|pytorch_model\.bin)")
 
+_GGUF_FILE = re.compile(r"(?P<where>.+):(?P<file>[\w.-]+\.gguf)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -57,7 +58,8 @@ def resolve(reference: str) -> Iterator[Source]:
 
     A reference is an existing folder, `demo:` (the packaged Gemma-3-270M, written to a temporary folder that
     goes afterwards), `demo:mntp` or `demo:simcse` (this package's adapters for it), or a hub id with an optional
-    `@revision`, which is pinned to the commit it resolves to.
+    `@revision`, which is pinned to the commit it resolves to. Behind a folder or an id may stand `:FILE.gguf`, one of
+    its GGUF files.
 
     Raises:
         SourceError: if it is none of these, or can't be fetched.
@@ -67,6 +69,9 @@ def resolve(reference: str) -> Iterator[Source]:
             yield Source(reference, _write_demo(Path(folder)))
     elif reference.startswith(DEMO):
         yield Source(reference, _demo_adapter(reference.removeprefix(DEMO)))
+    elif match := _GGUF_FILE.fullmatch(reference):
+        with _alone(reference, match["where"], match["file"]) as source:
+            yield source
     elif Path(reference).expanduser().is_dir():
         yield Source(reference, Path(reference).expanduser())
     elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
@@ -75,6 +80,23 @@ def resolve(reference: str) -> Iterator[Source]:
         raise SourceError(
             f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
         )
+
+
+@contextmanager
+def _alone(reference: str, where: str, file: str) -> Iterator[Source]:
+    """A folder of links to one GGUF file and to the settings and tokenizer beside it."""
+    folder = Path(where).expanduser()
+    source = Source(where, folder) if folder.is_dir() else _fetch(where, gguf=file)
+    if not (source.folder / file).is_file():
+        raise _no_such_gguf(where, file, [path.name for path in source.folder.glob("*.gguf")])
+    with tempfile.TemporaryDirectory(prefix="llm2vec-gguf-") as links:
+        for path in (source.folder / file, *source.folder.glob("*.json"), *source.folder.glob("*.model")):
+            (Path(links) / path.name).symlink_to(path.resolve())
+        yield Source(reference, Path(links), source.commit)
+
+
+def _no_such_gguf(where: str, file: str, found: list[str]) -> SourceError:
+    return SourceError(f"{where} has no {file}: its GGUF files are {', '.join(sorted(found)) or 'none'}")
 
 
 def config_folder(reference: str) -> Path:
@@ -110,7 +132,7 @@ def _demo_adapter(name: str) -> Path:
     return found[name]
 
 
-def _fetch(reference: str, only: str = "") -> Source:
+def _fetch(reference: str, only: str = "", gguf: str = "") -> Source:
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
@@ -118,7 +140,8 @@ def _fetch(reference: str, only: str = "") -> Source:
             folder = snapshot_download(repository, revision=revision or None, local_files_only=True)
         else:
             info = HfApi(endpoint=endpoint).model_info(repository, revision=revision or None)
-            wanted = [only] if only else wanted_files([file.rfilename for file in info.siblings or []])
+            names = [file.rfilename for file in info.siblings or []]
+            wanted = [only] if only else wanted_files(names, reference, gguf)
             # By the branch's name, which the cache then knows; the folder has the name of the commit.
             folder = snapshot_download(
                 repository,
@@ -127,6 +150,8 @@ def _fetch(reference: str, only: str = "") -> Source:
                 endpoint=endpoint,
                 tqdm_class=bar_class(),
             )
+    except SourceError:
+        raise
     except LocalEntryNotFoundError as error:
         raise SourceError(
             f"{reference} is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched: unset it once, or give "
@@ -148,10 +173,14 @@ def _fetch(reference: str, only: str = "") -> Source:
     return Source(reference, Path(folder), Path(folder).name)
 
 
-def wanted_files(names: list[str]) -> list[str]:
+def wanted_files(names: list[str], reference: str, gguf: str = "") -> list[str]:
     """The files to fetch from a repository: its settings, its tokenizer, and its weights in one format each.
 
-    Python files are never among them, and of subfolders only those of sentence-transformers' modules.
+    Python files are never among them, and of subfolders only those of sentence-transformers' modules. With `gguf`, that
+    file's name, it alone is fetched of the weights.
+
+    Raises:
+        SourceError: if there is no such GGUF file, or no name says which of several.
     """
     top = [name for name in names if "/" not in name]
     settings = [name for name in top if name.endswith((".json", ".model"))]
@@ -159,6 +188,15 @@ def wanted_files(names: list[str]) -> list[str]:
     for patterns in _WEIGHTS:
         formats = ([name for name in top if re.fullmatch(pattern, name)] for pattern in patterns)
         weights += next((found for found in formats if found), [])
+    offered = [name for name in top if name.endswith(".gguf")]
+    if gguf:
+        if gguf not in offered:
+            raise _no_such_gguf(reference, gguf, offered)
+        weights = [gguf]
+    elif len(offered) > 1 and set(offered) <= set(weights):
+        raise SourceError(
+            f"{reference} has the GGUF files {', '.join(offered)}: name one of them, as in {reference}:{offered[0]}"
+        )
     return settings + weights + [name for name in names if _MODULE_FILE.fullmatch(name)]
 
 

@@ -183,7 +183,31 @@ def test_without_a_terminal_fetching_is_told_in_whole_lines(
     ],
 )
 def test_only_one_format_is_fetched_and_never_code(names: list[str], weights: list[str]) -> None:
-    assert wanted_files([*names, "config.json", "tokenizer.model"]) == ["config.json", "tokenizer.model", *weights]
+    found = wanted_files([*names, "config.json", "tokenizer.model"], "org/base")
+    assert found == ["config.json", "tokenizer.model", *weights]
+
+
+def test_of_several_gguf_files_the_one_that_is_named_is_fetched(hub: type[_Hub], tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    for name in ("base.Q4_K_M.gguf", "base.Q8_0.gguf", "tokenizer.json"):
+        (repository / name).write_text(name)
+    hub.folders["org/base"] = repository
+    with (
+        pytest.raises(SourceError, match=r"base.Q8_0.gguf: name one of them, as in org/base:base.Q"),
+        resolve("org/base"),
+    ):
+        pass
+    with (
+        pytest.raises(SourceError, match=r"org/base has no other.gguf: its GGUF files are base.Q4_K_M.gguf, b"),
+        resolve("org/base:other.gguf"),
+    ):
+        pass
+    for reference in ("org/base:base.Q8_0.gguf", f"{repository}:base.Q8_0.gguf"):
+        with resolve(reference) as source:
+            assert sorted(path.name for path in source.folder.iterdir()) == ["base.Q8_0.gguf", "tokenizer.json"]
+            assert (source.folder / "base.Q8_0.gguf").read_text() == "base.Q8_0.gguf"
+    assert not any("Q4_K_M" in path for path in hub.asked)
 
 
 def test_what_the_hub_refuses_names_the_way_out(hub: type[_Hub]) -> None:
