@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-products bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -73,6 +73,9 @@ $(LOWEST_VENV)/.dependencies: $(LOWEST_PINS)
 # Each prints what it measures and ends with one JSON object; --save, by SAVE=--save, keeps it in bench/results/.
 bench-cpu: install
 	$(BIN)/python -m bench.cpu $(SAVE)
+
+bench-products: install
+	$(BIN)/python -m bench.products $(SAVE)
 
 bench-http: install
 	$(BIN)/python -m bench.http_path $(SAVE)

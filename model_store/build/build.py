@@ -122,7 +122,8 @@ def _build(
             _write_sentence_transformers_files(fields, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, fields, staging)
             manifest.write(staging)
-            write_self_test(staging)
+            alike = not adapters and fields["attention"] == described.fields.get("attention")
+            write_self_test(staging, base.folder if alike and described.known_to_transformers else None)
             manifest = manifest.model_copy(update={"files": describe_files(staging)})
             manifest.write(staging)
     return manifest

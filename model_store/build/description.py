@@ -98,10 +98,14 @@ class DescriptionError(UserError):
 
 @dataclass(frozen=True)
 class Description:
-    """Fields of a manifest by name, and the linear layers behind pooling, folded into one."""
+    """Fields of a manifest by name, and the linear layers behind pooling, folded into one.
+
+    `known_to_transformers` says that its stock classes attend as the encoder does.
+    """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     head: Head | None = None
+    known_to_transformers: bool = False
 
 
 def description_of(sources: Sequence[Source]) -> Description:
@@ -196,7 +200,9 @@ def _of_modules(folder: Path, modules: list[tuple[str, Path]]) -> Description:
         **({"max_length": longest, "doc_max_length": longest} if isinstance(longest, int) else {}),
         **_prompts(folder / "config_sentence_transformers.json", prompts),
     }
-    return Description(fields, _folded([_dense(place) for kind, place in others if kind == "Dense"]))
+    head = _folded([_dense(place) for kind, place in others if kind == "Dense"])
+    known = read_raw_config(folder).get("model_type") not in BIDIRECTIONAL_NAMES and not any(folder.glob("*.gguf"))
+    return Description(fields, head, known)
 
 
 def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> dict[str, Any]:

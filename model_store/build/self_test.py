@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModel
 
 from model_store.encoder.attention import newer_flash
 from model_store.encoder.encoder import Encoder
@@ -53,21 +55,29 @@ class SelfTestError(UserError):
     """The encoder gives other vectors than it should."""
 
 
-def write_self_test(folder: Path) -> None:
+def write_self_test(folder: Path, as_published: Path | None = None) -> None:
     """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
+
+    With `as_published`, the folder of a checkpoint that is an encoder already, the same tokens also go through what
+    transformers makes of that checkpoint by itself.
 
     Raises:
         SelfTestError: if packed attention does not agree with transformers' own forward for this model.
     """
     encoder, rows = _load(folder)
     vectors = _packed_vectors(encoder, rows)
-    difference = largest_difference(vectors, _padded_vectors(encoder, rows))
-    if not difference <= TOLERANCE[encoder.dtype]:
-        raise SelfTestError(
-            f"packed {encoder.manifest.attention} attention differs from transformers' own for "
-            f"{encoder.manifest.model_type} "
-            f"(1 − cosine up to {difference:.1e}): this model can't be served"
-        )
+    opinions = {"transformers' own": encoder.model}
+    if as_published:
+        opinions["that of the published checkpoint"] = AutoModel.from_pretrained(
+            as_published, dtype=encoder.dtype, local_files_only=True, trust_remote_code=False
+        ).eval()
+    for whose, model in opinions.items():
+        difference = largest_difference(vectors, _padded_vectors(encoder, rows, model))
+        if not difference <= TOLERANCE[encoder.dtype]:
+            raise SelfTestError(
+                f"packed {encoder.manifest.attention} attention of this {encoder.manifest.model_type} differs from "
+                f"{whose} (1 − cosine up to {difference:.1e}): this model can't be served"
+            )
     document = {"cases": CASES, "vectors": vectors.tolist()}
     (folder / SELF_TEST_FILE).write_text(json.dumps(document, ensure_ascii=False))
 
@@ -96,7 +106,7 @@ def check_attention(encoder: Encoder) -> None:
     """
     _refuse_other(
         _packed_vectors(encoder, _CHECKED),
-        _padded_vectors(encoder, _CHECKED),
+        _padded_vectors(encoder, _CHECKED, encoder.model),
         f"attention kernel {encoder.kernel} on {encoder.device}",
         encoder,
     )
@@ -204,22 +214,23 @@ def _packed_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
 
 
 @torch.inference_mode()
-def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
-    """The slow twin: one padded batch through transformers' own masks and eager attention."""
+def _padded_vectors(encoder: Encoder, rows: list[TokenizedText], model: Any) -> Tensor:
+    """The slow twin: one padded batch through a decoder with transformers' own masks and eager attention."""
     batch = PackedBatch.pack(rows, encoder.manifest.pooling)
     lengths = [len(row) for row in rows]
     token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)
     weights = torch.nn.utils.rnn.pad_sequence(list(batch.pooling_weights.split(lengths)), batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
-    packed = encoder.model.config._attn_implementation
-    encoder.model.set_attn_implementation("eager")
+    packed = model.config._attn_implementation
+    model.set_attn_implementation("eager")
     try:
-        output = encoder.model(
+        output = model(
             input_ids=token_ids.to(encoder.device),
             attention_mask=mask.to(encoder.device),
             use_cache=False,
         )
     finally:
-        encoder.model.set_attn_implementation(packed)
+        model.set_attn_implementation(packed)
     hidden = output.last_hidden_state.float().cpu()
-    return encoder.project((hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None])
+    pooled = (hidden * weights[..., None]).sum(1) / weights.sum(1)[:, None]
+    return encoder.project(pooled.to(encoder.device)).cpu()

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from model_store.architectures import direct
 from model_store.build.build import build_encoder
 from model_store.build.description import DescriptionError
+from model_store.build.self_test import SelfTestError
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.errors import UserError
@@ -202,3 +204,18 @@ def test_a_name_that_stands_for_bidirectional_attention(tmp_path: Path) -> None:
     manifest = build_encoder(recipe_from("encoder", base=str(published), dtype="float32"), tmp_path / "encoder")
     assert (manifest.attention, manifest.model_type) == ("bidirectional", "llama")
     assert np.abs(ours(tmp_path / "encoder") - expected).max() < 1e-5
+
+
+def test_the_published_checkpoint_itself_is_the_self_test_s_second_opinion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A configuration that is read wrong agrees with itself in the stored encoder: here a window of one token more."""
+    published = publish(tmp_path, *ROWS["gemma3, bidirectional by its own flag, two layers"])
+
+    def one_too_many(config: Any, attention: Any) -> None:
+        direct(config, attention)
+        config.sliding_window += 1
+
+    monkeypatch.setattr("model_store.build.build.direct", one_too_many)
+    with pytest.raises(SelfTestError, match="differs from that of the published checkpoint"):
+        build_encoder(recipe_from("encoder", base=str(published), dtype="float32"), tmp_path / "encoder")
