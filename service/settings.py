@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     equal_bits: bool = Field(
         False,
         description="give a text's vector the same bits in every batch, by products of a fixed number of rows, which "
-        "costs 8 to 16 % of the speed. For CPUs that give other bits without it, such as Intel's with AMX; the start "
+        "costs 7 to 16 % of the speed. For CPUs that give other bits without it, such as Intel's with AMX; the start "
         "checks it, and ends with the reason on a device that can't do it",
     )
     attention: Literal["auto", "sdpa", "torch-flash", "flash-attn"] = Field(
