@@ -110,7 +110,7 @@ def _build(
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters)
-        described = description_of([*stages[-1:], base])
+        described = description_of([*stages[-1:], base], recipe.attention)
         fields = {**ENCODER_DEFAULTS, **described.fields}
         fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "")}
         with _appearing_whole(folder) as staging:

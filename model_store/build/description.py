@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from model_store.architectures import BIDIRECTIONAL_NAMES
+from model_store.architectures import BIDIRECTIONAL_NAMES, Attention
 from model_store.build.checkpoints import load_torch_file, read_raw_config
 from model_store.build.sources import Source
 from model_store.encoder.head import Head
@@ -88,7 +88,7 @@ _PROMPTS: dict[str, tuple[Any, ...] | None] = {
     "similarity_fn_name": ("cosine", "dot", "dot_product", None),
 }
 
-# The names under which sentence-transformers finds the prompt of each role, the first of them that is there.
+# The names of each role's prompt; the first of them that is there counts.
 _ROLES = {"query": ("query", "web_search_query"), "document": ("document", "passage", "corpus")}
 
 
@@ -108,11 +108,12 @@ class Description:
     known_to_transformers: bool = False
 
 
-def description_of(sources: Sequence[Source]) -> Description:
+def description_of(sources: Sequence[Source], attention: Attention | None = None) -> Description:
     """What the files of the first source that has any say of the encoder; nothing if none of them has.
 
     Raises:
-        DescriptionError: for whatever they ask for that is not reproduced.
+        DescriptionError: for whatever they ask for that is not reproduced; and if no `attention` is asked for and only
+            code of the model's own, which never runs, says which it is.
         CheckpointError: for a file that can't be read.
     """
     for source in sources:
@@ -123,6 +124,11 @@ def description_of(sources: Sequence[Source]) -> Description:
                 "holds: remove one"
             )
         if modules:
+            if attention is None and _attends_by_its_own_code(source.folder):
+                raise DescriptionError(
+                    f"{source.folder / 'config.json'} names code of the model's own, which never runs, and does not "
+                    "say is_causal: name the attention in a recipe, causal or bidirectional"
+                )
             return _of_modules(source.folder, modules)
         if official:
             return Description(official)
@@ -136,6 +142,13 @@ def is_bidirectional(folder: Path) -> bool:
     if raw.get("model_type") in BIDIRECTIONAL_NAMES:
         return True
     return raw.get("is_causal") is False or bool(raw.get("use_bidirectional_attention"))
+
+
+def _attends_by_its_own_code(folder: Path) -> bool:
+    raw = read_raw_config(folder)
+    if "AutoModel" not in (raw.get("auto_map") or {}) or raw.get("is_causal") is not None:
+        return False
+    return not is_bidirectional(folder)
 
 
 def _official(source: Source) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from transformers import TrainingArguments
 
+from model_store.build.build import TRAINING_CONFIG_FILE
 from model_store.training.config import TrainingConfig, TrainingConfigError
-
-CONFIG_FILE = "training_config.json"
 
 # Keys that don't change the result of a run.
 _FREE_TO_CHANGE = ("notes", "output_dir", "cache_dir", "eval_sts_file")
@@ -43,7 +42,7 @@ def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) ->
                     f"resume_from_checkpoint {asked} is no whole checkpoint: set it true or leave it out"
                 )
         if whole and (resume or not overwrite):
-            _refuse_other_run(config, folder / CONFIG_FILE)
+            _refuse_other_run(config, folder / TRAINING_CONFIG_FILE)
             if main:
                 print(f"going on from {whole[-1]}")
             return str(whole[-1])
@@ -54,7 +53,7 @@ def begin(config: TrainingConfig, arguments: TrainingArguments, resume: bool) ->
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+        (folder / TRAINING_CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
         for note in config.notes:
             print(note)
     return None

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from model_store.architectures import direct
 from model_store.build.build import build_encoder
 from model_store.build.description import DescriptionError
-from model_store.build.self_test import SelfTestError
+from model_store.build.self_test import SelfTestError, write_self_test
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.errors import UserError
 from model_store.manifest import read_manifest
 from model_store.recipe import recipe_from
 from model_store.text.tokenizer import TextTokenizer
+from tests.cpus import assert_same_vectors
 from tests.tiny import normalized, tiny_model, tiny_tokenizer
 
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is in the extra `dev`")
@@ -115,7 +115,7 @@ def test_a_text_has_the_same_bits_alone_and_among_64(tmp_path: Path, row: str) -
     others = [f"sentence {number} " * (number % 7 + 1) for number in range(64)]
     among = ours(tmp_path / "encoder", texts=[*others[:31], TEXTS[0], *others[31:]])[31]
     alone = ours(tmp_path / "encoder", texts=TEXTS[:1])[0]
-    assert np.abs(among - alone).max() < 3e-7
+    assert_same_vectors(alone, among, "float32")
 
 
 def changed(published: Path, name: str, change: Any) -> None:
@@ -206,16 +206,21 @@ def test_a_name_that_stands_for_bidirectional_attention(tmp_path: Path) -> None:
     assert np.abs(ours(tmp_path / "encoder") - expected).max() < 1e-5
 
 
-def test_the_published_checkpoint_itself_is_the_self_test_s_second_opinion(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A configuration that is read wrong agrees with itself in the stored encoder: here a window of one token more."""
+def test_the_published_checkpoint_itself_is_the_self_test_s_second_opinion(tmp_path: Path) -> None:
+    """A stored encoder whose window is not the published one's agrees with itself alone."""
     published = publish(tmp_path, *ROWS["gemma3, bidirectional by its own flag, two layers"])
-
-    def one_too_many(config: Any, attention: Any) -> None:
-        direct(config, attention)
-        config.sliding_window += 1
-
-    monkeypatch.setattr("model_store.build.build.direct", one_too_many)
+    build_encoder(recipe_from("encoder", base=str(published), dtype="float32"), tmp_path / "encoder")
+    write_self_test(tmp_path / "encoder", published)
+    changed(published, "config.json", lambda found: {**found, "sliding_window": found["sliding_window"] + 2})
+    write_self_test(tmp_path / "encoder")
     with pytest.raises(SelfTestError, match="differs from that of the published checkpoint"):
+        write_self_test(tmp_path / "encoder", published)
+
+
+def test_attention_that_only_code_of_the_model_s_own_knows_has_to_be_named(tmp_path: Path) -> None:
+    published = publish(tmp_path, "qwen2", {}, "lasttoken", False, ())
+    changed(published, "config.json", lambda found: {**found, "auto_map": {"AutoModel": "modeling_own.OwnModel"}})
+    with pytest.raises(DescriptionError, match=r"names code of the model's own, .* name the attention in a recipe"):
         build_encoder(recipe_from("encoder", base=str(published), dtype="float32"), tmp_path / "encoder")
+    recipe = recipe_from("encoder", base=str(published), dtype="float32", attention="bidirectional")
+    assert build_encoder(recipe, tmp_path / "encoder").attention == "bidirectional"
