@@ -18,7 +18,7 @@ from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, is_plain_name
-from model_store.templates import Template
+from model_store.templates import SpanCount, Template
 
 # Format 1 had none of the fields with a default.
 FORMAT = 2
@@ -86,6 +86,7 @@ class Manifest(_Frozen):
     template: Template
     pooling: PoolingMode
     skip_instruction: bool
+    span_count: SpanCount = "text"
     max_length: int
     doc_max_length: int
     query_instruction: str
@@ -113,16 +114,20 @@ class Manifest(_Frozen):
         files, the template, the pooling and the span.
         """
         template = self.template
-        lead = [] if template.lead == Template().lead else [template.lead]  # format 1 had only that one
+        # What format 1 did not have is left out where it asks for nothing.
+        leads = [template.lead, template.bare_lead]
+        while leads and leads[-1] in (Template().lead, ""):
+            leads.pop()
         moves_vectors = {
             "files": {
                 name: file.sha256
                 for name, file in sorted(self.files.items())
                 if name.endswith(".safetensors") or name in (CONFIG_FILE, TOKENIZER_FILE)
             },
-            "template": [template.prefix, template.suffix, template.strip, *lead],
+            "template": [template.prefix, template.suffix, template.strip, *leads],
             "pooling": self.pooling,
             "skip_instruction": self.skip_instruction,
+            **({} if self.span_count == "text" else {"span_count": self.span_count}),
         }
         return self.model_copy(update={"embedding_space": _digest(moves_vectors)[:16]})
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
-from model_store.templates import Template
+from model_store.templates import SpanCount, Template
 
 DType = Literal["bfloat16", "float32"]
 
@@ -24,12 +24,14 @@ ENCODER_DEFAULTS = {
     "attention": "bidirectional",
     "pooling": "mean",
     "skip_instruction": True,
+    "span_count": "text",
     "max_length": 512,
     "doc_max_length": 400,
 }
 
 # Keys of a recipe that the first version did not have, with the value that asks for nothing.
-_LATER = {"attention": None, "document_instruction": ""}
+_LATER = {"attention": None, "document_instruction": "", "span_count": None, "head_tensor": ""}
+_LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": ""}
 
 
 class RecipeError(UserError):
@@ -47,8 +49,10 @@ class Recipe(BaseModel):
     `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. What is
     None, and roles' instructions that are "", come from the files beside the last adapter or the base that describe an
     encoder (`build.description`); else the base's name chooses the `template`, and the rest is in `ENCODER_DEFAULTS`.
-    `max_length` and `doc_max_length` are in tokens, the official library's limits. A server puts `query_instruction`
-    before queries, and `document_instruction` before documents, when a client only says which of them its input is.
+    `max_length` and `doc_max_length` are in tokens, the official library's limits. `head_tensor` names a tensor
+    of the base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. A server puts
+    `query_instruction` before queries, and `document_instruction` before documents, when a client only says which of
+    them its input is.
     `parameters` (of the encoder, without output head) and `gated` (the hub asks to accept the base's licence) help
     people to choose a recipe.
     """
@@ -62,9 +66,11 @@ class Recipe(BaseModel):
     template: Template | None = None
     pooling: PoolingMode | None = None
     skip_instruction: bool | None = None
+    span_count: SpanCount | None = None
     max_length: int | None = Field(default=None, ge=1)
     doc_max_length: int | None = Field(default=None, ge=1)
     dtype: DType = "bfloat16"
+    head_tensor: str = ""
     query_instruction: str = ""
     document_instruction: str = ""
     description: str = ""
@@ -83,7 +89,7 @@ class Recipe(BaseModel):
         """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
         asked = self.model_dump(mode="json", exclude={"name", "description", "parameters", "gated"})
         # What recipes could not ask for when the first encoders were built is left out while it is not asked for.
-        for values, later in ((asked, _LATER), (asked["template"] or {}, {"lead": Template().lead})):
+        for values, later in ((asked, _LATER), (asked["template"] or {}, _LATER_IN_TEMPLATES)):
             for key, unasked in later.items():
                 if values.get(key) == unasked:
                     values.pop(key, None)

@@ -7,8 +7,14 @@ The official library chooses by the exact `_name_or_path` in the raw config.json
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from model_store.architectures import Architecture
+
+# How the pooled span is counted where instructions are left out of it. `text`: it has as many tokens as text and suffix
+# have by themselves (LLM2Vec). `prompt`: it begins after as many tokens as BOS and what stands before the text have by
+# themselves, and is the whole row if nothing stands there (GritLM, sentence-transformers).
+SpanCount = Literal["text", "prompt"]
 
 # Where a template's `lead` puts the instruction, and the lead that is the instruction as it was given.
 _INSTRUCTION = "{instruction}"
@@ -17,7 +23,7 @@ VERBATIM = _INSTRUCTION
 
 @dataclass(frozen=True)
 class Template:
-    """`prefix` + lead + text + `suffix`; the lead is left out if there is no instruction.
+    """`prefix` + lead + text + `suffix`; if there is no instruction, `bare_lead` is the lead.
 
     With `strip`, white space at both ends of lead + text is removed. The default `lead` is LLM2Vec's.
     """
@@ -26,6 +32,7 @@ class Template:
     suffix: str = ""
     strip: bool = False
     lead: str = f"{_INSTRUCTION} "
+    bare_lead: str = ""
 
     def __post_init__(self) -> None:
         if self.lead.count(_INSTRUCTION) != 1:
@@ -38,7 +45,7 @@ class Template:
         lead puts beside it, or nothing if the template strips.
         """
         if not instruction:
-            return ""
+            return self.bare_lead
         before = self.lead.replace(_INSTRUCTION, instruction if self.lead == VERBATIM else instruction.strip())
         return before.lstrip() if self.strip else before
 

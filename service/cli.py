@@ -217,10 +217,12 @@ def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
         "tokenizer": manifest.tokenizer,
         "dimensions": manifest.width,
         "reads": f"{manifest.max_positions} tokens" + _read_limit(folder),
-        "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}",
+        "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}"
+        + (", counted by its own tokens" if manifest.span_count == "prompt" else ""),
         "attention": manifest.attention,
         "template": f"{manifest.template.prefix!r} + {manifest.template.lead!r} + text + {manifest.template.suffix!r}"
-        + (" (stripped)" if manifest.template.strip else ""),
+        + (" (stripped)" if manifest.template.strip else "")
+        + (f"; {manifest.template.bare_lead!r} without an instruction" if manifest.template.bare_lead else ""),
         "limits": f"{manifest.max_length} tokens, text {manifest.doc_max_length} (reference truncation)",
         "query instruction": manifest.query_instruction or "none",
         "of documents": manifest.document_instruction or "none",

@@ -27,7 +27,7 @@ from torch import Tensor
 from model_store.architectures import Attention, architecture_of, direct
 from model_store.build.adapters import Adapter, check_fit, load_adapter, merge_adapter
 from model_store.build.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
-from model_store.build.description import MODULES_FILE, OWN_MODULE, description_of
+from model_store.build.description import MODULES_FILE, OWN_MODULE, description_of, folded
 from model_store.build.self_test import write_self_test
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
@@ -109,7 +109,7 @@ def _build(
         _refuse_lone_second_stage(stages)
         checkpoint = open_checkpoint(base.folder)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
-        shapes = check_names(recipe.base, checkpoint, adapters)
+        shapes = check_names(recipe.base, checkpoint, adapters, recipe.head_tensor)
         described = description_of([*stages[-1:], base], recipe.attention)
         fields = {**ENCODER_DEFAULTS, **described.fields}
         fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "")}
@@ -117,8 +117,8 @@ def _build(
             _write_config(checkpoint.config, recipe.dtype, fields["attention"], staging)
             tokenizer_source = write_tokenizer(base, stages, staging)
             _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
-            if described.head:
-                described.head.write(staging)
+            if head := _head(recipe, checkpoint, described.head):
+                head.write(staging)
             _write_sentence_transformers_files(fields, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, fields, staging)
             manifest.write(staging)
@@ -157,8 +157,22 @@ def _repository_name(reference: str) -> str:
     return reference.partition("@")[0].rstrip("/").rpartition("/")[2]
 
 
-def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter]) -> dict[str, tuple[int, ...]]:
+def _head(recipe: Recipe, checkpoint: Checkpoint, behind_pooling: Head | None) -> Head | None:
+    """The layer behind the decoder and those behind pooling, in one: pooling a linear layer's outputs is the same."""
+    if not recipe.head_tensor:
+        return behind_pooling
+    weight = checkpoint.tensor(recipe.head_tensor).float()
+    if weight.dim() != 2 or weight.shape[1] != checkpoint.config.hidden_size:
+        raise BuildError(f"head_tensor {recipe.head_tensor} has shape {tuple(weight.shape)}: it is no linear layer")
+    return folded([Head(weight, torch.zeros(len(weight))), *([behind_pooling] if behind_pooling else [])])
+
+
+def check_names(
+    reference: str, checkpoint: Checkpoint, adapters: list[Adapter], head_tensor: str = ""
+) -> dict[str, tuple[int, ...]]:
     """The encoder's tensor names and shapes, after a check that the base (called `reference`) and adapters fit them.
+
+    `head_tensor` is one more that the base has to hold.
 
     Raises:
         BuildError, AdapterError, UnsupportedArchitectureError: if they don't.
@@ -166,13 +180,14 @@ def check_names(reference: str, checkpoint: Checkpoint, adapters: list[Adapter])
     architecture_of(checkpoint.config.model_type)
     decoder = decoder_on_meta(checkpoint.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    missing, extra = shapes.keys() - checkpoint.names, checkpoint.names - shapes.keys()
+    wanted = shapes.keys() | ({head_tensor} if head_tensor else set())
+    missing, extra = wanted - checkpoint.names, checkpoint.names - wanted
     if missing:
         raise BuildError(f"the base {reference} lacks {_some(missing)}: its files are incomplete")
     if extra:
         raise BuildError(
             f"the base {reference} holds {_some(extra)}, for which a {checkpoint.config.model_type} encoder "
-            "has no place"
+            "has no place" + ("" if head_tensor else ": a recipe's head_tensor may name a linear layer among them")
         )
     for adapter in adapters:
         check_fit(adapter, shapes)

@@ -45,6 +45,9 @@ _POOLINGS = {
     "cls": "bos_token",
 }
 
+# Poolings from which the prompt can be left out; sentence-transformers' others number its tokens all the same.
+_WITHOUT_PROMPT = ("mean", "last_token")
+
 # Keys of each file → the values that are reproduced; None stands for any value.
 _ANY = None
 _TRANSFORMER: dict[str, tuple[Any, ...] | None] = {
@@ -65,7 +68,7 @@ _TRANSFORMER: dict[str, tuple[Any, ...] | None] = {
 _POOLING: dict[str, tuple[Any, ...] | None] = {
     "word_embedding_dimension": _ANY,
     "embedding_dimension": _ANY,
-    "include_prompt": (True,),
+    "include_prompt": (True, False),
     "pooling_mode": tuple(name for name in _POOLINGS if not name.startswith("pooling_mode_")),
     "pooling_mode_max_tokens": (False,),
     "pooling_mode_mean_sqrt_len_tokens": (False,),
@@ -208,12 +211,11 @@ def _of_modules(folder: Path, modules: list[tuple[str, Path]]) -> Description:
     fields = {
         "attention": "bidirectional" if is_bidirectional(folder) else "causal",
         "template": Template(lead=VERBATIM),
-        "pooling": _pooling(pooling / "config.json"),
-        "skip_instruction": False,
+        **_pooling(pooling / "config.json"),
         **({"max_length": longest, "doc_max_length": longest} if isinstance(longest, int) else {}),
         **_prompts(folder / "config_sentence_transformers.json", prompts),
     }
-    head = _folded([_dense(place) for kind, place in others if kind == "Dense"])
+    head = folded([_dense(place) for kind, place in others if kind == "Dense"])
     known = read_raw_config(folder).get("model_type") not in BIDIRECTIONAL_NAMES and not any(folder.glob("*.gguf"))
     return Description(fields, head, known)
 
@@ -230,14 +232,20 @@ def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> d
     return raw
 
 
-def _pooling(path: Path) -> str:
+def _pooling(path: Path) -> dict[str, Any]:
+    """The manifest's pooling and span."""
     settings = _settings(path, _POOLING)
     asked = {_POOLINGS[name] for name in _POOLINGS if settings.get(name) is True}
     if mode := settings.get("pooling_mode"):
         asked.add(_POOLINGS[mode])
     if len(asked) != 1:
         raise DescriptionError(f"{path} asks for {len(asked)} poolings ({', '.join(sorted(asked))}) instead of one")
-    return asked.pop()
+    pooling = asked.pop()
+    if settings.get("include_prompt") is not False:
+        return {"pooling": pooling, "skip_instruction": False}
+    if pooling not in _WITHOUT_PROMPT:
+        raise DescriptionError(f"{path} asks for include_prompt False of {pooling} pooling, which is not reproduced")
+    return {"pooling": pooling, "skip_instruction": True, "span_count": "prompt"}
 
 
 def _prompts(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,8 +280,8 @@ def _dense(folder: Path) -> Head:
     return Head(weight, torch.zeros(len(weight)) if bias is None else bias)
 
 
-def _folded(layers: list[Head]) -> Head | None:
-    """Linear layers one behind the other as a single one, multiplied in float64."""
+def folded(layers: list[Head]) -> Head | None:
+    """Linear layers one behind the other as a single one, multiplied in float64; None if there are none."""
     if not layers:
         return None
     weight, bias = layers[0].weight.double(), layers[0].bias.double()

@@ -57,8 +57,9 @@ def export_encoder(folder: Path, out: Path) -> None:
     _write(out / "tokenizer_config.json", _tokenizer_settings(folder, manifest, tokenizer))
     _write(out / "sentence_bert_config.json", {"max_seq_length": manifest.max_positions, "do_lower_case": False})
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    include = manifest.pooling in _OF_ONE_TOKEN or not manifest.skip_instruction
     pooling = {flag: flag == _FLAGS[manifest.pooling] for flag in _FLAGS.values()}
-    _write(out / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling, "include_prompt": True})
+    _write(out / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling, "include_prompt": include})
     if head := Head.read(folder):
         kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
         identity = "torch.nn.modules.linear.Identity"
@@ -80,8 +81,11 @@ def _lacks(manifest: Manifest, tokenizer: Tokenizer) -> str:
     template = manifest.template
     if template.prefix or template.suffix or template.strip:
         return f"it puts {template.prefix!r} before each text and {template.suffix!r} after it"
+    if template.bare_lead:
+        return f"it puts {template.bare_lead!r} before a text without an instruction"
     before, _ = special_tokens_around(tokenizer)
-    if manifest.skip_instruction and manifest.pooling not in _OF_ONE_TOKEN:
+    stock_span = manifest.span_count == "prompt" and manifest.pooling == "mean"
+    if manifest.skip_instruction and manifest.pooling not in _OF_ONE_TOKEN and not stock_span:
         return (
             "it leaves instructions out of pooling"
             + (", and the special tokens before each text too" if before else "")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from tokenizers import Tokenizer
 
 from model_store.errors import UserError
-from model_store.templates import Template
+from model_store.templates import SpanCount, Template
 from model_store.text.token_bounds import characters_per_token
 
 if TYPE_CHECKING:
@@ -128,12 +128,14 @@ class TextTokenizer:
         skip_instruction: bool,
         vocabulary: int,
         reference: ReferenceLimits | None = None,
+        span_count: SpanCount = "text",
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._template = template
         self._skip_instruction = skip_instruction
+        self._span_count = span_count
         self._vocabulary = vocabulary
         self._reference = reference
         self._before, self._after = special_tokens_around(tokenizer)
@@ -148,14 +150,14 @@ class TextTokenizer:
 
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         limits = ReferenceLimits(manifest.max_length, manifest.doc_max_length) if reference else None
-        return cls(tokenizer, manifest.template, manifest.skip_instruction, manifest.vocabulary, limits)
+        template, vocabulary = manifest.template, manifest.vocabulary
+        return cls(tokenizer, template, manifest.skip_instruction, vocabulary, limits, manifest.span_count)
 
     def encode_batch(self, texts: Sequence[str | Sequence[int]], instructions: Sequence[str]) -> list[TokenizedText]:
         """Rows for texts and their instructions ("" for none), in order.
 
-        The pooled span is counted, not located: it has as many tokens as text + suffix tokenized alone, without
-        special tokens. If a merge runs across the border of instruction and text, the span is a token or two off; so
-        it is in the official vectors.
+        The pooled span is counted, not located: see `SpanCount`. If a merge runs across the border of instruction and
+        text, the span is a token or two off; so it is in the official vectors.
 
         A text can also be given as this tokenizer's ids, with or without the special tokens around it.
 
@@ -167,21 +169,18 @@ class TextTokenizer:
             pairs = zip(texts, instructions, strict=True)
             return [self._encode_either(index, text, instruction) for index, (text, instruction) in enumerate(pairs)]
         kept = [self._shorten(text) for text in strings]
-        bodies = [(text.rstrip() if self._template.strip else text) + self._template.suffix for text in kept]
-        joined = [
-            self._template.prefix + self._template.before_text(instruction) + body
-            for instruction, body in zip(instructions, bodies, strict=True)
-        ]
-        alone = self._ids(bodies)
-        whole = alone if joined == bodies else self._ids(joined)
+        leads = list(map(self._lead, instructions))
+        bodies = list(map(self._body, kept))
+        whole = self._ids([lead + body for lead, body in zip(leads, bodies, strict=True)])
+        counts = self._counts(leads, bodies, whole)
         return [
-            self._row(index, ids, len(span), text != original, emptied=bool(original) and not text)
-            for index, (ids, span, text, original) in enumerate(zip(whole, alone, kept, strings, strict=True))
+            self._row(index, ids, count, text != original, emptied=bool(original) and not text)
+            for index, (ids, count, text, original) in enumerate(zip(whole, counts, kept, strings, strict=True))
         ]
 
     def encode_nothing(self) -> TokenizedText:
         """The row of an empty text: only the special tokens and the template, or a space if there are neither."""
-        around = self._ids([self._template.prefix + self._template.suffix])[0]
+        around = self._ids([self._lead("") + self._template.suffix])[0]
         row = [*self._before, *around, *self._after] or self._ids([" "])[0]
         tail = min(self._suffix_tokens + len(self._after), len(row))
         return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
@@ -194,10 +193,9 @@ class TextTokenizer:
         Raises:
             TokenizationError: as `encode_batch` does.
         """
-        lead = self._template.prefix + self._template.before_text(instruction)
-        body = (text.rstrip() if self._template.strip else text) + self._template.suffix
+        lead, body = self._lead(instruction), self._body(text)
         encoding = self._tokenizer.encode(lead + body, add_special_tokens=False)
-        row = self._row(0, encoding.ids, len(self._ids([body])[0]), False, reference=False)
+        row = self._row(0, encoding.ids, self._counts([lead], [body], [encoding.ids])[0], False, reference=False)
         ends = [(max(start - len(lead), 0), min(end - len(lead), len(text))) for start, end in encoding.offsets]
         characters = [(start, end) if start < end else (0, 0) for start, end in ends]
         return row, [*[(0, 0)] * len(self._before), *characters, *[(0, 0)] * len(self._after)]
@@ -216,7 +214,7 @@ class TextTokenizer:
         The pooled tokens are not always those of the text: see `encode_batch`.
         """
         prefix, before = self._template.prefix, len(self._before)
-        lead = self._tokenizer.encode(prefix + self._template.before_text(instruction), add_special_tokens=False)
+        lead = self._tokenizer.encode(self._lead(instruction), add_special_tokens=False)
         text = before
         for ours, theirs in zip(lead.ids, row.token_ids[before:], strict=False):
             if ours != theirs:
@@ -249,6 +247,22 @@ class TextTokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def _lead(self, instruction: str) -> str:
+        return self._template.prefix + self._template.before_text(instruction)
+
+    def _body(self, text: str) -> str:
+        return (text.rstrip() if self._template.strip else text) + self._template.suffix
+
+    def _counts(self, leads: list[str], bodies: list[str], whole: list[list[int]]) -> list[int]:
+        """How many of each row's tokens are those of text and suffix."""
+        if not any(leads):
+            return list(map(len, whole))
+        if self._span_count == "text":
+            return list(map(len, self._ids(bodies)))
+        before = map(len, self._ids(leads))
+        pairs = zip(whole, before, bodies, strict=True)
+        return [max(len(ids) - lead, 1 if body else 0) for ids, lead, body in pairs]
+
     def _encode_either(self, index: int, text: str | Sequence[int], instruction: str) -> TokenizedText:
         if isinstance(text, str):
             try:
@@ -261,9 +275,7 @@ class TextTokenizer:
             own = own[len(self._before) :]
         if self._after and own[-len(self._after) :] == self._after:
             own = own[: -len(self._after)]
-        lead, suffix = self._ids(
-            [self._template.prefix + self._template.before_text(instruction), self._template.suffix]
-        )
+        lead, suffix = self._ids([self._lead(instruction), self._template.suffix])
         kept = own[: self._reference.doc_max_length] if self._reference else own
         return self._row(index, [*lead, *kept, *suffix], len(kept) + len(suffix), cut=len(kept) < len(own))
 
@@ -273,30 +285,36 @@ class TextTokenizer:
             raise TokenizationError(f"there is no token {wrong}: this model's are 0 to {self._vocabulary - 1}", index)
 
     def _row(
-        self, index: int, ids: list[int], pooled: int, cut: bool, reference: bool = True, emptied: bool = False
+        self, index: int, ids: list[int], own: int, cut: bool, reference: bool = True, emptied: bool = False
     ) -> TokenizedText:
-        """A row of the joined text's `ids`; the last `pooled` of them are those of text and suffix."""
+        """A row of the joined text's `ids`; the last `own` of them are those of text and suffix."""
         suffix = self._suffix_tokens
         if self._reference and reference:
             room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
-            emptied = emptied or len(ids) - pooled >= room
+            emptied = emptied or len(ids) - own >= room
             lost = max(len(ids) - room, 0)
             cut, suffix = cut or lost > 0, max(suffix - lost, 0)
             ids = ids[:room]
-            pooled = min(pooled, self._reference.max_length)
+            own = min(own, self._reference.max_length)
         row = [*self._before, *ids, *self._after]
-        if not row or not (pooled or cut):
+        if not row or not (own or cut):
             raise TokenizationError("the text has no tokens", index)
         if max(row) >= self._vocabulary:
             token = self._tokenizer.id_to_token(max(row))
             raise TokenizationError(
                 f"the text contains {token!r}, which this model has no embedding for: remove it", index
             )
-        # The official library pools the whole row of a text that was cut to nothing.
-        span_start = max(len(row) - pooled, 0) if self._skip_instruction and pooled else 0
-        head = min(max(len(row) - pooled, 0), len(row) - 1)
+        head = min(max(len(row) - len(self._after) - own, 0), len(row) - 1)
         tail = min(suffix + len(self._after), len(row) - 1 - head)
-        return TokenizedText(row, span_start, cut, head, tail, emptied=emptied)
+        return TokenizedText(row, self._span_start(len(row), head, own), cut, head, tail, emptied=emptied)
+
+    def _span_start(self, length: int, head: int, own: int) -> int:
+        # The official library pools the whole row of a text that was cut to nothing.
+        if not self._skip_instruction or not own:
+            return 0
+        if self._span_count == "text":
+            return max(length - own, 0)
+        return head if head > len(self._before) else 0
 
     def _shorten(self, text: str) -> str:
         """The official loop (llm2vec 0.2.3, `LLM2Vec._convert_to_str`): drop words until the text is short enough.

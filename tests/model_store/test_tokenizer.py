@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 from model_store.architectures import ARCHITECTURES
 from model_store.templates import TEMPLATES, Template, template_for
@@ -283,3 +283,40 @@ def test_nothing_has_a_row_too() -> None:
 def test_chunks_are_counted_without_making_them(own: int, most: int) -> None:
     text = TokenizedText(list(range(3 + own)), 2, head=2, tail=1)
     assert text.chunk_tokens(most) == sum(map(len, text.chunks(most)))
+
+
+def with_eos(template: Template = Template(), skip: bool = True, prompt: bool = False) -> TextTokenizer:  # noqa: B008
+    tokenizer = tiny_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    return TextTokenizer(tokenizer, template, skip, VOCABULARY, span_count="prompt" if prompt else "text")
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_token_after_each_text_is_no_part_of_the_text_when_it_is_cut(prompt: bool) -> None:
+    row = with_eos(prompt=prompt).encode_batch([TEXT], [""])[0]
+    assert (row.head, row.tail) == (1, 1)
+    own = row.token_ids[1:-1]
+    chunks = row.chunks(7)
+    assert [token for chunk in chunks for token in chunk.token_ids[1:-1]] == own
+    assert all(chunk.token_ids[0] == 1 and chunk.token_ids[-1] == 2 for chunk in chunks)
+    assert row.shortened(7, keep="end").token_ids == [1, *own[-5:], 2]
+
+
+def test_a_span_counted_by_its_prompt() -> None:
+    template = Template(lead="{instruction}", bare_lead="- ")
+    tokenizer = with_eos(template, prompt=True)
+    row = tokenizer.encode_batch([TEXT], ["find "])[0]
+    lead = len(tiny_tokenizer().encode("find ", add_special_tokens=False).ids)
+    assert (row.span_start, row.head, row.tail) == (1 + lead, 1 + lead, 1)
+    assert tokenizer.locate(TEXT, "find ")[0] == row
+    bare = tokenizer.encode_batch([TEXT], [""])[0]
+    assert bare.span_start == 1 + len(tiny_tokenizer().encode("- ", add_special_tokens=False).ids)
+    ids = tiny_tokenizer().encode(TEXT, add_special_tokens=False).ids
+    assert tokenizer.encode_batch([ids], ["find "])[0].span_start == 1 + lead
+    assert with_eos(prompt=True).encode_batch([TEXT], [""])[0].span_start == 0
+    assert with_eos(template, skip=False, prompt=True).encode_batch([TEXT], ["find "])[0].span_start == 0
+    with pytest.raises(TokenizationError, match="no tokens"):
+        tokenizer.encode_batch([""], ["find "])
+    assert tokenizer.encode_nothing().token_ids == [1, *bare.token_ids[1 : bare.span_start], 2]
