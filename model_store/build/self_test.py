@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from model_store.encoder.attention import newer_flash
+from model_store.encoder.attention import AttentionError, newer_flash
+from model_store.encoder.devices import DeviceError
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pipeline import Pipeline
@@ -58,6 +59,8 @@ class SelfTestError(UserError):
 def write_self_test(folder: Path, as_published: Path | None = None) -> None:
     """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
 
+    It runs on the GPU if there is one with room for the encoder that computes in its dtype, else on the CPU.
+
     With `as_published`, the folder of a checkpoint that is an encoder already, the same tokens also go through what
     transformers makes of that checkpoint by itself.
 
@@ -66,20 +69,25 @@ def write_self_test(folder: Path, as_published: Path | None = None) -> None:
     """
     encoder, rows = _load(folder)
     vectors = _packed_vectors(encoder, rows)
-    opinions = {"transformers' own": encoder.model}
+    own = _padded_vectors(encoder, rows)
+    _refuse_other_opinion(vectors, own, "transformers' own", encoder)
     if as_published:
-        opinions["that of the published checkpoint"] = AutoModel.from_pretrained(
-            as_published, dtype=encoder.dtype, local_files_only=True, trust_remote_code=False
-        ).eval()
-    for whose, model in opinions.items():
-        difference = largest_difference(vectors, _padded_vectors(encoder, rows, model))
-        if not difference <= TOLERANCE[encoder.dtype]:
-            raise SelfTestError(
-                f"packed {encoder.manifest.attention} attention of this {encoder.manifest.model_type} differs from "
-                f"{whose} (1 − cosine up to {difference:.1e}): this model can't be served"
-            )
+        encoder.model.to("meta")  # makes room for the other model
+        options = {"dtype": encoder.dtype, "device_map": encoder.device if encoder.device.type == "cuda" else None}
+        published = AutoModel.from_pretrained(as_published, local_files_only=True, trust_remote_code=False, **options)
+        theirs = _padded_vectors(replace(encoder, model=published.eval()), rows)
+        _refuse_other_opinion(vectors, theirs, "that of the published checkpoint", encoder)
     document = {"cases": CASES, "vectors": vectors.tolist()}
     (folder / SELF_TEST_FILE).write_text(json.dumps(document, ensure_ascii=False))
+
+
+def _refuse_other_opinion(vectors: Tensor, others: Tensor, whose: str, encoder: Encoder) -> None:
+    difference = largest_difference(vectors, others)
+    if not difference <= TOLERANCE[encoder.dtype]:
+        raise SelfTestError(
+            f"packed {encoder.manifest.attention} attention of this {encoder.manifest.model_type} differs from "
+            f"{whose} (1 − cosine up to {difference:.1e}): this model can't be served"
+        )
 
 
 def self_test_difference(folder: Path) -> tuple[float, float]:
@@ -106,7 +114,7 @@ def check_attention(encoder: Encoder) -> None:
     """
     _refuse_other(
         _packed_vectors(encoder, _CHECKED),
-        _padded_vectors(encoder, _CHECKED, encoder.model),
+        _padded_vectors(encoder, _CHECKED),
         f"attention kernel {encoder.kernel} on {encoder.device}",
         encoder,
     )
@@ -202,7 +210,11 @@ def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> N
 def _load(folder: Path, cases: Sequence[Sequence[str]] = CASES) -> tuple[Encoder, list[TokenizedText]]:
     from model_store.manifest import read_manifest  # needs pydantic, and checks of an encoder in memory do not
 
-    encoder = Encoder.load(folder, device="cpu", dtype=read_manifest(folder).dtype, attention="sdpa")
+    dtype = read_manifest(folder).dtype
+    try:
+        encoder = Encoder.load(folder, dtype=dtype, attention="auto" if torch.cuda.is_available() else "sdpa")
+    except (DeviceError, AttentionError, torch.OutOfMemoryError):
+        encoder = Encoder.load(folder, device="cpu", dtype=dtype, attention="sdpa")
     tokenizer = TextTokenizer.load(folder, encoder.manifest)
     rows = tokenizer.encode_batch([text for _, text in cases], [instruction for instruction, _ in cases])
     limit = encoder.manifest.max_positions
@@ -214,8 +226,9 @@ def _packed_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
 
 
 @torch.inference_mode()
-def _padded_vectors(encoder: Encoder, rows: list[TokenizedText], model: Any) -> Tensor:
-    """The slow twin: one padded batch through a decoder with transformers' own masks and eager attention."""
+def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
+    """The slow twin: one padded batch through the decoder with transformers' own masks and eager attention."""
+    model = encoder.model
     batch = PackedBatch.pack(rows, encoder.manifest.pooling)
     lengths = [len(row) for row in rows]
     token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)

@@ -55,7 +55,9 @@ class Encoder:
         attention: Kernel | Literal["auto"] = "auto",
         quantization: Quantization = "none",
     ) -> Encoder:
-        """Load a stored encoder; its weights are in memory only once.
+        """Load a stored encoder; its weights are in memory only once, and on a GPU they never are in the host's.
+
+        Those that are to be quantised do pass through the host's memory: the GPU may have no room for them as they are.
 
         Raises:
             StoreError: if the folder is no stored encoder.
@@ -77,6 +79,7 @@ class Encoder:
             use_safetensors=True,
             trust_remote_code=False,
             attn_implementation="eager",
+            device_map=on if on.type == "cuda" and quantization == "none" else None,
         )
         return cls.of(model, manifest, on, attention, quantization, Head.read(folder))
 

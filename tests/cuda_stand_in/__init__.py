@@ -33,7 +33,19 @@ VARIABLE = "CUDA_STAND_IN"
 _ROOT = Path(__file__).parents[2]
 
 # Functions that make a tensor on a device that they are told.
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "rand", "randn", "randint")
+_FACTORIES = (
+    "empty",
+    "empty_like",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "rand",
+    "randn",
+    "randint",
+)
 
 # The device waits for the host, or the host for the device: neither can be captured.
 _WAITS = ("aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::unique", "aten::masked_select")

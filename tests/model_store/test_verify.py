@@ -10,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_store.build.build import build_encoder
+from model_store.build.self_test import self_test_difference
 from model_store.build.verify import verify_encoder
 from model_store.manifest import StoreError, changed_files, describe_files, read_manifest
+from model_store.recipe import recipe_from
 from service.cli import main
-from tests.tiny import build_tiny
+from tests.cuda_stand_in import Gpus, install
+from tests.tiny import build_tiny, save_base
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +197,16 @@ def test_a_manifest_of_the_first_format_is_read(encoder: Path, tmp_path: Path) -
     assert (first.attention, first.template, first.sealed()) == ("bidirectional", second.template, first)
     assert (first.embedding_space, first.recipe) == (second.embedding_space, second.recipe)
     assert not problems(folder)
+
+
+@pytest.mark.parametrize(("capability", "on_gpu"), [((9, 0), True), ((7, 5), False)])
+def test_the_self_test_runs_on_a_gpu_that_computes_in_the_encoder_s_dtype(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: tuple[int, int], on_gpu: bool
+) -> None:
+    save_base(tmp_path / "base", "llama")
+    install(Gpus(capability=capability), monkeypatch.setattr)
+    with torch.profiler.profile() as done:
+        build_encoder(recipe_from("encoder", base=str(tmp_path / "base")), tmp_path / "encoder")
+    assert ("aten::_flash_attention_forward" in {event.key for event in done.key_averages()}) == on_gpu
+    difference, allowed = self_test_difference(tmp_path / "encoder")
+    assert difference <= allowed
