@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, normalizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from model_store.architectures import ARCHITECTURES
 from model_store.build.checkpoints import read_raw_config
@@ -33,6 +33,18 @@ _BY_FLAGS = {
     "CodeLlamaTokenizer": ("<s>", "</s>"),
     "GemmaTokenizer": ("<bos>", "<eos>"),
 }
+
+# A tokenizer class of a repository's own, whose code never runs, is taken to follow the flags that its file names.
+_OWN_CODE = "AutoTokenizer"
+
+# Texts that a converted tokenizer.model has to give the ids for that sentencepiece gives.
+_SAMPLES = (
+    "A plane is taking off, and 12 men wave.",
+    "two  spaces,\ttabs\nand\r\nlines\n\n\nthen   more ",
+    "def f(x): return x**2 - 3.14e-10  # naïve café ﬁne Ⅻ ½ ²",
+    "Größe und Maß, Ελληνικά, русский, עברית, العربية, हिन्दी, ไทย, 東京 日本語, 한국어",
+    "e\u0301 \u00a0 \u200b \u3000 \ufeff ▁ 🙂👩‍👩‍👧 \x01 ﷺ",
+)
 
 # Tokenizer classes that convert tokenizer.model in an older way unless `legacy` is false.
 _LEGACY = ("LlamaTokenizer",)
@@ -58,8 +70,10 @@ def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str
             return source.reference
     _convert(base, folder)
     if (base.folder / "tokenizer.model").is_file():
-        content = _as_legacy(read_json_object(folder / TOKENIZER_FILE), base.folder)
-        _write_json(folder / TOKENIZER_FILE, _change(content, base.folder, by_default=True) or content)
+        content = _by_legacy(read_json_object(folder / TOKENIZER_FILE), base.folder)
+        content = _change(content, base.folder, by_default=True) or content
+        _check_ids(Tokenizer.from_str(json.dumps(content)), base.folder)
+        _write_json(folder / TOKENIZER_FILE, content)
     return f"{base.reference} (converted)"
 
 
@@ -84,17 +98,22 @@ def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str,
     """The post-processor that the flags ask for; None if tokenizer.json does the same, or if the flags don't count."""
     settings = _settings(folder)
     kind = _class_of(settings, folder)
-    said = by_default or settings.keys() & {"tokenizer_class", "add_bos_token", "add_eos_token"}
-    if kind not in _BY_FLAGS or not said:
-        return None
-    bos, eos = _BY_FLAGS[kind]
-    before = [_token(tokenizer, folder, settings, "bos_token", bos)] if settings.get("add_bos_token", True) else []
-    after = [_token(tokenizer, folder, settings, "eos_token", eos)] if settings.get("add_eos_token", False) else []
+    flags = settings.keys() & {"add_bos_token", "add_eos_token"}
     try:
-        if special_tokens_around(tokenizer) == ([number for _, number in before], [number for _, number in after]):
-            return None
+        around = special_tokens_around(tokenizer)
     except TokenizerError:
-        pass  # tokenizer.json does something else, and the flags replace it
+        around = None  # tokenizer.json does something else, and the flags replace it
+    if kind in _BY_FLAGS and (by_default or flags or "tokenizer_class" in settings):
+        with_bos, with_eos = True, False
+    elif flags and _OWN_CODE in (settings.get("auto_map") or {}):
+        with_bos, with_eos = map(bool, around or ([], []))
+    else:
+        return None
+    bos, eos = _BY_FLAGS.get(kind, (None, None))
+    before = [_token(tokenizer, folder, settings, "bos_token", bos)] if settings.get("add_bos_token", with_bos) else []
+    after = [_token(tokenizer, folder, settings, "eos_token", eos)] if settings.get("add_eos_token", with_eos) else []
+    if around == ([number for _, number in before], [number for _, number in after]):
+        return None
     single = [*(f"{token}:0" for token, _ in before), "$A:0", *(f"{token}:0" for token, _ in after)]
     pair = [*single, *(f"{token}:1" for token, _ in before), "$B:1", *(f"{token}:1" for token, _ in after)]
     carrier = Tokenizer(models.BPE())
@@ -103,7 +122,9 @@ def _by_flags(tokenizer: Tokenizer, folder: Path, by_default: bool) -> dict[str,
     return made
 
 
-def _token(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], name: str, default: str) -> tuple[str, int]:
+def _token(
+    tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], name: str, default: str | None
+) -> tuple[str, int]:
     """The token that a flag asks for, and its id."""
     named = settings.get(name, default)
     token = named.get("content") if isinstance(named, dict) else named
@@ -116,18 +137,43 @@ def _token(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], name: s
     return str(token), token_id
 
 
-def _as_legacy(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A converted tokenizer.json as the official stack converts it with `legacy`, which is on by default.
+def _by_legacy(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A converted tokenizer.json as the official stack converts it, by the flag `legacy`, which is on by default.
 
-    "▁" then stands after every special token within a text, and not only at the beginning of the text.
+    With it "▁" stands after every special token within a text, and without it only at the beginning of the text.
     """
     settings = _settings(folder)
-    if _class_of(settings, folder) not in _LEGACY or settings.get("legacy") is False:
+    if _class_of(settings, folder) not in _LEGACY:
         return content
+    prefix = settings.get("add_prefix_space") is not False
     carrier = Tokenizer(models.BPE())
-    prepend = [] if settings.get("add_prefix_space") is False else [normalizers.Prepend("▁")]
-    carrier.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
-    return {**content, "pre_tokenizer": None, "normalizer": json.loads(carrier.to_str())["normalizer"]}
+    if settings.get("legacy") is False:
+        carrier.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if prefix else "never", split=False)
+    else:
+        prepend = [normalizers.Prepend("▁")] if prefix else []
+        carrier.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    made = json.loads(carrier.to_str())
+    return {**content, "pre_tokenizer": made["pre_tokenizer"], "normalizer": made["normalizer"]}
+
+
+def _check_ids(tokenizer: Tokenizer, folder: Path) -> None:
+    """Compare a conversion's ids with those of the tokenizer.model in `folder`: it may have left something out.
+
+    Raises:
+        CheckpointError: if they differ.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    # Without a space before a text, its first word is found behind a mark, as the tokenizer's class does it.
+    mark = "" if _settings(folder).get("add_prefix_space") is not False else "<unk>"
+    for text in _SAMPLES:
+        expected = original.encode(mark + text)[len(original.encode(mark)) :]
+        if tokenizer.encode(text, add_special_tokens=False).ids != expected:
+            raise CheckpointError(
+                f"{folder / 'tokenizer.model'} gives {text!r} other ids than its conversion to {TOKENIZER_FILE} does: "
+                f"put a {TOKENIZER_FILE} beside the weights"
+            )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

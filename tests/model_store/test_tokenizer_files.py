@@ -19,6 +19,7 @@ from model_store.text.tokenizer import special_tokens_around
 from tests.tiny import save_base, tiny_tokenizer
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "tokenizer_class": "LlamaTokenizerFast"}
+OWN_CODE = {"tokenizer_class": "Qwen2Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.Qwen2Tokenizer"]}}
 BOS, EOS = [1], [2]
 
 
@@ -46,6 +47,11 @@ def save_tokenizer(folder: Path, bos: bool, **settings: Any) -> None:
         (False, {**TOKENS, "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}, ([], [])),
         (True, {**TOKENS, "tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True}, (BOS, [])),
         (True, {}, (BOS, [])),
+        # Code of the model's own, which never runs, follows the flags that its file names: gte-Qwen2's adds EOS.
+        (False, {**TOKENS, **OWN_CODE, "add_eos_token": True}, ([], EOS)),
+        (True, {**TOKENS, **OWN_CODE, "add_eos_token": True}, (BOS, EOS)),
+        (True, {**TOKENS, **OWN_CODE, "add_bos_token": False}, ([], [])),
+        (True, {**TOKENS, **OWN_CODE}, (BOS, [])),
     ],
 )
 def test_special_tokens_go_by_the_flags_where_the_tokenizer_s_class_does(
@@ -100,7 +106,7 @@ PIECES = {
 }
 
 
-def save_sentencepiece(folder: Path, **settings: Any) -> None:
+def save_sentencepiece(folder: Path, training: dict[str, Any] | None = None, **settings: Any) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="tokenizer.model needs sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -110,9 +116,8 @@ def save_sentencepiece(folder: Path, **settings: Any) -> None:
         vocab_size=300,
         hard_vocab_limit=False,
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
+        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **(training or {})},
     )
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
@@ -132,10 +137,12 @@ def save_sentencepiece(folder: Path, **settings: Any) -> None:
         ({}, True, (BOS, [])),
     ],
 )
+@pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_tokenizer_model_is_converted_as_its_settings_say(
-    tmp_path: Path, settings: dict[str, Any], legacy: bool, around: tuple[list[int], list[int]]
+    tmp_path: Path, family: str, settings: dict[str, Any], legacy: bool, around: tuple[list[int], list[int]]
 ) -> None:
     save_sentencepiece(tmp_path / "base", **settings)
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": family}))
     tokenizer = written(tmp_path / "base", tmp_path / "out")
     assert special_tokens_around(tokenizer) == around
     for text, (older, newer) in PIECES.items():
@@ -146,4 +153,12 @@ def test_a_git_lfs_pointer_for_tokenizer_model_is_named(tmp_path: Path) -> None:
     save_sentencepiece(tmp_path / "base", legacy=False)
     (tmp_path / "base" / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model is a Git LFS pointer"):
+        written(tmp_path / "base", tmp_path / "out")
+
+
+@pytest.mark.parametrize("training", [{"normalization_rule_name": "nmt_nfkc"}, {"remove_extra_whitespaces": True}])
+def test_a_conversion_that_gives_other_ids_is_refused(tmp_path: Path, training: dict[str, Any]) -> None:
+    """The class converts every tokenizer.model as Llama's, whatever this one does to white space and letters."""
+    save_sentencepiece(tmp_path / "base", training, legacy=True)
+    with pytest.raises(CheckpointError, match=r"tokenizer.model gives .* other ids .* put a tokenizer.json beside"):
         written(tmp_path / "base", tmp_path / "out")
