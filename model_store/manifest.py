@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
-from model_store.recipe import DType, Recipe, is_plain_name
+from model_store.recipe import DType, Recipe, Widths, is_plain_name
 from model_store.templates import SpanCount, Template
 
 # Format 1 had none of the fields with a default.
@@ -69,7 +69,10 @@ class SourceRecord(_Frozen):
 
 
 class Manifest(_Frozen):
-    """A stored encoder: its sources, how it reads and pools text, its limits in tokens, and its files."""
+    """A stored encoder: its sources, how it reads and pools text, its limits in tokens, and its files.
+
+    `widths` are those that vectors may be cut to, the whole `width` among them; none means that they are not known.
+    """
 
     format: int = FORMAT
     name: str
@@ -91,6 +94,7 @@ class Manifest(_Frozen):
     doc_max_length: int
     query_instruction: str
     document_instruction: str = ""
+    widths: Widths = ()
     prompts: dict[str, str] = {}
     default_prompt: str = ""
     recipe: Recipe

@@ -7,9 +7,9 @@ import json
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from model_store.architectures import Attention
 from model_store.errors import UserError
@@ -17,6 +17,9 @@ from model_store.pooling_modes import PoolingMode
 from model_store.templates import SpanCount, Template
 
 DType = Literal["bfloat16", "float32"]
+
+# Numbers of dimensions, each once and ascending.
+Widths = Annotated[tuple[PositiveInt, ...], AfterValidator(lambda given: tuple(sorted(set(given))))]
 
 
 # The official library's defaults (llm2vec 0.2.3, `LLM2Vec.__init__`).
@@ -30,7 +33,13 @@ ENCODER_DEFAULTS = {
 }
 
 # Keys of a recipe that the first version did not have, with the value that asks for nothing.
-_LATER = {"attention": None, "document_instruction": "", "span_count": None, "head_tensor": ""}
+_LATER: dict[str, Any] = {
+    "attention": None,
+    "document_instruction": "",
+    "span_count": None,
+    "head_tensor": "",
+    "widths": [],
+}
 _LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": ""}
 
 
@@ -52,9 +61,9 @@ class Recipe(BaseModel):
     `max_length` and `doc_max_length` are in tokens, the official library's limits. `head_tensor` names a tensor
     of the base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. A server puts
     `query_instruction` before queries, and `document_instruction` before documents, when a client only says which of
-    them its input is.
-    `parameters` (of the encoder, without output head) and `gated` (the hub asks to accept the base's licence) help
-    people to choose a recipe.
+    them its input is. `widths` are the numbers of dimensions that vectors may be cut to, as training by a Matryoshka
+    loss had them; none means that they are not known. `parameters` (of the encoder, without output head) and `gated`
+    (the hub asks to accept the base's licence) help people to choose a recipe.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,6 +82,7 @@ class Recipe(BaseModel):
     head_tensor: str = ""
     query_instruction: str = ""
     document_instruction: str = ""
+    widths: Widths = ()
     description: str = ""
     parameters: int | None = Field(default=None, ge=1)
     gated: bool = False

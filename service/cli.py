@@ -216,6 +216,7 @@ def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
         "adapters": ", ".join(_source(item.reference, item.commit) for item in manifest.adapters) or "none",
         "tokenizer": manifest.tokenizer,
         "dimensions": manifest.width,
+        "may be cut to": ", ".join(map(str, manifest.widths)) or "not known",
         "reads": f"{manifest.max_positions} tokens" + _read_limit(folder),
         "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}"
         + (", counted by its own tokens" if manifest.span_count == "prompt" else ""),

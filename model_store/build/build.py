@@ -31,7 +31,6 @@ from model_store.build.description import MODULES_FILE, OWN_MODULE, description_
 from model_store.build.self_test import write_self_test
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
-from model_store.encoder.head import Head
 from model_store.errors import UserError
 from model_store.json_text import read_json_object
 from model_store.manifest import (
@@ -55,7 +54,7 @@ SHARD_BYTES = 2 << 30
 TRAINING_CONFIG_FILE = "training_config.json"
 
 # What a recipe may say of an encoder beside its weights; else the files that come with them say it.
-_DESCRIBED = (*ENCODER_DEFAULTS, "template", "query_instruction", "document_instruction")
+_DESCRIBED = (*ENCODER_DEFAULTS, "template", "query_instruction", "document_instruction", "widths")
 
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -112,7 +111,9 @@ def _build(
         shapes = check_names(recipe.base, checkpoint, adapters, recipe.head_tensor)
         described = description_of([*stages[-1:], base], recipe.attention)
         fields = {**ENCODER_DEFAULTS, **described.fields}
-        fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "")}
+        fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "", ())}
+        width = len(described.head.bias) if described.head else checkpoint.config.hidden_size
+        fields |= _widths(fields.get("widths", ()), width)
         with _appearing_whole(folder) as staging:
             _write_config(checkpoint.config, recipe.dtype, fields["attention"], staging)
             tokenizer_source = write_tokenizer(base, stages, staging)
@@ -127,6 +128,15 @@ def _build(
             manifest = manifest.model_copy(update={"files": describe_files(staging)})
             manifest.write(staging)
     return manifest
+
+
+def _widths(asked: Sequence[int], width: int) -> dict[str, Any]:
+    """The encoder's width, and the widths that its vectors may be cut to."""
+    if asked and max(asked) > width:
+        raise BuildError(
+            f"the recipe has the width {max(asked)}, but the encoder's vectors have {width} dimensions: leave it out"
+        )
+    return {"width": width, "widths": (*asked, width) if asked else ()}
 
 
 def _refuse_missing_stage(recipe: Recipe) -> None:
@@ -307,12 +317,10 @@ def _describe(
     if pooling == "bos_token" and not before:
         raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
     by_name = template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
-    head = Head.read(folder)
     return Manifest.model_validate(
         {
             "name": recipe.name,
             "model_type": config.model_type,
-            "width": len(head.bias) if head else config.hidden_size,
             "max_positions": readable_positions(config.to_dict()),
             "vocabulary": shapes["embed_tokens.weight"][0],
             "parameters": sum(torch.Size(shape).numel() for shape in shapes.values()),

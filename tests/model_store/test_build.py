@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from model_store.errors import CheckpointError
 from model_store.manifest import read_manifest
 from model_store.recipe import Recipe, recipe_from
 from model_store.templates import TEMPLATES
+from service.cli import main
 from tests.tiny import build_tiny, normalized, padded_vectors, random_rows, save_adapter, save_base, tiny_model
 
 ROWS = random_rows([5, 30, 1, 12])
@@ -129,6 +131,29 @@ def test_the_same_recipe_gives_the_same_files_and_space(tmp_path: Path) -> None:
     other = build_encoder(recipe(tmp_path / "base", pooling="last_token"), tmp_path / "other")
     assert one.files == two.files
     assert one.embedding_space == two.embedding_space != other.embedding_space
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "shown"), [([], (), "not known"), ([32, 16], (16, 32, 64), "16, 32, 64"), ([64], (64,), "64")]
+)
+def test_widths_are_those_asked_for_and_the_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[int], found: tuple[int, ...], shown: str
+) -> None:
+    save_base(tmp_path / "base")
+    plain = build_encoder(recipe(tmp_path / "base"), tmp_path / "plain")
+    built = build_encoder(recipe(tmp_path / "base", widths=asked), tmp_path / "encoder")
+    assert built.widths == read_manifest(tmp_path / "encoder").widths == found
+    assert built.embedding_space == plain.embedding_space
+    assert (built.recipe_fingerprint == plain.recipe_fingerprint) == (not asked)
+    assert main(["show", str(tmp_path / "encoder")]) == 0
+    assert re.search(f"^may be cut to +{shown}$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_width_above_the_encoder_s_is_refused(tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    with pytest.raises(BuildError, match="width 128, but the encoder's vectors have 64 dimensions"):
+        build_encoder(recipe(tmp_path / "base", widths=[32, 128]), tmp_path / "encoder")
+    assert _nothing_left(tmp_path)
 
 
 def test_a_stage_with_a_config_names_the_template_and_brings_its_tokenizer(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_a_recipe_file(tmp_path: Path) -> None:
         ('base = "a"\nbasis = "b"', "basis: Extra inputs"),
         ('base = "a"\npooling = "cls"', "pooling: Input should be"),
         ('base = "a"\nmax_length = 0', "max_length"),
+        ('base = "a"\nwidths = [64, 0]', "widths.1: Input should be greater than 0"),
         ('base = "a"\n[template]\nprefiks = "x"', "template.prefiks"),
     ],
 )
@@ -71,6 +72,11 @@ def test_the_fingerprint_covers_what_moves_a_vector() -> None:
     one = recipe_from("a", base="x")
     assert one.fingerprint == recipe_from("b", base="x", description="other words").fingerprint
     assert one.fingerprint != recipe_from("a", base="x", pooling="last_token").fingerprint
+    assert one.fingerprint == recipe_from("a", base="x", widths=[]).fingerprint
+    assert one.fingerprint[:16] == "68499c44807ec80a", "encoders that are built already would be built again"
+    cut = recipe_from("a", base="x", widths=[64, 32, 64])
+    assert cut.widths == (32, 64)
+    assert one.fingerprint != cut.fingerprint == recipe_from("a", base="x", widths=[32, 64]).fingerprint
 
 
 @pytest.mark.parametrize(

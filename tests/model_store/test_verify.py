@@ -184,11 +184,12 @@ def test_a_manifest_of_the_first_format_is_read(encoder: Path, tmp_path: Path) -
     folder = Path(shutil.copytree(encoder, tmp_path / "copy"))
     path = folder / "manifest.json"
     content = json.loads(path.read_text())
-    for later in ("manifest_sha256", "attention", "document_instruction", "prompts", "default_prompt"):
+    for later in ("manifest_sha256", "attention", "document_instruction", "widths", "prompts", "default_prompt"):
         del content[later]
     for records in ([content["base"]], content["adapters"], [content["recipe"]]):
         for record in records:
-            record.pop("content", None), record.pop("attention", None), record.pop("document_instruction", None)
+            for later in ("content", "attention", "document_instruction", "widths"):
+                record.pop(later, None)
     del content["template"]["lead"]
     content["format"] = 1
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
