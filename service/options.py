@@ -23,6 +23,7 @@ _GROUPS = {
     "Model and texts": (
         *("model", "models_dir", "served_name", "model_aliases", "any_model", "query_instruction", "prompts_file"),
         *("default_input_type", "instruction_separator", "max_input_tokens", "truncation", "token_ids", "empty_text"),
+        "other_widths",
     ),
     "Device and batches": (
         *("device", "dtype", "quantization", "equal_bits", "attention", "compile", "cuda_graphs", "token_budget"),

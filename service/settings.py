@@ -266,6 +266,11 @@ class Settings(BaseSettings):
     reject_unknown_fields: bool = Field(
         False, description="answer 400 to unknown request fields, instead of naming them in a header"
     )
+    other_widths: Literal["warn", "refuse"] = Field(
+        "warn",
+        description="the answer to `dimensions` that are none of the encoder's widths, where it names any: warn gives "
+        "the vectors and names the widths in a header, refuse gives an error",
+    )
     stuck_batch_seconds: float | None = Field(
         None,
         gt=0,

@@ -126,6 +126,29 @@ class EmbeddingsAnswer(BaseModel):
     usage: _Usage
 
 
+class ModelAnswer(BaseModel):
+    """The served model, under one of its names."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    dimensions: int
+    widths: list[int] | None = Field(
+        None, description="the dimensions that its vectors may be cut to; left out where they are not known"
+    )
+    max_input_tokens: int
+    embedding_space: str
+
+
+class ModelsAnswer(BaseModel):
+    """The one model that is served, under each of its names."""
+
+    object: Literal["list"]
+    data: list[ModelAnswer]
+
+
 class ErrorAnswer(BaseModel):
     """An error's shape."""
 
@@ -189,7 +212,7 @@ async def _embed(call: Call[EmbeddingsBody], model: str | None) -> Response:
 DIRECT = {("POST", path): create_embeddings for path in ("/v1/embeddings", "/embeddings")}
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses={200: {"model": ModelsAnswer}})
 @router.get("/models", include_in_schema=False)
 @router.get("/openai/v1/models", include_in_schema=False)
 async def list_models(request: Request) -> Response:
@@ -198,7 +221,7 @@ async def list_models(request: Request) -> Response:
     return json_answer({"object": "list", "data": [_model(parts, name) for name in parts.model_names()]})
 
 
-@router.get("/v1/models/{name:path}", responses={404: ERRORS[404]})
+@router.get("/v1/models/{name:path}", responses={200: {"model": ModelAnswer}, 404: ERRORS[404]})
 async def get_model(request: Request, name: str) -> Response:
     """The served model by one of its names."""
     parts = parts_of(request)
@@ -349,13 +372,15 @@ def _by_openai_sdk(request: Request) -> bool:
 
 
 def _model(parts: Parts, name: str) -> dict[str, Any]:
+    manifest = parts.manifest
     return {
         "id": name,
         "object": "model",
         "created": parts.started_at,
         "owned_by": "llm2vec-service",
         "root": parts.served_name,
-        "dimensions": parts.manifest.width,
+        "dimensions": manifest.width,
+        **({"widths": manifest.widths} if manifest.widths else {}),
         "max_input_tokens": parts.limits.max_input_tokens,
-        "embedding_space": parts.manifest.embedding_space,
+        "embedding_space": manifest.embedding_space,
     }

@@ -112,6 +112,7 @@ class ServerClient:
                 embedding_space=model["embedding_space"],
                 width=model["dimensions"],
                 max_input_tokens=model["max_input_tokens"],
+                widths=model.get("widths", ()),
             )
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error

@@ -15,7 +15,7 @@ from service.bulk.job import Asked, Job, JobError, Manifest, describe
 from service.bulk.pipeline import Embeds, OnDone, reason_of, run
 from service.bulk.reading import PATH_COLUMN, Columns, find_inputs
 from service.bulk.shards import check_format
-from service.bulk.sources import LocalVectors, ServerVectors, Wanted
+from service.bulk.sources import LocalVectors, ServerVectors, Wanted, warn_of_another_width
 from service.errors import InvalidRequest
 from service.logs import configure_logs
 from service.settings import load_settings
@@ -66,6 +66,7 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
         async def work() -> None:
             async with vectors.running():
                 await _try_out(vectors)  # finds errors of the options before any text is blamed for them
+                warn_of_another_width(source, job.dimensions)
                 with _bar(job.rows, manifest.read) as on_done:
                     await run(job, inputs, folder, vectors, asked.on_error, on_done)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from model_store.errors import UserError
 from model_store.manifest import file_sha256
@@ -73,7 +73,10 @@ class InputRecord(_Frozen):
 
 
 class VectorSource(_Frozen):
-    """The source of the vectors: everything that changes them or decides which texts get one. "" means not known."""
+    """The source of the vectors: everything that changes them or decides which texts get one. "" means not known.
+
+    `widths`, which the vectors may be cut to, change none and are not stored.
+    """
 
     model: str
     embedding_space: str
@@ -82,6 +85,7 @@ class VectorSource(_Frozen):
     dtype: str = ""
     truncation: str = ""
     empty_text: str = ""
+    widths: tuple[int, ...] = Field((), exclude=True)
 
 
 class Job(_Frozen):

@@ -18,6 +18,7 @@ from service.embedding.embedder import Embedder
 from service.embedding.instructions import Chosen
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import DeviceLost, ServiceError
+from service.logs import log
 from service.server.startup import Prepared, prepare, settle
 from service.settings import Settings
 
@@ -36,6 +37,13 @@ class Wanted:
     instruction: str = ""
     dimensions: int = 0
     overflow: Overflow = "error"
+
+
+def warn_of_another_width(source: VectorSource, dimensions: int) -> None:
+    """Log it if the vectors are cut to a width that is none of the model's, where these are known."""
+    if source.widths and dimensions not in source.widths:
+        widths = ", ".join(map(str, source.widths))
+        log.warning("vectors of %s are meant to have %s dimensions, not %d", source.model, widths, dimensions)
 
 
 @dataclass
@@ -78,6 +86,7 @@ class LocalVectors:
             dtype=self.prepared.dtype,
             truncation=settings.truncation,
             empty_text=settings.empty_text,
+            widths=manifest.widths,
         )
 
     @property

@@ -50,9 +50,21 @@ def check_characters(inputs: Sequence[EmbedInput], most: int, param: str) -> Non
                 )
 
 
-def check_dimensions(dimensions: int | None, width: int, param: str) -> None:
-    """Refuse a number of dimensions that the model's vectors of this width can't be cut to."""
-    if dimensions is not None and not 1 <= dimensions <= width:
+def check_dimensions(dimensions: int | None, width: int, param: str, widths: Sequence[int] = ()) -> None:
+    """Refuse a number of dimensions that the model's vectors of this width can't be cut to.
+
+    Where there are `widths`, every other number is refused.
+    """
+    if dimensions is None or dimensions in widths:
+        return
+    if widths:
+        raise InvalidRequest(
+            f"{param} is {dimensions}: this model's vectors are meant to have {', '.join(map(str, widths))} dimensions "
+            "(the setting LLM2VEC_OTHER_WIDTHS)",
+            "invalid_dimensions",
+            param,
+        )
+    if not 1 <= dimensions <= width:
         raise InvalidRequest(f"{param} is {dimensions}: this model has 1 to {width}", "invalid_dimensions", param)
 
 

@@ -212,7 +212,8 @@ class Embedder:
         if not self._allow_empty:
             bounds.check_not_empty(inputs, param)
         bounds.check_characters(inputs, self.settings.max_input_characters, param)
-        bounds.check_dimensions(request.dimensions, self.manifest.width, request.dimensions_param)
+        widths = self.manifest.widths if self.settings.other_widths == "refuse" else ()
+        bounds.check_dimensions(request.dimensions, self.manifest.width, request.dimensions_param, widths)
 
     def _check_context(self, request: EmbedRequest) -> None:
         ids_per_token = 1 if request.token_ids == "model" else None

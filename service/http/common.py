@@ -17,7 +17,10 @@ ModelName = Annotated[
     str | None,
     Field(description="the served model's name, or `name:query`, `name:document`, `name:` and a prompt's name"),
 ]
-Dimensions = Annotated[int | None, Field(strict=True, description="cut vectors to this many dimensions")]
+Dimensions = Annotated[
+    int | None,
+    Field(strict=True, description="cut vectors to this many dimensions: one of the model's `widths`, if it has any"),
+]
 
 
 class RequestBody(BaseModel):

@@ -23,6 +23,7 @@ ANSWER_HEADERS = (
     "x-embedding-space",
     "x-instruction-sha",
     "x-truncated-inputs",
+    "x-model-widths",
     "x-ignored-fields",
     "x-requested-model",
     "x-token-ids-decoded",
@@ -38,11 +39,13 @@ def answer_headers(
     embedder: Embedder, inputs: Sequence[EmbedInput], result: EmbedResult, total: float
 ) -> dict[str, str]:
     """The headers of an answer in all dialects. Times are in milliseconds."""
+    manifest = embedder.manifest
     return {
-        "x-embedding-space": embedder.manifest.embedding_space,
+        "x-embedding-space": manifest.embedding_space,
         "x-instruction-sha": instruction_sha({item.instruction.text for item in inputs}),
         "x-compute-tokens": str(result.prompt_tokens),
         "x-truncated-inputs": str(result.truncated_inputs),
+        **_other_width(manifest.widths, result),
         "x-total-time": _milliseconds(total),
         "x-tokenization-time": _milliseconds(result.timings.tokenize_seconds),
         "x-queue-time": _milliseconds(result.timings.queue_seconds),
@@ -74,6 +77,13 @@ def header_text(name: str) -> str:
 @lru_cache(maxsize=1024)
 def _sha(instruction: str) -> str:
     return hashlib.sha256(instruction.encode()).hexdigest()[:16]
+
+
+def _other_width(widths: Sequence[int], result: EmbedResult) -> dict[str, str]:
+    """The model's widths, where the vectors were cut to another one; else nothing."""
+    if not widths or not result.vectors or result.vectors[0].shape[-1] in widths:
+        return {}
+    return {"x-model-widths": ", ".join(map(str, widths))}
 
 
 def _milliseconds(seconds: float) -> str:

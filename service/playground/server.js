@@ -123,7 +123,7 @@ async function tell(signal) {
       Device: el("span", { id: "device" }, "–"),
       Arithmetic: limits.model_dtype,
       Pooling: limits.model_type.embedding.pooling,
-      Vector: `${whole(model.dimensions)} numbers`,
+      Vector: `${whole(model.dimensions)} numbers${model.widths ? `, may be cut to ${model.widths.join(", ")}` : ""}`,
       "Longest input": `${whole(limits.max_input_length)} tokens${limits.auto_truncate ? ", longer ones are cut as the official library does" : ""}`,
       "One batch": `${whole(limits.max_batch_tokens)} tokens at most`,
       "One request": `${whole(limits.max_client_batch_size)} inputs at most`,

@@ -18,7 +18,7 @@ from service.bulk.job import VECTOR_COLUMN, OnError
 from service.bulk.pipeline import Window, embed_window
 from service.bulk.reading import BadRow, Columns, InputError, row_of
 from service.bulk.shards import as_lists
-from service.bulk.sources import LocalVectors, Wanted
+from service.bulk.sources import LocalVectors, Wanted, warn_of_another_width
 from service.embedding.choices import EmbedDtype, Overflow
 from service.embedding.vector_dtypes import quantize_vectors
 from service.settings import load_settings
@@ -48,6 +48,7 @@ class EmbedBatches:
         given = load_settings({"model": model, "log_level": "warning", **settings})
         self._vectors = LocalVectors.prepare(given, wanted, lambda done, total: None)
         self._dimensions = dimensions or self._vectors.source.width
+        warn_of_another_width(self._vectors.source, self._dimensions)
         self._columns = Columns(text_column)
         self._embed_dtype = embed_dtype
         self._on_error = on_error

@@ -268,6 +268,7 @@ def test_the_server_s_figures_are_those_of_its_metrics(tab: Tab, server: ServerP
     assert facts["Pooling"] == "mean"
     assert facts["Arithmetic"] == "float32"
     assert facts["Device"] == "cpu"
+    assert facts["Vector"] == "64 numbers, may be cut to 16, 32, 64"
     assert facts["Longest input"] == "512 tokens"
     assert facts["One batch"] == f"{info['max_batch_tokens']:,} tokens at most"
     tiles = page.inner_text("#live")

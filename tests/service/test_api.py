@@ -659,6 +659,7 @@ def test_models(server: Server) -> None:
     assert listed["object"] == "list"
     assert [model["id"] for model in listed["data"]] == ["fake", "fake:query", "fake:document"]
     assert listed["data"][0]["dimensions"] == WIDTH
+    assert "widths" not in listed["data"][0]
     assert server.client.get("/v1/models/fake").json()["id"] == "fake"
     with (renamed := Server(served_name="org/mine")).client:
         assert renamed.client.get("/v1/models/org/mine").json()["id"] == "org/mine"

@@ -41,7 +41,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store") / "tiny"
-    build_tiny(folder, "gemma3_text", query_instruction="Find:")
+    build_tiny(folder, "gemma3_text", query_instruction="Find:", widths=[16, 32])
     return folder
 
 
@@ -146,6 +146,9 @@ def test_a_server_gives_the_same_and_is_asked_with_its_key(
         monkeypatch.setenv(KEY_VARIABLE, "secret")
         assert embed(path, "--url", server.base_url, "--out", there, *options) == 0
         assert embed(path, "--url", server.base_url, "--out", cut, *options, "--overflow", "truncate") == 0
+        assert "are meant to have" not in capsys.readouterr().err
+        assert embed(path, "--url", server.base_url, "--out", tmp_path / "24", *options, "--dimensions", "24") == 0
+        assert "vectors of tiny are meant to have 16, 32, 64 dimensions, not 24" in capsys.readouterr().err
     assert embed(path, "--model", encoder, "--dtype", "float32", "--out", here, *options) == 0
     near, far = read_output(here), read_output(there)
     assert near.rows == far.rows == [0, 1, 2, 3, 4, 6, 7]
@@ -156,6 +159,24 @@ def test_a_server_gives_the_same_and_is_asked_with_its_key(
         assert "is empty" in found.errors[1]["reason"]
         assert not [error for error in found.errors if "index" in error["reason"]]  # of a request, which nobody saw
     assert read_output(cut).rows == [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def test_another_width_is_told_or_refused(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_texts(tmp_path / "a.jsonl", TEXTS)
+    arguments = [path, "--model", encoder, "--dtype", "float32"]
+    meant = "are meant to have 16, 32, 64 dimensions"
+    for dimensions in ("16", "64"):
+        assert embed(*arguments, "--out", tmp_path / dimensions, "--dimensions", dimensions) == 0
+    assert meant not in capsys.readouterr().err
+    assert embed(*arguments, "--out", tmp_path / "24", "--dimensions", "24") == 0
+    assert f"vectors of tiny {meant}, not 24" in capsys.readouterr().err
+    assert read_output(tmp_path / "24").vectors.shape == (5, 24)
+    assert "widths" not in json.loads((tmp_path / "24" / "manifest.json").read_text())["job"]["source"]
+    monkeypatch.setenv("LLM2VEC_OTHER_WIDTHS", "refuse")
+    assert embed(*arguments, "--out", tmp_path / "none", "--dimensions", "24") == 1
+    assert f"no text can be embedded so: dimensions is 24: this model's vectors {meant}" in capsys.readouterr().err
 
 
 def test_empty_texts_are_as_the_settings_say(tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
