@@ -1,16 +1,17 @@
 """What the files beside a base's weights say of how it attends, pools and projects, in the words of a manifest.
 
 Two kinds of files say it: sentence-transformers' (`modules.json` and the folders that it names) and the official
-LLM2Vec library's (`llm2vec_config.json`). Whatever they name is reproduced, or refused by its name: what this module
-does not know would be left out of the encoder, and its vectors would be wrong without a word.
+LLM2Vec library's (`llm2vec_config.json`), to which training adds a file of its own. Whatever they name is reproduced,
+or refused by its name: what this module does not know would be left out of the encoder, and its vectors would be wrong
+without a word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,9 @@ from model_store.recipe import RecipeError, recipe_from
 from model_store.templates import VERBATIM, Template
 
 MODULES_FILE = "modules.json"
+
+# What training writes beside an adapter: the attention that it was trained with.
+TRAINED_FILE = "encoder_config.json"
 
 # A stored encoder opens in sentence-transformers through this module: it says nothing of the base.
 OWN_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
@@ -114,12 +118,14 @@ class Description:
 def description_of(sources: Sequence[Source], attention: Attention | None = None) -> Description:
     """What the files of the first source that has any say of the encoder; nothing if none of them has.
 
+    An adapter that was trained here adds to what the later sources say: it was trained for an encoder of their form.
+
     Raises:
         DescriptionError: for whatever they ask for that is not reproduced; and if no `attention` is asked for and only
             code of the model's own, which never runs, says which it is.
         CheckpointError: for a file that can't be read.
     """
-    for source in sources:
+    for place, source in enumerate(sources):
         modules, official = _modules(source.folder), _official(source)
         if modules and official:
             raise DescriptionError(
@@ -130,9 +136,13 @@ def description_of(sources: Sequence[Source], attention: Attention | None = None
             if attention is None and _attends_by_its_own_code(source.folder):
                 raise DescriptionError(
                     f"{source.folder / 'config.json'} names code of the model's own, which never runs, and does not "
-                    "say is_causal: name the attention in a recipe, causal or bidirectional"
+                    "say is_causal: name the attention in a recipe, causal or bidirectional, or as bidirectional in a "
+                    "training configuration"
                 )
             return _of_modules(source.folder, modules)
+        if trained := _trained_attention(source.folder):
+            base = description_of(sources[place + 1 :], trained)
+            return replace(base, fields={**base.fields, **official, "attention": trained})
         if official:
             return Description(official)
     return Description()
@@ -152,6 +162,16 @@ def _attends_by_its_own_code(folder: Path) -> bool:
     if "AutoModel" not in (raw.get("auto_map") or {}) or raw.get("is_causal") is not None:
         return False
     return not is_bidirectional(folder)
+
+
+def _trained_attention(folder: Path) -> Attention | None:
+    path = folder / TRAINED_FILE
+    if not path.is_file():
+        return None
+    attention: Attention | None = read_json_object(path).get("attention")
+    if attention not in get_args(Attention):
+        raise DescriptionError(f"{path} has the attention {attention!r}: it is one of {', '.join(get_args(Attention))}")
+    return attention
 
 
 def _official(source: Source) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class _Config(BaseModel):
     model_revision: str = "main"
     output_dir: _Path
     torch_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    bidirectional: bool | None = None
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -92,7 +93,7 @@ class MntpConfig(_Config):
 
 class _ContrastiveConfig(_Config):
     peft_model_name_or_path: str | None = Field(default=None, min_length=1)
-    pooling_mode: PoolingMode = "mean"
+    pooling_mode: PoolingMode | None = None
     loss_scale: float = Field(default=50.0, gt=0)
     gradient_cache_chunk_size: int | None = Field(default=None, ge=1)
     eval_sts_file: _Path | None = None
@@ -139,7 +140,6 @@ _NOTHING_TO_DECIDE = {
 
 # Keys with only one supported value: that value, and the way out for any other.
 _ONLY: dict[str, tuple[Any, str]] = {
-    "bidirectional": (True, "training is of bidirectional encoders: set it true"),
     "loss_class": ("HardNegativeNLLLoss", "HardNegativeNLLLoss is the only one"),
     "do_train": (True, "set it true, or leave it out"),
     "do_predict": (False, "leave it out"),

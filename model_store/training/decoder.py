@@ -1,4 +1,4 @@
-"""A base and earlier adapters → a bidirectional decoder with new LoRA adapters to train, and its output head.
+"""A base and earlier adapters → a decoder that attends as its encoder will, with new LoRA adapters to train.
 
 The earlier adapters are merged, as in the official recipe: the adapters of a second stage are trained on the merged
 weights of the first stage. Only the new adapters learn.
@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from model_store.architectures import direct
+from model_store.architectures import Attention, direct
 from model_store.build.adapters import load_adapter
 from model_store.build.build import check_names, merged_tensor
 from model_store.build.checkpoints import open_checkpoint
@@ -31,7 +31,7 @@ class TrainableDecoder:
 
     The adapter's weights, their gradients and their optimizer's state are float32, whatever the decoder's dtype is.
 
-    `base_config` is the base's configuration before the decoder was made bidirectional.
+    `base_config` is the base's configuration before its attention was changed.
     """
 
     adapted: Any
@@ -40,7 +40,7 @@ class TrainableDecoder:
 
     @property
     def config(self) -> Any:
-        """The decoder's configuration, made bidirectional."""
+        """The decoder's configuration, with the encoder's attention."""
         return self.adapted.base_model.model.config
 
 
@@ -54,6 +54,7 @@ def load_trainable(
     attention_dropout: float,
     gradient_checkpointing: bool,
     with_head: bool,
+    attention: Attention = "bidirectional",
 ) -> TrainableDecoder:
     """Load the base on the CPU in `dtype`, with `before` merged and a new adapter of `rank` on every linear layer.
 
@@ -66,7 +67,7 @@ def load_trainable(
     adapters = [load_adapter(source.folder, source.reference) for source in before]
     shapes = check_names(base.reference, checkpoint, adapters)
     config = copy.deepcopy(checkpoint.config)
-    direct(config, "bidirectional")
+    direct(config, attention)
     config.use_cache = False
     config.attention_dropout = attention_dropout  # other dropouts belong to pre-training and stay off
     tensors = {name: merged_tensor(checkpoint, adapters, name, shape, dtype) for name, shape in shapes.items()}

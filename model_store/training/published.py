@@ -1,7 +1,7 @@
 """Saves adapters in the layout of LLM2Vec's published ones, which the official library and `build` both read.
 
 The first adapter of a chain comes with the base's config.json, which names the base and so chooses the template. All
-adapters have llm2vec_config.json and the tokenizer.
+adapters have llm2vec_config.json and the tokenizer, and in a file that only `build` reads the attention of the encoder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from model_store.build.adapters import AdapterError
 from model_store.build.build import base_name
 from model_store.build.checkpoints import read_raw_config
+from model_store.build.description import TRAINED_FILE
 from model_store.build.sources import Source
-from model_store.pooling_modes import PoolingMode
+from model_store.training.form import Form
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +33,7 @@ class Published:
     base: Source
     before: tuple[Source, ...]
     config: Any
-    pooling: PoolingMode
+    form: Form
 
     def save(self, adapted: Any, folder: Path) -> None:
         """Write the present adapter of peft's model and its other files, except the tokenizer."""
@@ -42,7 +43,11 @@ class Published:
         (folder / _WEIGHTS).chmod(0o644)
         _write(folder / _CONFIG, self._adapter_config(adapted))
         # No max_length: the encoder may read longer texts than those of its training.
-        _write(folder / "llm2vec_config.json", {"pooling_mode": self.pooling, "skip_instruction": True})
+        form = self.form
+        pooled = {"pooling_mode": form.pooling, "skip_instruction": form.skip_instruction}
+        _write(folder / "llm2vec_config.json", pooled)
+        # The official library refuses an llm2vec_config.json with further keys.
+        _write(folder / TRAINED_FILE, {"attention": form.attention})
         if not self.before:
             _write(folder / "config.json", self._base_config())
 

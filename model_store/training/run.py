@@ -28,6 +28,7 @@ from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, TokenRows, Triplets
+from model_store.training.form import form_of
 from model_store.training.published import Published
 from model_store.training.resume import begin
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
@@ -86,7 +87,7 @@ def prepare(
     before: tuple[Source, ...],
 ) -> PackedTrainer:
     """Do everything before the first step: write the tokenizer to output_dir, and make the trainer."""
-    pooling = "mean" if isinstance(config, MntpConfig) else config.pooling_mode
+    form = form_of(config, base, before)
     with arguments.main_process_first(desc="writing the tokenizer"):
         if arguments.process_index == 0:
             write_tokenizer(base, before, config.output_dir)
@@ -102,12 +103,13 @@ def prepare(
         attention_dropout=config.simcse_dropout if isinstance(config, SimcseConfig) else 0.0,
         gradient_checkpointing=config.gradient_checkpointing,
         with_head=isinstance(config, MntpConfig),
+        attention=form.attention,
     )
     positions = decoder.config.max_position_embeddings
     length = config.max_seq_length or min(_DEFAULT_LENGTH[config.stage], positions)
     if length > positions:
         raise TrainingConfigError(f"max_seq_length is {length}, but {config.base} reads {positions} tokens: lower it")
-    published = Published(base, before, decoder.base_config, pooling)
+    published = Published(base, before, decoder.base_config, form)
     if isinstance(config, MntpConfig):
         trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
     else:
@@ -235,15 +237,16 @@ def _contrastive(
     length: int,
 ) -> PackedTrainer:
     name, architecture = base_name(published.base, published.before), architecture_of(decoder.config.model_type)
-    template = template_for(name, config.pooling_mode, architecture)
-    reader = TextTokenizer(tokenizer, template, skip_instruction=True, vocabulary=decoder.config.vocab_size)
+    form = published.form
+    template = form.template or template_for(name, form.pooling, architecture)
+    reader = TextTokenizer(tokenizer, template, form.skip_instruction, decoder.config.vocab_size)
     train, held_out = data.train, data.held_out
     if simcse := isinstance(config, SimcseConfig):
         train, held_out = ([Triplet(text, text) for text in part] for part in (train, held_out))
     if len({each.negative is None for each in train}) > 1:
         raise TrainingDataError("some examples have a negative and some have none: give all of them one, or none")
     batches = ContrastiveBatches(
-        reader, config.pooling_mode, length, config.gradient_cache_chunk_size, "simcse" if simcse else "supervised"
+        reader, form.pooling, length, config.gradient_cache_chunk_size, "simcse" if simcse else "supervised"
     )
     return ContrastiveTrainer(
         ContrastiveEncoder(decoder),

@@ -143,7 +143,7 @@ def refused(stage: Stage, folder: Path, **changes: Any) -> str:
         ("mntp", {"learn_rate": 1e-4}, "'learning_rate'"),
         ("mntp", {"simcse_dropout": 0.3}, "simcse_dropout is a key of simcse, not of mntp"),
         ("simcse", {"mask_token_type": "blank"}, "mask_token_type is a key of mntp, not of simcse"),
-        ("simcse", {"bidirectional": False}, "bidirectional false is not supported"),
+        ("simcse", {"bidirectional": "no"}, "bidirectional"),
         ("simcse", {"train_file": "other.txt"}, "dataset_file_path and train_file are the same"),
         ("simcse", {"pooling_mode": "max"}, "pooling_mode"),
         ("simcse", {"loss_class": "Cosine"}, "HardNegativeNLLLoss is the only one"),

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from model_store.build.build import build_encoder
+from model_store.build.description import TRAINED_FILE, DescriptionError
 from model_store.build.sources import resolve
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.recipe import recipe_from
+from model_store.templates import VERBATIM
 from model_store.text.tokenizer import TextTokenizer
 from model_store.training.config import Stage, TrainingConfigError, parse_config
 from model_store.training.resume import whole_checkpoints
@@ -30,7 +32,7 @@ from model_store.training.run import prepare, train, training_arguments
 from model_store.training.texts import TrainingDataError, read_examples
 from service.cli import main
 from tests.model_store.training.runs import texts, tiny_config, write_texts
-from tests.tiny import FAMILIES, normalized
+from tests.tiny import FAMILIES, normalized, save_base
 
 ROOT = Path(__file__).parents[3]
 
@@ -233,6 +235,91 @@ def test_mntp_is_evaluated_on_the_same_masks_each_time(tmp_path: Path) -> None:
     found = [(entry["eval_loss"], entry["eval_accuracy"]) for entry in log if "eval_loss" in entry]
     assert len(found) == 2
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse", "supervised"])
+def test_a_causally_trained_adapter_makes_a_causal_encoder(stage: Stage, tmp_path: Path) -> None:
+    """By itself, from the output_dir as from a checkpoint; a recipe that says otherwise wins."""
+    folder = run(stage, tmp_path, bidirectional=False, max_steps=4)
+    parts: dict[str, Any] = {"base": str(tmp_path / "base"), "dtype": "float32"}
+    for adapter in (folder, folder / "checkpoint-4"):
+        recipe = recipe_from("tiny", **parts, adapters=[str(adapter)])
+        assert build_encoder(recipe, tmp_path / f"of {adapter.name}").attention == "causal"
+    recipe = recipe_from("tiny", **parts, adapters=[str(folder)], attention="bidirectional")
+    assert build_encoder(recipe, tmp_path / "asked").attention == "bidirectional"
+    (folder / TRAINED_FILE).write_text('{"attention": "sideways"}')
+    with pytest.raises(DescriptionError, match=r"has the attention 'sideways': it is one of bidirectional, causal"):
+        build_encoder(recipe_from("tiny", **parts, adapters=[str(folder)]), tmp_path / "wrong")
+
+
+def test_a_second_stage_attends_as_the_first_did(tmp_path: Path) -> None:
+    mntp = run("mntp", tmp_path, bidirectional=False, max_steps=2)
+    second = run("simcse", tmp_path, max_steps=2, peft_model_name_or_path=str(mntp))
+    recipe = recipe_from("tiny", base=str(tmp_path / "base"), adapters=[str(mntp), str(second)], dtype="float32")
+    assert build_encoder(recipe, tmp_path / "encoder").attention == "causal"
+
+
+def describe(base: Path, *modules: str) -> Path:
+    """A base that sentence-transformers' files describe as causal, with last-token pooling and prompts of its own."""
+    save_base(base)
+    kinds = ["Transformer", "Pooling", *modules]
+    places = ["", *(f"{number}_{kind}" for number, kind in enumerate(kinds) if number)]
+    entries = [
+        {"idx": n, "name": str(n), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for n, (kind, place) in enumerate(zip(kinds, places, strict=True))
+    ]
+    (base / "modules.json").write_text(json.dumps(entries))
+    for place in places[1:]:
+        (base / place).mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true}')
+    (base / "config_sentence_transformers.json").write_text('{"prompts": {"query": "Query:"}}')
+    return base
+
+
+@pytest.mark.parametrize("changes", [{}, {"bidirectional": True, "pooling_mode": "mean"}])
+def test_an_encoder_that_is_trained_further_stays_what_it_is(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Its files say how it attends and pools and where its prompts stand, unless the configuration says otherwise; and
+    the trainer's own vectors are those of the encoder that `build` makes."""
+    base = describe(tmp_path / "base")
+    folder = run("supervised", tmp_path, **changes, max_steps=3, save_strategy="no")
+    manifest = build_encoder(
+        recipe_from("tiny", base=str(base), adapters=[str(folder)], dtype="float32"), tmp_path / "encoder"
+    )
+    asked = ("bidirectional", "mean") if changes else ("causal", "last_token")
+    assert (manifest.attention, manifest.pooling) == asked
+    assert (manifest.skip_instruction, manifest.template.lead) == (False, VERBATIM)
+    assert (manifest.query_instruction, manifest.prompts) == ("Query:", {"query": "Query:"})
+
+    encoder = Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
+    given = texts(9)
+    rows = TextTokenizer.load(tmp_path / "encoder", manifest).encode_batch(given, [""] * len(given))
+    served = normalized(encoder.encode(PackedBatch.pack(rows, manifest.pooling)))
+    again = {**changes, "overwrite_output_dir": True}
+    config = parse_config("supervised", tiny_config("supervised", tmp_path, **again))
+    arguments = training_arguments(config)
+    with resolve(str(base)) as source:
+        trainer = prepare(config, arguments, read_examples(config, arguments), source, ())
+    trainer._load_from_checkpoint(str(folder))
+    trainer.model.eval()
+    with torch.no_grad():
+        assert (served - torch.from_numpy(trainer.encode(given))).abs().max() < 1e-5
+
+
+def test_what_an_encoder_can_not_be_trained_for_is_said(tmp_path: Path) -> None:
+    base = describe(tmp_path / "base", "Dense")
+    layer = {"in_features": 64, "out_features": 8, "bias": False, "activation_function": "torch.nn.Identity"}
+    (base / "2_Dense" / "config.json").write_text(json.dumps(layer))
+    save_file({"linear.weight": torch.ones(8, 64)}, base / "2_Dense" / "model.safetensors")
+    with pytest.raises(TrainingConfigError, match="has linear layers behind pooling, which training would leave out"):
+        run("simcse", tmp_path)
+    (tmp_path / "other").mkdir()
+    describe(tmp_path / "other" / "base")
+    with pytest.raises(TrainingConfigError, match="set bidirectional true, or false for MNTP with causal attention"):
+        run("mntp", tmp_path / "other")
+    both = run("mntp", tmp_path / "other", bidirectional=True, max_steps=2, overwrite_output_dir=True)
+    recipe = recipe_from("tiny", base=str(tmp_path / "other" / "base"), adapters=[str(both)], dtype="float32")
+    manifest = build_encoder(recipe, tmp_path / "encoder")
+    assert (manifest.attention, manifest.pooling) == ("bidirectional", "last_token")
 
 
 @pytest.mark.parametrize(

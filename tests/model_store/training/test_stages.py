@@ -69,7 +69,8 @@ def padded(decoder: TrainableDecoder, rows: Sequence[Sequence[int]]) -> tuple[Te
     model = decoder.adapted.base_model.model
     packed = model.config._attn_implementation
     model.set_attn_implementation("eager")
-    hidden = model(input_ids=ids, attention_mask=mask, is_causal=False, use_cache=False).last_hidden_state
+    causal = model.config.is_causal
+    hidden = model(input_ids=ids, attention_mask=mask, is_causal=causal, use_cache=False).last_hidden_state
     model.set_attn_implementation(packed)
     return hidden, mask
 
@@ -83,10 +84,13 @@ def masked_batch(family: str) -> tuple[dict[str, Any], list[list[int]], list[lis
     return batch, [shown.tolist() for shown, _ in masked], [labels.tolist() for _, labels in masked]
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mntp_is_the_loss_of_all_logits_of_a_padded_batch_and_so_is_its_gradient(family: str, tmp_path: Path) -> None:
+def test_mntp_is_the_loss_of_all_logits_of_a_padded_batch_and_so_is_its_gradient(
+    family: str, attention: str, tmp_path: Path
+) -> None:
     """Naively: every logit of every token, shifted by one, labels of hidden tokens alone."""
-    decoder = trainable(tmp_path / "base", family)
+    decoder = trainable(tmp_path / "base", family, attention=attention)
     stage = MaskedNextToken(decoder).train()
     batch, shown, labels = masked_batch(family)
     losses, hits = stage(**batch)
@@ -142,9 +146,10 @@ def chunks(rows: list[TokenizedText], size: int) -> list[dict[str, Any]]:
     return [chunk(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pooled_vectors_gradients_are_those_of_a_padded_batch(family: str, tmp_path: Path) -> None:
-    decoder = trainable(tmp_path / "base", family)
+def test_pooled_vectors_gradients_are_those_of_a_padded_batch(family: str, attention: str, tmp_path: Path) -> None:
+    decoder = trainable(tmp_path / "base", family, attention=attention)
     stage = ContrastiveEncoder(decoder).train()
     rows = random_rows(LENGTHS)
     directions = torch.randn(len(rows), decoder.config.hidden_size, generator=torch.Generator().manual_seed(2))
@@ -157,6 +162,16 @@ def test_pooled_vectors_gradients_are_those_of_a_padded_batch(family: str, tmp_p
     (pooled * directions).sum().backward()
     for name, gradient in gradients(stage).items():
         assert_close(ours[name], gradient)
+
+
+def test_the_direction_of_attention_counts(tmp_path: Path) -> None:
+    """A control of the gradients above."""
+    rows = random_rows(LENGTHS)
+    both, causal = (
+        ContrastiveEncoder(trainable(tmp_path / "base", "llama", attention=attention))([chunk(rows)])
+        for attention in ("bidirectional", "causal")
+    )
+    assert (both - causal).abs().max() > 1e-2
 
 
 class KeepingEncoder(ContrastiveEncoder):
