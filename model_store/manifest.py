@@ -10,7 +10,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -27,6 +27,20 @@ _READ = (1, 2)
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
+
+# What a text is in a search.
+Role = Literal["query", "document"]
+
+# The names that clients, and encoders' own prompts, have for the two roles.
+ROLES: dict[str, Role] = {
+    "query": "query",
+    "search_query": "query",
+    "retrieval.query": "query",
+    "document": "document",
+    "passage": "document",
+    "search_document": "document",
+    "retrieval.passage": "document",
+}
 
 # Names of files that a library might read as a part of a model. Others, such as a README, change no vector.
 _READ_FILES = (".json", ".safetensors", ".bin", ".gguf", ".model", ".py", ".txt", ".jinja")
@@ -110,6 +124,13 @@ class Manifest(_Frozen):
             if not is_plain_name(name):
                 raise ValueError(f"{name!r} is not the name of a file in this folder")
         return files
+
+    def instruction_of(self, role: Role | None = None) -> str:
+        """The instruction of texts that nobody names one for: that of their role, else the encoder's default prompt."""
+        role = role or ROLES.get(self.default_prompt.lower())
+        if role is None:
+            return self.prompts.get(self.default_prompt, "")
+        return self.query_instruction if role == "query" else self.document_instruction
 
     def sealed(self) -> Manifest:
         """The same manifest with its `embedding_space` filled in: vectors of two spaces must not be compared.

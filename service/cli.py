@@ -345,9 +345,16 @@ def evaluate(
     ] = None,
     retrieval: Annotated[_Paths, option("corpus.jsonl, queries.jsonl and qrels/test.tsv, as in BEIR", "DIR")] = None,
     mteb: Annotated[_Texts, option("a task of MTEB by its name; needs the extra eval", "TASK")] = None,
-    instruction: Annotated[str, option("instruction put before sentences of --sts and --classification")] = "",
-    query_instruction: Annotated[str, option("instruction put before queries of --retrieval")] = "",
-    mteb_instructions: Annotated[Path | None, option("{task: instruction} for --mteb", "FILE.json")] = None,
+    instruction: Annotated[
+        str | None, option("instruction before texts of --sts and --classification, instead of the encoder's default")
+    ] = None,
+    query_instruction: Annotated[
+        str | None, option("instruction before queries of --retrieval, instead of the encoder's own; '' for none")
+    ] = None,
+    document_instruction: Annotated[str | None, option("the same before documents of --retrieval")] = None,
+    mteb_instructions: Annotated[
+        Path | None, option("{task: instruction} for --mteb, instead of the encoder's own", "FILE.json")
+    ] = None,
     probe_limit: Annotated[
         int | None, option("fit probes to this many of TRAIN, drawn at random but the same each time")
     ] = None,
@@ -367,14 +374,15 @@ def evaluate(
     if wrong := [mode for mode in pooling or () if mode not in _POOLINGS]:
         raise typer.BadParameter(f"{wrong[0]!r} is not one of {', '.join(_POOLINGS)}", param_hint="--pooling")
 
-    from model_store.evaluation.command import Asked, evaluate
-    from service.bulk.client import embed_texts
+    from model_store.evaluation.command import Asked, ServerVectors, evaluate
+    from service.bulk.client import embed_texts, served_prompts
 
     paired: dict[str, Any] = {
         name: pairs(name, options[name]) for name in ("words", "classification") if name in options
     }
     folder = load_settings({}).models_dir.expanduser()
-    evaluate(Asked(**options | paired), partial(embed_texts, url or ""), folder, _ProgressBar())
+    server = ServerVectors(partial(embed_texts, url or ""), partial(served_prompts, url or ""))
+    evaluate(Asked(**options | paired), server, folder, _ProgressBar())
     return 0
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from model_store.architectures import Attention, architecture_of, direct
 from model_store.build.adapters import Adapter, check_fit, load_adapter, merge_adapter
 from model_store.build.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
-from model_store.build.description import MODULES_FILE, OWN_MODULE, description_of, folded
+from model_store.build.description import MODULES_FILE, OWN_MODULE, Description, description_of, folded
 from model_store.build.self_test import write_self_test
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
@@ -96,6 +96,20 @@ def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done,
         )
 
 
+def attention_of(recipe: Recipe) -> Attention:
+    """The attention of the recipe's encoder. Sources are fetched if only their files say it.
+
+    Raises:
+        SourceError, CheckpointError, DescriptionError: as `build_encoder`.
+    """
+    if recipe.attention:
+        return recipe.attention
+    with ExitStack() as sources:
+        described = [sources.enter_context(resolve(each)) for each in (*recipe.adapters[-1:], recipe.base)]
+        attention: Attention = _fields(recipe, description_of(described))["attention"]
+        return attention
+
+
 def _build(
     recipe: Recipe, folder: Path, progress: Progress, shard_bytes: int = SHARD_BYTES, replaces: bool = False
 ) -> Manifest:
@@ -110,15 +124,14 @@ def _build(
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters, recipe.head_tensor)
         described = description_of([*stages[-1:], base], recipe.attention)
-        fields = {**ENCODER_DEFAULTS, **described.fields}
-        fields |= {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "", ())}
-        width = len(described.head.bias) if described.head else checkpoint.config.hidden_size
-        fields |= _widths(fields.get("widths", ()), width)
+        head = _head(recipe, checkpoint, described.head)
+        fields = _fields(recipe, described)
+        fields |= _widths(fields.get("widths", ()), len(head.bias) if head else checkpoint.config.hidden_size)
         with _appearing_whole(folder) as staging:
             _write_config(checkpoint.config, recipe.dtype, fields["attention"], staging)
             tokenizer_source = write_tokenizer(base, stages, staging)
             _write_weights(checkpoint, adapters, shapes, recipe.dtype, staging, progress, shard_bytes)
-            if head := _head(recipe, checkpoint, described.head):
+            if head:
                 head.write(staging)
             _write_sentence_transformers_files(fields, staging)
             manifest = _describe(recipe, base, stages, checkpoint, shapes, tokenizer_source, fields, staging)
@@ -137,6 +150,12 @@ def _widths(asked: Sequence[int], width: int) -> dict[str, Any]:
             f"the recipe has the width {max(asked)}, but the encoder's vectors have {width} dimensions: leave it out"
         )
     return {"width": width, "widths": (*asked, width) if asked else ()}
+
+
+def _fields(recipe: Recipe, described: Description) -> dict[str, Any]:
+    """The manifest's fields that describe the encoder: the recipe's win over those of the files."""
+    asked = {key: value for key in _DESCRIBED if (value := getattr(recipe, key)) not in (None, "", ())}
+    return {**ENCODER_DEFAULTS, **described.fields, **asked}
 
 
 def _refuse_missing_stage(recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ def read_labelled(path: Path) -> list[tuple[str, str]]:
 class Classification:
     """A probe fitted to `limit` texts of one file and tried on another; `instruction` is put before every text."""
 
-    def __init__(self, train: Path, test: Path, instruction: str = "", limit: int | None = None) -> None:
+    def __init__(self, train: Path, test: Path, instruction: str | None = None, limit: int | None = None) -> None:
         self._name, self._instruction = f"classification, {test.name}", instruction
         self._train, self._test = sample(read_labelled(train), limit), read_labelled(test)
 

@@ -19,14 +19,16 @@ from model_store.errors import UserError
 from model_store.evaluation.report import Score, check_picture, draw, table, write_json
 from model_store.evaluation.retrieval import Retrieval
 from model_store.evaluation.sts import Sts
+from model_store.manifest import Role
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import load_recipe
+from model_store.text.prompts import EncoderPrompts
 
 # Poolings that a base which was never trained as an encoder is compared under: those of the paper.
 STAGE_POOLINGS: tuple[PoolingMode, ...] = ("mean", "weighted_mean", "last_token")
 
-# (texts, the instruction before each of them or "") → (n, D) normalised vectors in the texts' order
-EmbedTexts = Callable[[Sequence[str], str], NDArray[np.float32]]
+# (texts, the instruction before each of them, their role) → (n, D) normalised vectors in the texts' order
+EmbedTexts = Callable[[Sequence[str], str | None, Role | None], NDArray[np.float32]]
 
 Progress = Callable[[int, int], None]
 
@@ -48,8 +50,9 @@ class Asked:
     classification: Sequence[tuple[Path, Path]] = ()
     retrieval: Sequence[Path] = ()
     mteb: Sequence[str] = ()
-    instruction: str = ""
-    query_instruction: str = ""
+    instruction: str | None = None
+    query_instruction: str | None = None
+    document_instruction: str | None = None
     mteb_instructions: Path | None = None
     probe_limit: int | None = None
     pooling: Sequence[PoolingMode] = ()
@@ -61,12 +64,19 @@ class Asked:
 
 @dataclass(frozen=True)
 class ServerVectors:
-    """The vectors of a running server, under its own pooling."""
+    """The vectors of a running server, under its own pooling and with its own instructions, and its prompts."""
 
     embed_texts: EmbedTexts
+    served_prompts: Callable[[], EncoderPrompts]
 
-    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
-        return {"as served": self.embed_texts(texts, instruction)}
+    @property
+    def prompts(self) -> EncoderPrompts:
+        return self.served_prompts()
+
+    def embed(
+        self, texts: Sequence[str], instruction: str | None = None, role: Role | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        return {"as served": self.embed_texts(texts, instruction, role)}
 
 
 class Task(Protocol):
@@ -75,10 +85,10 @@ class Task(Protocol):
     def evaluate(self, model: str, vectors: Any) -> list[Score]: ...
 
 
-def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress) -> None:
+def evaluate(asked: Asked, server: ServerVectors, models_dir: Path, progress: Progress) -> None:
     """Evaluate and print; scores go to stderr one by one as they are found, the tables to stdout at the end.
 
-    `embed_texts` asks the server of `asked.url`; `models_dir` is where a recipe's encoder is kept; `progress` is told
+    `server` is that of `asked.url`; `models_dir` is where a recipe's encoder is kept; `progress` is told
     the bytes written and to be written of each encoder that is built.
 
     Raises:
@@ -88,7 +98,7 @@ def evaluate(asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: 
     _refuse_contradictions(asked)
     tasks = _tasks(asked)
     scores: list[Score] = []
-    for name, load in _models(asked, embed_texts, models_dir, progress):
+    for name, load in _models(asked, server, models_dir, progress):
         scores += _scores(name, load(), tasks)
     print(table(scores))
     if asked.json:
@@ -124,7 +134,7 @@ def _refuse_contradictions(asked: Asked) -> None:
 
 def _tasks(asked: Asked) -> list[Task]:
     tasks: list[Task] = [Sts(path, asked.instruction) for path in asked.sts]
-    tasks += [Retrieval(folder, asked.query_instruction) for folder in asked.retrieval]
+    tasks += [Retrieval(folder, asked.query_instruction, asked.document_instruction) for folder in asked.retrieval]
     # Probes need scikit-learn, and MTEB its package: a server is evaluated on the others without.
     if asked.words or asked.classification:
         try:
@@ -151,11 +161,11 @@ def _tasks(asked: Asked) -> list[Task]:
 
 
 def _models(
-    asked: Asked, embed_texts: EmbedTexts, models_dir: Path, progress: Progress
+    asked: Asked, server: ServerVectors, models_dir: Path, progress: Progress
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, how to load its vectors) of what is evaluated, one after the other."""
     if asked.url:
-        yield asked.url, partial(ServerVectors, embed_texts)
+        yield asked.url, lambda: server
         return
 
     from model_store.build.build import ensure_built

@@ -19,21 +19,23 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from model_store.build.build import Progress, build_encoder
+from model_store.architectures import Attention
+from model_store.build.build import Progress, attention_of, build_encoder
 from model_store.encoder.devices import Dtype
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pooling import pool
 from model_store.evaluation.files import DatasetError
+from model_store.manifest import Role
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import Recipe
+from model_store.text.prompts import EncoderPrompts
 from model_store.text.tokenizer import TextTokenizer, TokenizedText
 
 # D width
 
-# A GPU needs large batches. On a CPU, and where transformers makes a mask of this size squared, they only cost more.
-_BATCH_TOKENS = 1024
-_GPU_BATCH_TOKENS = 16384
+# A GPU needs large batches. On a CPU they only cost more.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -52,33 +54,35 @@ class LocalEncoder:
         poolings: Sequence[PoolingMode] = (),
         device: str = "auto",
         dtype: Dtype = "auto",
-        causal: bool = False,
     ) -> LocalEncoder:
         """Load a stored encoder. Without `poolings` it uses its own pooling.
-
-        With `causal` it attends as its base does, each token to those before it, through transformers' own attention:
-        that finds the beginnings of texts from `position_ids`, and its mask keeps the texts apart.
 
         Raises:
             StoreError, DeviceError: as `Encoder.load`.
         """
         encoder = Encoder.load(folder, device, dtype)
         encoder.pack_weights()
-        if causal:
-            softcap = getattr(encoder.model.config, "attn_logit_softcapping", None) is not None
-            encoder.model.config.is_causal = True
-            encoder.model.set_attn_implementation("eager" if softcap else "sdpa")
         tokenizer = TextTokenizer.load(folder, encoder.manifest, reference=True)
-        large = encoder.device.type == "cuda" and not causal
-        batch_tokens = _GPU_BATCH_TOKENS if large else _BATCH_TOKENS
-        return cls(encoder, tokenizer, tuple(poolings) or (encoder.manifest.pooling,), batch_tokens)
+        own = (encoder.manifest.pooling,)
+        return cls(encoder, tokenizer, tuple(poolings) or own, _BATCH_TOKENS[encoder.device.type])
 
-    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]:
+    @property
+    def prompts(self) -> EncoderPrompts:
+        """The encoder's prompts by name."""
+        return EncoderPrompts.of(self.encoder.manifest)
+
+    def embed(
+        self, texts: Sequence[str], instruction: str | None = None, role: Role | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """(n, D) normalised vectors for each pooling, in the texts' order, from one forward pass.
+
+        Without an `instruction` texts get the encoder's own for their `role`, or its default prompt.
 
         Raises:
             TokenizationError: for a text without tokens.
         """
+        if instruction is None:
+            instruction = self.encoder.manifest.instruction_of(role)
         rows = self.tokenizer.encode_batch(texts, [instruction] * len(texts))
         rows = [row.shortened(self.encoder.manifest.max_positions) for row in rows]
         width = self.encoder.manifest.width
@@ -144,19 +148,22 @@ def each_stage(
 ) -> Iterator[tuple[str, Callable[[], LocalEncoder]]]:
     """(name, function that loads it) of each stage from a base to an encoder, in the order of BehnamGhader et al. 2024.
 
-    First comes the causal base as it is, then the base with bidirectional attention alone, then with one more adapter
-    merged each time. Each encoder is built in a temporary folder at its turn, so disk and memory hold one at a time: a
-    stage must be loaded before the next one is asked for. `load` is `LocalEncoder.load` with its options.
+    First comes the base with causal attention, then with the encoder's own attention if that is another, then with one
+    more adapter merged each time. Each encoder is built in a temporary folder at its turn, so disk and memory hold one
+    at a time: a stage must be loaded before the next one is asked for. `load` is `LocalEncoder.load` with its options.
 
     Raises:
         ValueError: the errors of `build_encoder`.
     """
-    for merged, name in enumerate(["bidirectional", *_stage_names(recipe.adapters)]):
+    attention = attention_of(recipe)
+    stages: list[tuple[str, Attention, int]] = [("causal", "causal", 0)]
+    stages += [("bidirectional", attention, 0)] if attention == "bidirectional" else []
+    stages += [(name, attention, merged) for merged, name in enumerate(_stage_names(recipe.adapters), 1)]
+    for name, direction, merged in stages:
         with tempfile.TemporaryDirectory(prefix="llm2vec-stage-") as scratch:
             folder = Path(scratch) / "encoder"
-            build_encoder(recipe.model_copy(update={"adapters": recipe.adapters[:merged]}), folder, progress)
-            if merged == 0:
-                yield "causal", partial(load, folder, causal=True)
+            stage = recipe.model_copy(update={"attention": direction, "adapters": recipe.adapters[:merged]})
+            build_encoder(stage, folder, progress)
             yield name, partial(load, folder)
 
 

@@ -5,6 +5,7 @@ It needs the extra `eval`. The `mteb` package fetches a task's data from the hub
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,21 @@ from numpy.typing import NDArray
 from model_store.evaluation.files import DatasetError
 from model_store.evaluation.report import Score, TextVectors
 from model_store.json_text import unicode_problem
+from model_store.manifest import Role
+from model_store.templates import VERBATIM, Template
 from model_store.text.files import read_json
+from model_store.text.prompts import EncoderPrompts, UnknownPrompt, find_prompt
 
 
 class MtebEncoder:
     """The encoder protocol of mteb 2 over text vectors.
 
-    A text gets the task's instruction from `instructions`, or else mteb's own, with a colon at its end as in LLM2Vec's
-    training. A document gets no instruction.
+    Queries, and texts of tasks without queries, get the task's instruction from `instructions`, else the one that
+    `task_instruction` chooses.
     """
 
     def __init__(self, name: str, vectors: TextVectors, instructions: dict[str, str] | None = None) -> None:
-        self._vectors = vectors
+        self._vectors, self._prompts = vectors, vectors.prompts
         self._instructions = instructions or {}
         self.mteb_model_meta = ModelMeta.create_empty(
             {"name": f"llm2vec-service/{name}", "similarity_fn_name": ScoringFunction.COSINE}
@@ -40,7 +44,11 @@ class MtebEncoder:
     ) -> NDArray[np.float32]:
         """(n, D) vectors of the texts in mteb's batches, under the first setting."""
         texts = [text or " " for batch in inputs for text in batch["text"]]  # an empty text has no vector
-        vectors = self._vectors.embed(texts, self._instruction(task_metadata, prompt_type))
+        role: Role | None = None if prompt_type is None else prompt_type.value
+        instruction = self._instructions.get(task_metadata.name)
+        if instruction is None or role == "document":
+            instruction = task_instruction(self._prompts, task_metadata, role)
+        vectors = self._vectors.embed(texts, instruction, role)
         return next(iter(vectors.values()))
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
@@ -51,14 +59,34 @@ class MtebEncoder:
         """The cosines of the vectors at the same place."""
         return pairwise_cos_sim(embeddings1, embeddings2)
 
-    def _instruction(self, task: Any, prompt_type: Any) -> str:
-        kind = None if prompt_type is None else str(prompt_type.value)
-        if kind == "document":
-            return ""
-        prompt = self._instructions.get(task.name, task.prompt)
-        if isinstance(prompt, dict):
-            prompt = prompt.get(kind or "query")
-        return f"{prompt.strip().rstrip('.:')}:" if prompt else ""
+
+def task_instruction(prompts: EncoderPrompts, task: Any, role: Role | None) -> str | None:
+    """The instruction of a task's texts; None for the encoder's own of the role, or its default prompt.
+
+    The first that there is: the encoder's prompt under the task's name; mteb's instruction, for an encoder that has a
+    place for one; the encoder's prompt under the task's type. LLM2Vec's encoders have the packaged prompts, of which
+    some stand for types, as in mteb's own evaluation of LLM2Vec.
+    """
+    named = _prompt(prompts, task.name, role)
+    if named is None and prompts.lead != VERBATIM and role != "document":
+        given = task.prompt.get(role or "query") if isinstance(task.prompt, dict) else task.prompt
+        # LLM2Vec was trained with a colon at the end of each instruction.
+        named = f"{given.strip().rstrip('.:')}:" if given and prompts.lead == Template().lead else given
+    if named is None:
+        named = _prompt(prompts, task.type, role)
+    return named
+
+
+def _prompt(prompts: EncoderPrompts, name: str, role: Role | None) -> str | None:
+    """The prompt of a task or type, under its name or as mteb and sentence-transformers name that of one role."""
+    in_words = re.sub("(?<=[a-z])(?=[A-Z])", "-", name)
+    for known in (f"{name}-{role}", name, in_words):
+        try:
+            found = find_prompt(prompts.by_name, known)
+        except UnknownPrompt:
+            continue
+        return found.document if role == "document" else found.query
+    return None
 
 
 class MtebTask:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model_store.errors import UserError
+from model_store.manifest import Role
+from model_store.text.prompts import EncoderPrompts
 
 _PICTURES = (".png", ".svg", ".pdf")
 
@@ -23,9 +25,17 @@ class ReportError(UserError):
 
 
 class TextVectors(Protocol):
-    """(n, D) normalised vectors in the texts' order, for each setting that is compared."""
+    """(n, D) normalised vectors in the texts' order, for each setting that is compared.
 
-    def embed(self, texts: Sequence[str], instruction: str = "") -> dict[str, NDArray[np.float32]]: ...
+    Without an instruction, texts get the encoder's own for their role, or its default prompt; "" is none for certain.
+    """
+
+    @property
+    def prompts(self) -> EncoderPrompts: ...
+
+    def embed(
+        self, texts: Sequence[str], instruction: str | None = None, role: Role | None = None
+    ) -> dict[str, NDArray[np.float32]]: ...
 
 
 @dataclass(frozen=True)

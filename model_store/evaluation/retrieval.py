@@ -93,16 +93,19 @@ def measure(collection: Collection, documents: NDArray[np.float32], queries: NDA
 
 
 class Retrieval:
-    """nDCG@10, recall@100 and MRR of a folder; `instruction` is put before every query, and before no document."""
+    """nDCG@10, recall@100 and MRR of a folder; instructions that are None are the encoder's own."""
 
-    def __init__(self, folder: Path, instruction: str = "") -> None:
-        self._name, self._instruction = f"retrieval, {folder.resolve().name}", instruction
+    def __init__(
+        self, folder: Path, query_instruction: str | None = None, document_instruction: str | None = None
+    ) -> None:
+        self._name = f"retrieval, {folder.resolve().name}"
+        self._of_queries, self._of_documents = query_instruction, document_instruction
         self._collection = read_collection(folder)
 
     def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:
         """Three scores for each setting."""
-        documents = vectors.embed(list(self._collection.documents.values()))
-        queries = vectors.embed(list(self._collection.queries.values()), self._instruction)
+        documents = vectors.embed(list(self._collection.documents.values()), self._of_documents, "document")
+        queries = vectors.embed(list(self._collection.queries.values()), self._of_queries, "query")
         scores = []
         for setting in documents:
             found = measure(self._collection, documents[setting], queries[setting])

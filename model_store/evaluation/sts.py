@@ -50,7 +50,7 @@ def read_pairs(path: Path) -> list[ScoredPair]:
 class Sts:
     """Spearman's correlation on the pairs of a file; `instruction` is put before every sentence."""
 
-    def __init__(self, path: Path, instruction: str = "") -> None:
+    def __init__(self, path: Path, instruction: str | None = None) -> None:
         self._name, self._instruction, self._pairs = f"STS, {path.name}", instruction, read_pairs(path)
 
     def evaluate(self, model: str, vectors: TextVectors) -> list[Score]:

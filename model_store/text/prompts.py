@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model_store.errors import UserError
+from model_store.templates import Template
+
+if TYPE_CHECKING:
+    from model_store.manifest import Manifest
 
 # A longer name is not compared with the prompts' names: it is no mistyped one.
 _MOST_CHARACTERS = 200
@@ -37,6 +42,21 @@ class Prompt:
 
     query: str
     document: str
+
+
+@dataclass(frozen=True)
+class EncoderPrompts:
+    """An encoder's prompts by name, and the `lead` of its template: where an instruction stands."""
+
+    by_name: Mapping[str, Prompt]
+    lead: str = Template().lead
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> EncoderPrompts:
+        """The packaged prompts, written for LLM2Vec's lead, where the encoder has that lead; and the encoder's own."""
+        own = {name: Prompt(prompt, prompt) for name, prompt in manifest.prompts.items()}
+        lead = manifest.template.lead
+        return cls({**(load_prompts() if lead == Template().lead else {}), **own}, lead)
 
 
 def load_prompts() -> dict[str, Prompt]:

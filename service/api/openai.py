@@ -10,10 +10,11 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+from model_store.manifest import ROLES
 from model_store.text.openai_tokens import missing_id
 from service.batching.scheduling import Lane
 from service.embedding.choices import EmbedDtype, Overflow
-from service.embedding.instructions import ROLES, Chosen
+from service.embedding.instructions import Chosen
 from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult, TokenIds
 from service.errors import InvalidRequest
 from service.http.answers import EncodingFormat, encode_vectors, json_answer

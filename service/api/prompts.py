@@ -10,9 +10,9 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
+from model_store.manifest import ROLES
 from model_store.text.tokenizer import Part
 from service.api.openai import ERRORS, EmbeddingsBody, to_embed_request
-from service.embedding.instructions import ROLES
 from service.embedding.requests import EmbedInput, Preview
 from service.http.answers import json_answer
 from service.http.call import Call
@@ -23,7 +23,7 @@ router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 
 
 class PromptsAnswer(BaseModel):
-    """The roles and the named prompts."""
+    """The roles and the named prompts; `lead` is what stands between template and text if there is an instruction."""
 
     class _Sides(BaseModel):
         query: str
@@ -32,6 +32,7 @@ class PromptsAnswer(BaseModel):
     roles: dict[str, str]
     prompts: dict[str, _Sides]
     default: str
+    lead: str
 
 
 class PreviewAnswer(BaseModel):
@@ -69,6 +70,7 @@ async def list_prompts(request: Request) -> Response:
             name: {"query": prompt.query, "document": prompt.document} for name, prompt in known.prompts.items()
         },
         "default": known.default_name,
+        "lead": known.lead,
     }
     return json_answer(answer)
 

@@ -22,6 +22,8 @@ import orjson
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from model_store.manifest import Role
+from model_store.text.prompts import EncoderPrompts, Prompt
 from service.bulk.gather import gather_all
 from service.bulk.job import VectorSource
 from service.errors import EncodingError, InvalidRequest, ServiceError
@@ -117,6 +119,18 @@ class ServerClient:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error
 
+    async def prompts(self) -> EncoderPrompts:
+        """The server's prompts by name.
+
+        Raises:
+            ServiceError: if the server can't be reached, or is no server of this kind.
+        """
+        _, found = await self._ask("GET", "/v1/prompts")
+        try:
+            return EncoderPrompts({name: Prompt(**sides) for name, sides in found["prompts"].items()}, found["lead"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ServiceError(f"{self.url} is not this service: its /v1/prompts has no prompts ({error})") from error
+
     async def embed(self, texts: Sequence[str], **fields: Any) -> Answer:
         """Vectors for texts; `fields` are further fields of the body of `POST /v1/embeddings`.
 
@@ -204,13 +218,28 @@ def _retry_after(answer: httpx.Response) -> float | None:
     return None
 
 
-def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArray[np.float32]:
+def served_prompts(url: str) -> EncoderPrompts:
+    """See `ServerClient.prompts`."""
+
+    async def ask() -> EncoderPrompts:
+        async with ServerClient(url) as client:
+            return await client.prompts()
+
+    return asyncio.run(ask())
+
+
+def embed_texts(
+    url: str, texts: Iterable[str], instruction: str | None = None, role: Role | None = None
+) -> NDArray[np.float32]:
     """(n, D) vectors of the texts, in order, from a server's `/v1/embeddings`. Texts that are too long are cut.
+
+    Without an `instruction` the server chooses that of the `role`, or its default.
 
     Raises:
         ServiceError: if the server can't be reached or refuses.
     """
     given = list(texts)
+    asked = {"input_type": role} if instruction is None else {"instruction": instruction}
     batches = [given[start : start + _TEXTS_AT_ONCE] for start in range(0, len(given), _TEXTS_AT_ONCE)]
 
     async def embed_all() -> NDArray[np.float32]:
@@ -220,7 +249,7 @@ def embed_texts(url: str, texts: Iterable[str], instruction: str = "") -> NDArra
 
                 async def embed(batch: Sequence[str]) -> NDArray[np.float32]:
                     async with at_once:
-                        answer = await client.embed(batch, instruction=instruction or None, overflow="truncate")
+                        answer = await client.embed(batch, **asked, overflow="truncate")
                     bar.update(len(batch))
                     return answer.vectors
 

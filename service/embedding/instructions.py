@@ -6,25 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from model_store.manifest import Manifest
+from model_store.manifest import ROLES, Manifest, Role
 from model_store.templates import Template
-from model_store.text.prompts import Prompt, UnknownPrompt, find_prompt, load_prompts, read_prompts
+from model_store.text.prompts import EncoderPrompts, Prompt, UnknownPrompt, find_prompt, read_prompts
 from service.errors import InvalidRequest, ModelNotFound, StartupError
 from service.settings import Settings
 
-Role = Literal["query", "document"]
 Source = Literal["item", "text", "request", "input_type", "alias", "header", "default", "none"]
-
-# Clients' names of the two roles.
-ROLES: dict[str, Role] = {
-    "query": "query",
-    "search_query": "query",
-    "retrieval.query": "query",
-    "document": "document",
-    "passage": "document",
-    "search_document": "document",
-    "retrieval.passage": "document",
-}
 
 # The models that OpenAI's clients ask for by default: here they are further names of the one model.
 OPENAI_MODELS = frozenset({"text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"})
@@ -56,7 +44,7 @@ class Instructions:
     """The server's instructions and prompts.
 
     `query` is the instruction of queries and `document` that of documents, which LLM2Vec's encoders have none of;
-    `default_name` is the role or prompt of requests that name none, or "".
+    `default_name` is the role or prompt of requests that name none, or ""; `lead` is that of the encoder's template.
     """
 
     query: str
@@ -65,6 +53,7 @@ class Instructions:
     default_name: str = ""
     aliases: Mapping[str, str] = field(default_factory=dict)  # further model names → role or prompt, or ""
     any_model: bool = False
+    lead: str = Template().lead
 
     def choose(self, asked: Asked) -> Chosen:
         """The instruction for the inputs of a request that have none of their own.
@@ -168,19 +157,18 @@ def load_instructions(settings: Settings, manifest: Manifest) -> Instructions:
         StartupError: for a setting that names an unknown prompt.
     """
     own = settings.query_instruction
-    # The packaged prompts are written for LLM2Vec's place of the instruction; other encoders bring their own.
-    packaged = load_prompts() if manifest.template.lead == Template().lead else {}
+    prompts = EncoderPrompts.of(manifest)
     known = Instructions(
         query=manifest.query_instruction if own is None else own,
         document=manifest.document_instruction,
         prompts={
-            **packaged,
-            **{name: Prompt(prompt, prompt) for name, prompt in manifest.prompts.items()},
+            **prompts.by_name,
             **(read_prompts(settings.prompts_file) if settings.prompts_file else {}),
         },
         default_name=settings.default_input_type or manifest.default_prompt,
         aliases=settings.model_aliases,
         any_model=settings.any_model,
+        lead=prompts.lead,
     )
     for name in (settings.default_input_type, *settings.model_aliases.values()):
         try:

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
+from model_store.text.prompts import EncoderPrompts, load_prompts
 from model_store.text.tokenizer import TextTokenizer
+from service.bulk.client import served_prompts
 from tests.e2e.process import ServerProcess
 from tests.tiny import normalized
 
@@ -185,6 +187,7 @@ def test_eval_against_the_server(server: ServerProcess, tmp_path: Path) -> None:
     found = {score["metric"]: score["value"] for score in scores}
     assert found["Spearman"] >= 0.5 - 1e-9  # the pair of the same texts is sure to be the nearest
     assert found["MRR"] == 1  # and so is the query's own text
+    assert served_prompts(server.base_url) == EncoderPrompts(load_prompts())  # what MTEB's tasks are asked with
     unreachable = subprocess.run([*command, "http://127.0.0.1:9"], capture_output=True, text=True)
     assert unreachable.returncode == 1
     assert "is the server running" in unreachable.stderr

@@ -188,6 +188,7 @@ def test_prompts_of_one_s_own(tmp_path: Path) -> None:
         assert listed["prompts"]["legal"] == {"query": "Find the statute:", "document": ""}
         assert listed["prompts"]["both"]["document"] == "Sort:"
         assert listed["roles"]["search_query"] == "Find:"
+        assert listed["lead"] == "{instruction} "
         found = vectors(server.embed(input="a", prompt_name="legal"))
         np.testing.assert_allclose(found, [expected("a", "Find the statute:")], rtol=1e-6)
     (tmp_path / "prompts.toml").write_text('legal = { document = "Find:" }')

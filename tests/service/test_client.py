@@ -230,6 +230,22 @@ def test_many_texts_come_back_in_order() -> None:
     assert {body["overflow"] for _, body in server.requests} == {"truncate"}
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("Find:", "query"), {"instruction": "Find:"}),
+        (("", "document"), {"instruction": ""}),
+        ((None, "document"), {"input_type": "document"}),
+        ((), {"input_type": None}),
+    ],
+)
+def test_without_an_instruction_the_server_is_told_the_role(asked: Any, said: dict[str, str | None]) -> None:
+    with scripted() as server:
+        embed_texts(server.url, ["a"], *asked)
+    ((_, body),) = server.requests
+    assert {key: body[key] for key in body.keys() & {"instruction", "input_type"}} == said
+
+
 async def reach(server: Scripted) -> ServerVectors:
     return await ServerVectors.reach(server.url, Wanted(), requests_at_once=4, patience=QUICK)
 

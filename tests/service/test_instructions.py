@@ -47,6 +47,15 @@ def test_a_text_without_a_role_gets_the_encoder_s_default_unless_a_setting_names
     assert known.choose(Asked()).text == "query: "
 
 
+@pytest.mark.parametrize("default", ["", "query", "document", "Clustering"])
+def test_evaluation_in_this_process_has_the_instructions_of_the_server(default: str) -> None:
+    manifest = fake_manifest().model_copy(update={**OWN, "default_prompt": default})
+    known = load_instructions(Settings(), manifest)
+    assert manifest.instruction_of() == known.choose(Asked()).text
+    assert (manifest.instruction_of("query"), manifest.instruction_of("document")) == ("query: ", "passage: ")
+    assert bool(default) == bool(manifest.instruction_of())
+
+
 def test_prompts_written_for_llm2vec_are_not_offered_for_another_encoder() -> None:
     with pytest.raises(InvalidRequest, match="there is no prompt_name 'sts'"):
         instructions(**OWN).choose(Asked(names={"prompt_name": "sts"}))

@@ -38,4 +38,4 @@ def test_a_probe_of_text_vectors(tmp_path: Path) -> None:
     scores = Classification(tmp_path / "train.tsv", tmp_path / "test.tsv", "Say:").evaluate("m", vectors)
     assert [score.metric for score in scores] == ["accuracy", "macro F1"]
     assert [score.value for score in scores] == pytest.approx([2 / 3, (1 + 2 / 3 + 0) / 3])
-    assert {instruction for _, instruction in vectors.asked} == {"Say:"}
+    assert {instruction for _, instruction, _ in vectors.asked} == {"Say:"}

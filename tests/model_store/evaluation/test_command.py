@@ -63,10 +63,10 @@ def test_every_stage_is_the_encoder_built_with_so_many_adapters(data: Path, caps
     stages = [("causal", 0), ("bidirectional", 0), ("+ first", 1), ("+ second", 2)]
     for name, merged in stages:
         built = data / f"built for {name}"
-        build_encoder(
-            recipe_from("x", base=str(data / "base"), dtype="float32", adapters=tuple(adapters[:merged])), built
-        )
-        encoder = LocalEncoder.load(built, STAGE_POOLINGS, "cpu", "float32", causal=name == "causal")
+        parts = {"base": str(data / "base"), "dtype": "float32", "adapters": tuple(adapters[:merged])}
+        attention = "causal" if name == "causal" else None
+        build_encoder(recipe_from("x", **parts, attention=attention), built)
+        encoder = LocalEncoder.load(built, STAGE_POOLINGS, "cpu", "float32")
         for score in Sts(data / "pairs.tsv").evaluate(name, encoder):
             expected[score.model, score.task, score.metric, score.setting] = score.value
     assert expected.items() <= scores.items()

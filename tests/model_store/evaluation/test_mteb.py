@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from model_store.evaluation.files import DatasetError
 from model_store.evaluation.sts import ScoredPair, evaluate_sts
+from model_store.templates import VERBATIM
+from model_store.text.prompts import EncoderPrompts, Prompt, load_prompts
 from tests.model_store.evaluation.vectors import HashedVectors
 
 mteb = pytest.importorskip("mteb", reason="mteb is in the extra `eval`")
@@ -59,7 +62,7 @@ def test_a_task_gets_the_score_that_we_compute_ourselves() -> None:
 @pytest.mark.parametrize(
     ("prompt", "own", "asked"),
     [
-        (None, None, ""),
+        (None, None, "Retrieve semantically similar text:"),  # LLM2Vec's for tasks of this type
         ("Retrieve similar text.", None, "Retrieve similar text:"),
         ({"query": "Find:"}, None, "Find:"),
         ("Retrieve similar text.", {"FourPairs": "Mine:"}, "Mine:"),
@@ -71,7 +74,47 @@ def test_the_instruction_is_the_tasks_or_ones_own(prompt: Any, own: dict[str, st
 
     vectors = HashedVectors()
     MtebTask(sts_task(prompt), own).evaluate("m", vectors)
-    assert {instruction for _, instruction in vectors.asked} == {asked}
+    assert {(instruction, role) for _, instruction, role in vectors.asked} == {(asked, None)}
+
+
+LLM2VEC = EncoderPrompts(load_prompts())
+BY_WORDS = EncoderPrompts({}, "Instruct: {instruction}\nQuery: ")
+OWN = {"query": "query: ", "document": "passage: ", "STS": "alike: ", "NQ": "nq: ", "Retrieval-document": "read: "}
+PROMPTED = EncoderPrompts({name: Prompt(prompt, prompt) for name, prompt in OWN.items()}, VERBATIM)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "task", "kind", "prompt", "role", "asked"),
+    [
+        (LLM2VEC, "NQ", "Retrieval", "mteb's", "query", load_prompts()["NQ"].query),
+        (LLM2VEC, "NQ", "Retrieval", "mteb's", "document", ""),
+        (
+            LLM2VEC,
+            "Banking77Classification",
+            "Classification",
+            "mteb's",
+            None,
+            load_prompts()["Banking77Classification"].query,
+        ),
+        (LLM2VEC, "New", "Retrieval", {"query": "mteb's."}, "query", "mteb's:"),
+        (LLM2VEC, "New", "PairClassification", None, None, load_prompts()["pair-classification"].query),
+        (LLM2VEC, "New", "Reranking", "mteb's", "document", None),
+        (BY_WORDS, "New", "Retrieval", "mteb's", "query", "mteb's"),
+        (BY_WORDS, "New", "Retrieval", "mteb's", "document", None),
+        (PROMPTED, "NQ", "Retrieval", "mteb's", "query", "nq: "),
+        (PROMPTED, "New", "STS", "mteb's", None, "alike: "),
+        (PROMPTED, "New", "Retrieval", "mteb's", "document", "read: "),
+        (PROMPTED, "New", "Retrieval", "mteb's", "query", None),
+        (PROMPTED, "New", "Clustering", "mteb's", None, None),
+    ],
+)
+def test_an_encoder_s_own_prompt_for_a_task(
+    prompts: EncoderPrompts, task: str, kind: str, prompt: Any, role: Any, asked: str | None
+) -> None:
+    """None leaves it to the encoder: its prompt of the role, or its default prompt."""
+    from model_store.evaluation.mteb_tasks import task_instruction
+
+    assert task_instruction(prompts, SimpleNamespace(name=task, type=kind, prompt=prompt), role) == asked
 
 
 def test_documents_get_no_instruction() -> None:
@@ -83,11 +126,11 @@ def test_documents_get_no_instruction() -> None:
     task = MockRetrievalTask()
     scores = MtebTask(task, {task.metadata.name: "Find:"}).evaluate("m", vectors)
     assert [score.setting for score in scores] == list(task.metadata.eval_splits)
-    assert {text: instruction for texts, instruction in vectors.asked for text in texts} == {
-        "This is a test sentence": "Find:",
-        "This is another test sentence": "Find:",
-        "Title of d1 This is a positive sentence": "",
-        "Title of d2 This is another positive sentence": "",
+    assert {text: asked for texts, *asked in vectors.asked for text in texts} == {
+        "This is a test sentence": ["Find:", "query"],
+        "This is another test sentence": ["Find:", "query"],
+        "Title of d1 This is a positive sentence": ["", "document"],
+        "Title of d2 This is another positive sentence": ["", "document"],
     }
 
 

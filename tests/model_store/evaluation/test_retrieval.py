@@ -123,11 +123,16 @@ def test_ndcg_is_scikit_learns() -> None:
     assert found.ndcg_at_10 == pytest.approx(metrics.ndcg_score([gains], [vectors[:, 0]], k=10))
 
 
-def test_the_instruction_is_for_queries_alone(tmp_path: Path) -> None:
+def test_each_side_has_its_instruction_and_else_the_encoder_chooses_by_role(tmp_path: Path) -> None:
     vectors = HashedVectors()
-    scores = Retrieval(write_collection(tmp_path / "small", "q1\td1\t1\n"), "Find:").evaluate("m", vectors)
+    folder = write_collection(tmp_path / "small", "q1\td1\t1\n")
+    scores = Retrieval(folder, "Find:").evaluate("m", vectors)
     assert [(score.task, score.metric) for score in scores] == [
         ("retrieval, small", metric) for metric in ("nDCG@10", "recall@100", "MRR")
     ]
-    assert vectors.asked[1] == (["which river?"], "Find:")
-    assert vectors.asked[0][1] == ""
+    Retrieval(folder, document_instruction="").evaluate("m", vectors)
+    assert [(instruction, role) for _, instruction, role in vectors.asked] == [
+        *[(None, "document"), ("Find:", "query")],
+        *[("", "document"), (None, "query")],
+    ]
+    assert vectors.asked[1][0] == ["which river?"]
