@@ -43,6 +43,10 @@ _LATER: dict[str, Any] = {
 _LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": ""}
 
 
+# Keys that change no vector.
+_FOR_PEOPLE = {"name", "description", "evidence", "parameters", "gated"}
+
+
 class RecipeError(UserError):
     """A recipe that cannot be read, or that asks for something that does not exist."""
 
@@ -62,7 +66,8 @@ class Recipe(BaseModel):
     of the base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. A server puts
     `query_instruction` before queries, and `document_instruction` before documents, when a client only says which of
     them its input is. `widths` are the numbers of dimensions that vectors may be cut to, as training by a Matryoshka
-    loss had them; none means that they are not known. `parameters` (of the encoder, without output head) and `gated`
+    loss had them; none means that they are not known. `evidence` (what the vectors were compared with), `parameters`
+    (of the encoder, without output head) and `gated`
     (the hub asks to accept the base's licence) help people to choose a recipe.
     """
 
@@ -84,6 +89,7 @@ class Recipe(BaseModel):
     document_instruction: str = ""
     widths: Widths = ()
     description: str = ""
+    evidence: str = ""
     parameters: int | None = Field(default=None, ge=1)
     gated: bool = False
 
@@ -97,7 +103,7 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
-        asked = self.model_dump(mode="json", exclude={"name", "description", "parameters", "gated"})
+        asked = self.model_dump(mode="json", exclude=_FOR_PEOPLE)
         # What recipes could not ask for when the first encoders were built is left out while it is not asked for.
         for values, later in ((asked, _LATER), (asked["template"] or {}, _LATER_IN_TEMPLATES)):
             for key, unasked in later.items():
@@ -119,10 +125,11 @@ def read_recipe(text: str, name: str) -> Recipe:
 
 
 def packaged_recipes() -> dict[str, Recipe]:
-    """Every recipe that ships with the package, by name."""
+    """Every recipe that ships with the package, by name. Those with adapters, which are LLM2Vec's, come first."""
     folder = files("model_store") / "recipes"
-    entries = sorted((entry.name, entry) for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name[:-5]: read_recipe(entry.read_text(), name[:-5]) for name, entry in entries}
+    names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
+    recipes = [read_recipe((folder / f"{name}.toml").read_text(), name) for name in sorted(names)]
+    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: not recipe.adapters)}
 
 
 def load_recipe(name_or_file: str) -> Recipe:

@@ -20,6 +20,7 @@ from model_store.manifest import CONFIG_FILE, find_built, read_manifest
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, RecipeError, load_recipe, packaged_recipes, recipe_from
 from model_store.rope import limited_by
+from model_store.shape import WEIGHT_BYTES, known_configs
 from service.bulk.job import Asked, FileFormat, OnError
 from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
@@ -170,13 +171,26 @@ def _asked_recipe(name: str | None, out: Path | None, parts: dict[str, Any]) -> 
 
 
 def _list_recipes() -> None:
+    recipes = packaged_recipes()
+    wide = max(map(len, recipes))
+    print(f"{'recipe':{wide}} {'weights':>8} {'GPU':>9}  what it is")
+    groups: dict[str, list[Recipe]] = {}
+    for recipe in recipes.values():
+        groups.setdefault(recipe.evidence, []).append(recipe)
+    for evidence, group in groups.items():
+        print(f"\n{evidence}")
+        for recipe in group:
+            print(f"{recipe.name:{wide}} {_memory(recipe)}  {recipe.description}{' (gated)' if recipe.gated else ''}")
+
+
+def _memory(recipe: Recipe) -> str:
+    """The memory of the weights and of a GPU; without a known shape there is only the number of the parameters."""
     from model_store.build.sources import shape_of
 
-    print(f"{'recipe':30} {'weights':>8} {'GPU':>9}  what it is")
-    for name, recipe in packaged_recipes().items():
-        memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
-        size = f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
-        print(f"{name:30} {size}  {recipe.description}{' (gated)' if recipe.gated else ''}")
+    if recipe.base not in known_configs():
+        return f"{WEIGHT_BYTES['bfloat16'] * (recipe.parameters or 0) / 1e9:5.1f} GB {'?':>6}   "
+    memory = memory_needed(shape_of(recipe.base), "bfloat16", TOKEN_BUDGET["cuda"])
+    return f"{memory['weights'] / 1e9:5.1f} GB {sum(memory.values()) / 1e9:6.1f} GB"
 
 
 @_commands.command()

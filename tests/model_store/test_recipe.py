@@ -20,6 +20,7 @@ def test_packaged_recipes_are_readable(capsys: pytest.CaptureFixture[str]) -> No
     for name, recipe in packaged_recipes().items():
         assert recipe.name == name
         assert recipe.description
+        assert recipe.parameters
         assert name in listed
 
 
@@ -70,7 +71,7 @@ def test_a_recipe_s_file_is_utf_8(tmp_path: Path) -> None:
 
 def test_the_fingerprint_covers_what_moves_a_vector() -> None:
     one = recipe_from("a", base="x")
-    assert one.fingerprint == recipe_from("b", base="x", description="other words").fingerprint
+    assert one.fingerprint == recipe_from("b", base="x", description="other words", evidence="none").fingerprint
     assert one.fingerprint != recipe_from("a", base="x", pooling="last_token").fingerprint
     assert one.fingerprint == recipe_from("a", base="x", widths=[]).fingerprint
     assert one.fingerprint[:16] == "68499c44807ec80a", "encoders that are built already would be built again"
@@ -94,10 +95,13 @@ def test_build_says_what_it_needs(arguments: list[str], message: str, capsys: py
     assert message in capsys.readouterr().err
 
 
-def test_every_published_checkpoint_has_a_recipe() -> None:
+def test_every_published_llm2vec_checkpoint_has_a_recipe() -> None:
     """Fourteen: MNTP alone, with SimCSE, with supervised training; Llama 3.1 has no SimCSE stage."""
-    published = {name: recipe for name, recipe in packaged_recipes().items() if name != "demo"}
+    published = {name: recipe for name, recipe in packaged_recipes().items() if recipe.adapters and name != "demo"}
     assert len(published) == 14
+    assert {recipe.evidence for recipe in published.values()} == {
+        "LLM2Vec: tiny checkpoints of this layout compared with llm2vec 0.2.3"
+    }
     for name, recipe in published.items():
         family, _, stage = name.rpartition("-")
         assert stage in ("mntp", "simcse", "supervised")

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
+from model_store.recipe import packaged_recipes
 from service.cli import main
 from service.settings import SECRETS, Settings
 
@@ -216,6 +217,20 @@ def test_the_shell_completes(
     with pytest.raises(SystemExit):
         main([])
     assert set(capsys.readouterr().out.split()) == offered
+
+
+def test_recipes_are_listed_in_groups_by_what_their_vectors_were_compared_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["build", "--list"]) == 0
+    columns, *groups = [block.splitlines() for block in capsys.readouterr().out.split("\n\n")]
+    assert columns == [f"{'recipe':39} {'weights':>8} {'GPU':>9}  what it is"]
+    listed = {mark.split(",")[0].split(":")[0]: [row.split()[0] for row in rows] for mark, *rows in groups}
+    assert listed["Trained here"] == ["demo"]
+    assert "llama3-8b-supervised" in listed["LLM2Vec"]
+    assert "qwen3-embedding-8b" in listed["Not LLM2Vec"]
+    assert sum(map(len, listed.values())) == len(packaged_recipes())
+    assert all(len(row.split("GB")) >= 2 for _, *rows in groups for row in rows)
 
 
 @pytest.mark.parametrize(("no_color", "plain"), [("", False), ("1", True)])
