@@ -31,6 +31,7 @@ from model_store.build.description import MODULES_FILE, OWN_MODULE, Description,
 from model_store.build.self_test import write_self_test
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import write_tokenizer
+from model_store.encoder.head import Head
 from model_store.errors import UserError
 from model_store.json_text import read_json_object
 from model_store.manifest import (
