@@ -96,17 +96,17 @@ def direct(config: Any, attention: Attention) -> None:
     Raises:
         UnsupportedArchitectureError: if a model that is bidirectional by itself is asked to be causal.
     """
-    if getattr(config, "use_bidirectional_attention", False):
-        if attention == "causal" or config.model_type != "gemma3_text":
-            raise UnsupportedArchitectureError(
-                f"use_bidirectional_attention of a {config.model_type} with {attention} attention is not reproduced"
-            )
+    if attention == "bidirectional" and not architecture_of(config.model_type).windowed:
+        config.sliding_window = None
+    if getattr(config, "use_bidirectional_attention", False) and config.model_type != "gemma3_text":
+        del config.use_bidirectional_attention  # a flag that only code of a model's own knows, such as voyage-4-nano's
+    elif getattr(config, "use_bidirectional_attention", False):
+        if attention == "causal":
+            raise UnsupportedArchitectureError("use_bidirectional_attention with causal attention is not reproduced")
         # transformers has halved the window by then, and leaves out its border: the other way to ask for bidirectional
         # attention, which is used here, has the border within.
         config.use_bidirectional_attention = False
         config.sliding_window -= 1
-    elif attention == "bidirectional" and not architecture_of(config.model_type).windowed:
-        config.sliding_window = None
     config.is_causal = attention == "causal"
 
 

@@ -140,7 +140,7 @@ class Manifest(_Frozen):
         """
         template = self.template
         # What format 1 did not have is left out where it asks for nothing.
-        leads = [template.lead, template.bare_lead]
+        leads = [template.lead, template.bare_lead, template.trail]
         while leads and leads[-1] in (Template().lead, ""):
             leads.pop()
         moves_vectors = {

@@ -40,11 +40,11 @@ _LATER: dict[str, Any] = {
     "head_tensor": "",
     "widths": [],
 }
-_LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": ""}
+_LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": "", "trail": ""}
 
 
 # Keys that change no vector.
-_FOR_PEOPLE = {"name", "description", "evidence", "parameters", "gated"}
+_MOVES_NOTHING = {"name", "description", "evidence", "parameters", "gated", "described_by_files"}
 
 
 class RecipeError(UserError):
@@ -62,12 +62,15 @@ class Recipe(BaseModel):
     `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. What is
     None, and roles' instructions that are "", come from the files beside the last adapter or the base that describe an
     encoder (`build.description`); else the base's name chooses the `template`, and the rest is in `ENCODER_DEFAULTS`.
-    `max_length` and `doc_max_length` are in tokens, the official library's limits. `head_tensor` names a tensor
-    of the base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. A server puts
-    `query_instruction` before queries, and `document_instruction` before documents, when a client only says which of
-    them its input is. `widths` are the numbers of dimensions that vectors may be cut to, as training by a Matryoshka
-    loss had them; none means that they are not known. `evidence` (what the vectors were compared with), `parameters`
-    (of the encoder, without output head) and `gated`
+    With `described_by_files` a base without such files is refused.
+
+    `max_length` and `doc_max_length` are in tokens, the official library's limits. `head_tensor` names a tensor of the
+    base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. `widths` are the numbers of
+    dimensions that vectors may be cut to, as a Matryoshka loss had them in training; none says that they are unknown.
+    A server puts `query_instruction` before queries, and `document_instruction` before documents, when a client only
+    says which of them its input is.
+
+    `evidence` (what the vectors were compared with), `parameters` (of the encoder, without output head) and `gated`
     (the hub asks to accept the base's licence) help people to choose a recipe.
     """
 
@@ -88,6 +91,7 @@ class Recipe(BaseModel):
     query_instruction: str = ""
     document_instruction: str = ""
     widths: Widths = ()
+    described_by_files: bool = False
     description: str = ""
     evidence: str = ""
     parameters: int | None = Field(default=None, ge=1)
@@ -103,7 +107,7 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
-        asked = self.model_dump(mode="json", exclude=_FOR_PEOPLE)
+        asked = self.model_dump(mode="json", exclude=_MOVES_NOTHING)
         # What recipes could not ask for when the first encoders were built is left out while it is not asked for.
         for values, later in ((asked, _LATER), (asked["template"] or {}, _LATER_IN_TEMPLATES)):
             for key, unasked in later.items():

@@ -23,7 +23,7 @@ VERBATIM = _INSTRUCTION
 
 @dataclass(frozen=True)
 class Template:
-    """`prefix` + lead + text + `suffix`; if there is no instruction, `bare_lead` is the lead.
+    """`prefix` + `lead` + text + `trail` + `suffix`, or `prefix` + `bare_lead` + text + `suffix` without an instruction.
 
     With `strip`, white space at both ends of lead + text is removed. The default `lead` is LLM2Vec's.
     """
@@ -33,10 +33,15 @@ class Template:
     strip: bool = False
     lead: str = f"{_INSTRUCTION} "
     bare_lead: str = ""
+    trail: str = ""
 
     def __post_init__(self) -> None:
         if self.lead.count(_INSTRUCTION) != 1:
             raise ValueError(f"lead must hold {_INSTRUCTION} once, where the instruction stands")
+
+    def after_text(self, instruction: str) -> str:
+        """What stands behind the text."""
+        return (self.trail if instruction else "") + self.suffix
 
     def before_text(self, instruction: str) -> str:
         """What stands between prefix and text.

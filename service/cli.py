@@ -223,6 +223,8 @@ def export(
 def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
     """Print what a stored encoder is."""
     manifest = read_manifest(folder)
+    template = manifest.template
+    two_forms = bool(template.bare_lead or template.trail)
     lines: dict[str, Any] = {
         "name": manifest.name,
         "model": f"{manifest.model_type}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.dtype}",
@@ -235,9 +237,9 @@ def show(folder: Annotated[Path, argument("the encoder's folder")]) -> int:
         "pooling": f"{manifest.pooling}, instruction {'left out' if manifest.skip_instruction else 'included'}"
         + (", counted by its own tokens" if manifest.span_count == "prompt" else ""),
         "attention": manifest.attention,
-        "template": f"{manifest.template.prefix!r} + {manifest.template.lead!r} + text + {manifest.template.suffix!r}"
-        + (" (stripped)" if manifest.template.strip else "")
-        + (f"; {manifest.template.bare_lead!r} without an instruction" if manifest.template.bare_lead else ""),
+        "template": f"{template.prefix!r} + {template.lead!r} + text + {template.after_text('x')!r}"
+        + (" (stripped)" if template.strip else "")
+        + (f"; {template.bare_lead!r} + text + {template.suffix!r} without an instruction" if two_forms else ""),
         "limits": f"{manifest.max_length} tokens, text {manifest.doc_max_length} (reference truncation)",
         "query instruction": manifest.query_instruction or "none",
         "of documents": manifest.document_instruction or "none",

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,11 @@ def _build(
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters, recipe.head_tensor)
         described = description_of([*stages[-1:], base], recipe.attention)
+        if recipe.described_by_files and not described.fields:
+            raise BuildError(
+                f"the recipe {recipe.name} leaves it to files such as {MODULES_FILE} to describe the encoder, and "
+                f"{recipe.base} has none: give the repository as it is published"
+            )
         head = _head(recipe, checkpoint, described.head)
         fields = _fields(recipe, described)
         fields |= _widths(fields.get("widths", ()), len(head.bias) if head else checkpoint.config.hidden_size)
@@ -333,10 +339,15 @@ def _describe(
 ) -> Manifest:
     config = checkpoint.config
     pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(fields["pooling"])
-    before, _ = special_tokens_around(Tokenizer.from_file(str(folder / TOKENIZER_FILE)))
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    before, after = special_tokens_around(tokenizer)
     if pooling == "bos_token" and not before:
         raise BuildError("bos_token pooling needs a tokenizer that puts BOS before a text, and this one does not")
-    by_name = template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
+    template = fields.get("template")
+    if template is None:
+        template = template_for(base_name(base, stages), pooling, architecture_of(config.model_type))
+    elif after and template.suffix and tokenizer.encode(template.suffix, add_special_tokens=False).ids == after:
+        template = replace(template, suffix="")  # the tokenizer puts the same there by itself
     return Manifest.model_validate(
         {
             "name": recipe.name,
@@ -348,9 +359,9 @@ def _describe(
             "base": SourceRecord.of(base.reference, base.commit),
             "adapters": [SourceRecord.of(stage.reference, stage.commit) for stage in stages],
             "tokenizer": tokenizer_source,
-            "template": by_name,
             "query_instruction": "",
             **fields,
+            "template": template,
             "pooling": pooling,
             "recipe": recipe,
             "recipe_fingerprint": recipe.fingerprint,

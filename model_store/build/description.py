@@ -95,7 +95,7 @@ _PROMPTS: dict[str, tuple[Any, ...] | None] = {
     "similarity_fn_name": ("cosine", "dot", "dot_product", None),
 }
 
-# The names of each role's prompt; the first of them that is there counts.
+# The names of each role's prompt; the first of them that has one counts.
 _ROLES = {"query": ("query", "web_search_query"), "document": ("document", "passage", "corpus")}
 
 
@@ -155,6 +155,14 @@ def is_bidirectional(folder: Path) -> bool:
     if raw.get("model_type") in BIDIRECTIONAL_NAMES:
         return True
     return raw.get("is_causal") is False or bool(raw.get("use_bidirectional_attention"))
+
+
+def _known_to_transformers(folder: Path) -> bool:
+    """Whether stock classes, given config.json as it is, attend as the encoder does."""
+    raw = read_raw_config(folder)
+    model_type = raw.get("model_type")
+    own_flag = raw.get("use_bidirectional_attention") and model_type != "gemma3_text"
+    return not (own_flag or model_type in BIDIRECTIONAL_NAMES or any(folder.glob("*.gguf")))
 
 
 def _attends_by_its_own_code(folder: Path) -> bool:
@@ -236,8 +244,7 @@ def _of_modules(folder: Path, modules: list[tuple[str, Path]]) -> Description:
         **_prompts(folder / "config_sentence_transformers.json", prompts),
     }
     head = folded([_dense(place) for kind, place in others if kind == "Dense"])
-    known = read_raw_config(folder).get("model_type") not in BIDIRECTIONAL_NAMES and not any(folder.glob("*.gguf"))
-    return Description(fields, head, known)
+    return Description(fields, head, _known_to_transformers(folder))
 
 
 def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> dict[str, Any]:
@@ -276,7 +283,7 @@ def _prompts(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     if default is not None and default not in prompts:
         raise DescriptionError(f"{path} has the default_prompt_name {default!r}, which is none of its prompts")
     found = {
-        f"{role}_instruction": next((prompts[name] for name in names if name in prompts), "")
+        f"{role}_instruction": next((prompts[name] for name in names if prompts.get(name)), "")
         for role, names in _ROLES.items()
     }
     return {**found, "prompts": prompts, "default_prompt": default or ""}

@@ -81,8 +81,8 @@ def _lacks(manifest: Manifest, tokenizer: Tokenizer) -> str:
     template = manifest.template
     if template.prefix or template.suffix or template.strip:
         return f"it puts {template.prefix!r} before each text and {template.suffix!r} after it"
-    if template.bare_lead:
-        return f"it puts {template.bare_lead!r} before a text without an instruction"
+    if template.bare_lead or template.trail:
+        return "what it puts around a text with an instruction is more than a prompt before it"
     before, _ = special_tokens_around(tokenizer)
     stock_span = manifest.span_count == "prompt" and manifest.pooling == "mean"
     if manifest.skip_instruction and manifest.pooling not in _OF_ONE_TOKEN and not stock_span:

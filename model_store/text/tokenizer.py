@@ -139,7 +139,8 @@ class TextTokenizer:
         self._vocabulary = vocabulary
         self._reference = reference
         self._before, self._after = special_tokens_around(tokenizer)
-        self._suffix_tokens = len(self._ids([template.suffix])[0])
+        # The number of tokens behind a text without and with an instruction.
+        self._tail_tokens = [len(ids) for ids in self._ids([template.after_text(given) for given in ("", "x")])]
         # Also None if this tokenizer cuts texts, as no text is too long then.
         self.characters_per_token = None if reference else characters_per_token(tokenizer)
 
@@ -170,19 +171,21 @@ class TextTokenizer:
             return [self._encode_either(index, text, instruction) for index, (text, instruction) in enumerate(pairs)]
         kept = [self._shorten(text) for text in strings]
         leads = list(map(self._lead, instructions))
-        bodies = list(map(self._body, kept))
+        bodies = list(map(self._body, kept, instructions))
         whole = self._ids([lead + body for lead, body in zip(leads, bodies, strict=True)])
         counts = self._counts(leads, bodies, whole)
         return [
-            self._row(index, ids, count, text != original, emptied=bool(original) and not text)
-            for index, (ids, count, text, original) in enumerate(zip(whole, counts, kept, strings, strict=True))
+            self._row(index, ids, count, given, text != original, emptied=bool(original) and not text)
+            for index, (ids, count, given, text, original) in enumerate(
+                zip(whole, counts, instructions, kept, strings, strict=True)
+            )
         ]
 
     def encode_nothing(self) -> TokenizedText:
         """The row of an empty text: only the special tokens and the template, or a space if there are neither."""
-        around = self._ids([self._lead("") + self._template.suffix])[0]
+        around = self._ids([self._lead("") + self._template.after_text("")])[0]
         row = [*self._before, *around, *self._after] or self._ids([" "])[0]
-        tail = min(self._suffix_tokens + len(self._after), len(row))
+        tail = min(self._tail_tokens[0] + len(self._after), len(row))
         return TokenizedText(row, 0, head=len(row) - tail, tail=tail)
 
     def locate(self, text: str, instruction: str) -> tuple[TokenizedText, list[tuple[int, int]]]:
@@ -193,9 +196,10 @@ class TextTokenizer:
         Raises:
             TokenizationError: as `encode_batch` does.
         """
-        lead, body = self._lead(instruction), self._body(text)
+        lead, body = self._lead(instruction), self._body(text, instruction)
         encoding = self._tokenizer.encode(lead + body, add_special_tokens=False)
-        row = self._row(0, encoding.ids, self._counts([lead], [body], [encoding.ids])[0], False, reference=False)
+        own = self._counts([lead], [body], [encoding.ids])[0]
+        row = self._row(0, encoding.ids, own, instruction, False, reference=False)
         ends = [(max(start - len(lead), 0), min(end - len(lead), len(text))) for start, end in encoding.offsets]
         characters = [(start, end) if start < end else (0, 0) for start, end in ends]
         return row, [*[(0, 0)] * len(self._before), *characters, *[(0, 0)] * len(self._after)]
@@ -250,11 +254,11 @@ class TextTokenizer:
     def _lead(self, instruction: str) -> str:
         return self._template.prefix + self._template.before_text(instruction)
 
-    def _body(self, text: str) -> str:
-        return (text.rstrip() if self._template.strip else text) + self._template.suffix
+    def _body(self, text: str, instruction: str) -> str:
+        return (text.rstrip() if self._template.strip else text) + self._template.after_text(instruction)
 
     def _counts(self, leads: list[str], bodies: list[str], whole: list[list[int]]) -> list[int]:
-        """How many of each row's tokens are those of text and suffix."""
+        """How many of each row's tokens are those of the text and of what stands behind it."""
         if not any(leads):
             return list(map(len, whole))
         if self._span_count == "text":
@@ -275,9 +279,9 @@ class TextTokenizer:
             own = own[len(self._before) :]
         if self._after and own[-len(self._after) :] == self._after:
             own = own[: -len(self._after)]
-        lead, suffix = self._ids([self._lead(instruction), self._template.suffix])
+        lead, tail = self._ids([self._lead(instruction), self._template.after_text(instruction)])
         kept = own[: self._reference.doc_max_length] if self._reference else own
-        return self._row(index, [*lead, *kept, *suffix], len(kept) + len(suffix), cut=len(kept) < len(own))
+        return self._row(index, [*lead, *kept, *tail], len(kept) + len(tail), instruction, cut=len(kept) < len(own))
 
     def _check_ids(self, index: int, token_ids: Sequence[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocabulary:
@@ -285,15 +289,22 @@ class TextTokenizer:
             raise TokenizationError(f"there is no token {wrong}: this model's are 0 to {self._vocabulary - 1}", index)
 
     def _row(
-        self, index: int, ids: list[int], own: int, cut: bool, reference: bool = True, emptied: bool = False
+        self,
+        index: int,
+        ids: list[int],
+        own: int,
+        instruction: str,
+        cut: bool,
+        reference: bool = True,
+        emptied: bool = False,
     ) -> TokenizedText:
-        """A row of the joined text's `ids`; the last `own` of them are those of text and suffix."""
-        suffix = self._suffix_tokens
+        """A row of the joined text's `ids`; the last `own` of them are those of the text and of what is behind it."""
+        behind = self._tail_tokens[bool(instruction)]
         if self._reference and reference:
             room = max(self._reference.max_length - len(self._before) - len(self._after), 0)
             emptied = emptied or len(ids) - own >= room
             lost = max(len(ids) - room, 0)
-            cut, suffix = cut or lost > 0, max(suffix - lost, 0)
+            cut, behind = cut or lost > 0, max(behind - lost, 0)
             ids = ids[:room]
             own = min(own, self._reference.max_length)
         row = [*self._before, *ids, *self._after]
@@ -305,7 +316,7 @@ class TextTokenizer:
                 f"the text contains {token!r}, which this model has no embedding for: remove it", index
             )
         head = min(max(len(row) - len(self._after) - own, 0), len(row) - 1)
-        tail = min(suffix + len(self._after), len(row) - 1 - head)
+        tail = min(behind + len(self._after), len(row) - 1 - head)
         return TokenizedText(row, self._span_start(len(row), head, own), cut, head, tail, emptied=emptied)
 
     def _span_start(self, length: int, head: int, own: int) -> int:

@@ -10,7 +10,7 @@ from model_store.build.description import description_of
 from model_store.build.sources import Source
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import ENCODER_DEFAULTS
-from model_store.templates import Template
+from model_store.templates import SpanCount, Template
 from model_store.training.config import MntpConfig, TrainingConfig, TrainingConfigError
 
 
@@ -21,6 +21,7 @@ class Form:
     attention: Attention
     pooling: PoolingMode
     skip_instruction: bool
+    span_count: SpanCount
     template: Template | None
 
 
@@ -47,5 +48,9 @@ def form_of(config: TrainingConfig, base: Source, before: Sequence[Source]) -> F
         )
     pooling = None if isinstance(config, MntpConfig) else config.pooling_mode
     return Form(
-        asked or fields["attention"], pooling or fields["pooling"], fields["skip_instruction"], fields["template"]
+        attention=asked or fields["attention"],
+        pooling=pooling or fields["pooling"],
+        skip_instruction=fields["skip_instruction"],
+        span_count=fields["span_count"],
+        template=fields["template"],
     )

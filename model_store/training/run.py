@@ -239,7 +239,9 @@ def _contrastive(
     name, architecture = base_name(published.base, published.before), architecture_of(decoder.config.model_type)
     form = published.form
     template = form.template or template_for(name, form.pooling, architecture)
-    reader = TextTokenizer(tokenizer, template, form.skip_instruction, decoder.config.vocab_size)
+    reader = TextTokenizer(
+        tokenizer, template, form.skip_instruction, decoder.config.vocab_size, span_count=form.span_count
+    )
     train, held_out = data.train, data.held_out
     if simcse := isinstance(config, SimcseConfig):
         train, held_out = ([Triplet(text, text) for text in part] for part in (train, held_out))

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from model_store.build.build import BuildError, build_encoder
+from model_store.build.build import build_encoder
 from model_store.build.description import DescriptionError
 from model_store.build.export import export_encoder
 from model_store.build.self_test import SelfTestError, write_self_test
@@ -23,7 +22,6 @@ from model_store.encoder.packing import PackedBatch
 from model_store.errors import UserError
 from model_store.manifest import read_manifest
 from model_store.recipe import recipe_from
-from model_store.templates import Template
 from model_store.text.tokenizer import TextTokenizer
 from tests.cpus import assert_same_vectors
 from tests.tiny import normalized, tiny_model, tiny_tokenizer
@@ -78,9 +76,9 @@ def publish(folder: Path, family: str, flags: dict[str, Any], pooling: str, eos:
     return folder / "published"
 
 
-def theirs(folder: Path, **options: Any) -> NDArray[np.float32]:
+def theirs(folder: Path, texts: list[str] = TEXTS, **options: Any) -> NDArray[np.float32]:
     model = st.SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
-    vectors: NDArray[np.float32] = model.encode(TEXTS, **options)
+    vectors: NDArray[np.float32] = model.encode(texts, **options)
     return vectors
 
 
@@ -111,9 +109,6 @@ def test_vectors_are_those_of_sentence_transformers(tmp_path: Path, row: str) ->
         assert np.abs(ours(tmp_path / "other") - expected).max() > 1e-3  # a control: the direction counts
 
 
-GRITLM = Template(lead="<|user|>\n{instruction}\n<|embed|>\n", bare_lead="<|embed|>\n")
-
-
 @pytest.mark.parametrize("eos", [False, True])
 def test_prompts_left_out_of_pooling(tmp_path: Path, eos: bool) -> None:
     published = publish(tmp_path, "mistral", {"is_causal": False, "sliding_window": None}, "mean", eos, ())
@@ -127,54 +122,6 @@ def test_prompts_left_out_of_pooling(tmp_path: Path, eos: bool) -> None:
     export_encoder(tmp_path / "encoder", tmp_path / "out")
     expected = theirs(published, prompt_name="query")
     assert np.abs(theirs(tmp_path / "out", prompt_name="query") - expected).max() < 1e-5
-
-
-def test_gritlm_s_layout_by_a_recipe(tmp_path: Path) -> None:
-    """It has a mark before texts without an instruction, and leaves what stands before a text out of pooling."""
-    published = publish(tmp_path, "mistral", {"is_causal": False, "sliding_window": None}, "mean", True, ())
-    changed(published, "1_Pooling/config.json", lambda found: {**found, "include_prompt": False})
-    recipe = recipe_from(
-        "encoder",
-        base=str(published / "decoder"),
-        dtype="float32",
-        template=GRITLM,
-        span_count="prompt",
-        query_instruction="find the passage",
-    )
-    (published / "decoder").mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (published / "decoder" / name).symlink_to(published / name)
-    build_encoder(recipe, tmp_path / "encoder")
-    query = theirs(published, prompt="<|user|>\nfind the passage\n<|embed|>\n")
-    assert np.abs(ours(tmp_path / "encoder", "find the passage") - query).max() < 1e-5
-    assert np.abs(ours(tmp_path / "encoder") - theirs(published, prompt="<|embed|>\n")).max() < 1e-5
-    build_encoder(recipe.model_copy(update={"span_count": "text"}), tmp_path / "by-text")
-    assert np.abs(ours(tmp_path / "by-text", "find the passage") - query).max() > 1e-3  # a control
-
-
-def test_a_linear_layer_among_the_decoder_s_tensors(tmp_path: Path) -> None:
-    """As voyage-4-nano has it: here the same layer stands behind pooling in the published folder."""
-    published = publish(tmp_path, "qwen3", {"is_causal": False}, "mean", False, (96,))
-    expected = theirs(published)
-    base = tmp_path / "own"
-    base.mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        (base / name).symlink_to(published / name)
-    tensors = {f"model.{name}": tensor for name, tensor in load_file(published / "model.safetensors").items()}
-    layer = load_file(published / "2_Dense" / "model.safetensors")
-    save_file({**tensors, "linear.weight": layer["linear.weight"]}, base / "model.safetensors")
-    plain = recipe_from("encoder", base=str(base), dtype="float32", skip_instruction=False)
-    with pytest.raises(BuildError, match=r"holds linear.weight, .* a recipe's head_tensor may name a linear layer"):
-        build_encoder(plain, tmp_path / "encoder")
-    with pytest.raises(BuildError, match=r"lacks linear\.wieght"):
-        build_encoder(plain.model_copy(update={"head_tensor": "linear.wieght"}), tmp_path / "encoder")
-    manifest = build_encoder(plain.model_copy(update={"head_tensor": "linear.weight"}), tmp_path / "encoder")
-    assert manifest.width == 96
-    layer_s_bias = layer["linear.bias"].numpy()
-    encoder = Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
-    rows = TextTokenizer.load(tmp_path / "encoder", manifest).encode_batch(TEXTS, [""] * len(TEXTS))
-    found = encoder.encode(PackedBatch.pack(rows, "mean")).numpy() + layer_s_bias
-    assert np.abs(found / np.linalg.norm(found, axis=1, keepdims=True) - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize("row", ["qwen3, causal, last token", "qwen3, bidirectional, mean, a layer"])
