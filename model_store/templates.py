@@ -23,7 +23,7 @@ VERBATIM = _INSTRUCTION
 
 @dataclass(frozen=True)
 class Template:
-    """`prefix` + `lead` + text + `trail` + `suffix`, or `prefix` + `bare_lead` + text + `suffix` without an instruction.
+    """`prefix` + `lead` + text + `trail` + `suffix`; without an instruction, `prefix` + `bare_lead` + text + `suffix`.
 
     With `strip`, white space at both ends of lead + text is removed. The default `lead` is LLM2Vec's.
     """
