@@ -15,14 +15,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from model_store.architectures import Attention
+from model_store.config_keys import vector_settings
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.recipe import DType, Recipe, Widths, is_plain_name
 from model_store.templates import SpanCount, Template
 
-# Format 1 had none of the fields with a default.
-FORMAT = 2
-_READ = (1, 2)
+# Format 1 had none of the fields with a default. Up to format 2 the embedding-space id covered every byte of
+# config.json, which another version of transformers writes otherwise.
+FORMAT = 3
+_READ = range(1, FORMAT + 1)
 
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
@@ -132,12 +134,13 @@ class Manifest(_Frozen):
             return self.prompts.get(self.default_prompt, "")
         return self.query_instruction if role == "query" else self.document_instruction
 
-    def sealed(self) -> Manifest:
+    def sealed(self, folder: Path) -> Manifest:
         """The same manifest with its `embedding_space` filled in: vectors of two spaces must not be compared.
 
-        It is 16 hex digits that change whenever a vector could: a hash of the weights, configuration and tokenizer
-        files, the template, the pooling and the span.
+        It is 16 hex digits that change whenever a vector could: a hash of the weights and the tokenizer files, of what
+        the folder's config.json says that moves vectors, and of the attention, the template, the pooling and the span.
         """
+        config = json.loads((folder / CONFIG_FILE).read_text())
         template = self.template
         # What format 1 did not have is left out where it asks for nothing.
         leads = [template.lead, template.bare_lead, template.trail]
@@ -147,8 +150,10 @@ class Manifest(_Frozen):
             "files": {
                 name: file.sha256
                 for name, file in sorted(self.files.items())
-                if name.endswith(".safetensors") or name in (CONFIG_FILE, TOKENIZER_FILE)
+                if name.endswith(".safetensors") or name == TOKENIZER_FILE
             },
+            "config": vector_settings(config),
+            "attention": self.attention,
             "template": [template.prefix, template.suffix, template.strip, *leads],
             "pooling": self.pooling,
             "skip_instruction": self.skip_instruction,
@@ -185,8 +190,7 @@ def read_manifest(folder: Path) -> Manifest:
         claimed = document.pop("manifest_sha256", None)
         if document.get("format") not in _READ:
             raise StoreError(
-                f"{path} has format {document.get('format')}, this version reads {' and '.join(map(str, _READ))}: "
-                "build the encoder again"
+                f"{path} has format {document.get('format')}, this version reads 1 to {FORMAT}: build the encoder again"
             )
         manifest = Manifest.model_validate(document)
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, AttributeError) as error:

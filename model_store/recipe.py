@@ -39,9 +39,9 @@ _LATER: dict[str, Any] = {
     "span_count": None,
     "head_tensor": "",
     "widths": [],
+    "ignored_config_keys": [],
 }
 _LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": "", "trail": ""}
-
 
 # Keys that change no vector.
 _MOVES_NOTHING = {"name", "description", "evidence", "parameters", "gated", "described_by_files"}
@@ -62,7 +62,8 @@ class Recipe(BaseModel):
     `base` and `adapters` are references as `sources.resolve` reads them; adapters are merged in their order. What is
     None, and roles' instructions that are "", come from the files beside the last adapter or the base that describe an
     encoder (`build.description`); else the base's name chooses the `template`, and the rest is in `ENCODER_DEFAULTS`.
-    With `described_by_files` a base without such files is refused.
+    With `described_by_files` a base without such files is refused. `ignored_config_keys` are keys of the base's
+    config.json that would be refused as not reproduced.
 
     `max_length` and `doc_max_length` are in tokens, the official library's limits. `head_tensor` names a tensor of the
     base that is the weight of a linear layer behind the decoder, such as voyage-4-nano's. `widths` are the numbers of
@@ -91,6 +92,7 @@ class Recipe(BaseModel):
     query_instruction: str = ""
     document_instruction: str = ""
     widths: Widths = ()
+    ignored_config_keys: tuple[str, ...] = ()
     described_by_files: bool = False
     description: str = ""
     evidence: str = ""

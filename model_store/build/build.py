@@ -122,7 +122,7 @@ def _build(
         base = sources.enter_context(resolve(recipe.base))
         stages = [sources.enter_context(resolve(reference)) for reference in recipe.adapters]
         _refuse_lone_second_stage(stages)
-        checkpoint = open_checkpoint(base.folder)
+        checkpoint = open_checkpoint(base.folder, recipe.ignored_config_keys)
         adapters = [load_adapter(stage.folder, stage.reference) for stage in stages]
         shapes = check_names(recipe.base, checkpoint, adapters, recipe.head_tensor)
         described = description_of([*stages[-1:], base], recipe.attention)
@@ -242,7 +242,7 @@ def _write_config(config: Any, dtype: str, attention: Attention, folder: Path) -
     config.save_pretrained(folder)
     path = folder / CONFIG_FILE
     written = json.loads(path.read_text())
-    written.pop("transformers_version", None)  # no vector depends on it, but the embedding-space id covers this file
+    written.pop("transformers_version", None)  # the manifest has it, among the tools
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
@@ -368,7 +368,7 @@ def _describe(
             "tools": _tool_versions(),
             "files": describe_files(folder),
         }
-    ).sealed()
+    ).sealed(folder)
 
 
 def base_name(base: Source, stages: Sequence[Source]) -> str:

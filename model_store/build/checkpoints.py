@@ -6,9 +6,10 @@ not of the model. Files are only ever read as data: safetensors, torch files wit
 
 from __future__ import annotations
 
+import copy
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from model_store.architectures import (
     is_encoder_tensor,
 )
 from model_store.build.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rope
+from model_store.build.unknown_keys import refuse_unknown, without
 from model_store.errors import CheckpointError
 from model_store.json_text import read_json_object, unreadable
 
@@ -48,17 +50,20 @@ class Checkpoint(ABC):
         """The (V, D) weights of the output head, None if they are not stored; encoders don't need them."""
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, ignored_config_keys: Collection[str] = ()) -> Checkpoint:
     """The checkpoint in a folder: safetensors if there are any, else torch files, else one GGUF file.
 
     Raises:
-        CheckpointError: if there is none, or its weights are quantised in a way that can't be merged into.
+        CheckpointError: if there is none, if its weights are quantised in a way that can't be merged into, or if its
+            config.json asks for something that is not reproduced, beyond the `ignored_config_keys`.
     """
     if any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors")):
-        return _SafetensorsCheckpoint(folder)
+        return _SafetensorsCheckpoint(folder, ignored_config_keys)
     if any(folder.glob("pytorch_model*.bin")):
-        return _TorchCheckpoint(folder)
+        return _TorchCheckpoint(folder, ignored_config_keys)
     gguf_files = sorted(folder.glob("*.gguf"))
+    if gguf_files and ignored_config_keys:
+        raise CheckpointError(f"{folder} is a GGUF base, which has no config.json: leave ignored_config_keys out")
     if len(gguf_files) == 1:
         return _GgufCheckpoint(gguf_files[0])
     if gguf_files:
@@ -78,7 +83,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _decoder_config(folder: Path) -> Any:
+def _decoder_config(folder: Path, ignored: Collection[str]) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json")
@@ -96,7 +101,11 @@ def _decoder_config(folder: Path) -> Any:
         if raw.get(key) and not isinstance(getattr(torch, str(raw[key]), None), torch.dtype):
             raise CheckpointError(f"{path} has the {key} {raw[key]!r}, which torch does not know")
     with _named(path, f"makes no {model_type} decoder"):
-        config = CONFIG_MAPPING[model_type].from_dict(raw).get_text_config()
+        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw)).get_text_config()
+    refuse_unknown(path, (raw.get("text_config") or {}) if model_type in TEXT_MODEL_OF else raw, config, ignored)
+    with _named(path, f"makes no {model_type} decoder"):
+        if ignored:
+            config = CONFIG_MAPPING[model_type].from_dict(without(raw, ignored)).get_text_config()
         decoder_on_meta(config)
     return config
 
@@ -122,8 +131,8 @@ def _by_decoder_name(stored_names: Iterable[str]) -> dict[str, str]:
 
 
 class _SafetensorsCheckpoint(Checkpoint):
-    def __init__(self, folder: Path) -> None:
-        self.config = _decoder_config(folder)
+    def __init__(self, folder: Path, ignored_config_keys: Collection[str]) -> None:
+        self.config = _decoder_config(folder, ignored_config_keys)
         self._files: dict[str, Any] = {}
         stored: dict[str, str] = {}
         for path in _shards(folder, "model.safetensors.index.json", "*.safetensors"):
@@ -151,8 +160,8 @@ class _SafetensorsCheckpoint(Checkpoint):
 
 
 class _TorchCheckpoint(Checkpoint):
-    def __init__(self, folder: Path) -> None:
-        self.config = _decoder_config(folder)
+    def __init__(self, folder: Path, ignored_config_keys: Collection[str]) -> None:
+        self.config = _decoder_config(folder, ignored_config_keys)
         stored: dict[str, Tensor] = {}
         for path in _shards(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
             stored.update(load_torch_file(path))

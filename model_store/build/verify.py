@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from model_store.build.checkpoints import decoder_on_meta, open_checkpoint
 from model_store.build.self_test import self_test_difference
 from model_store.errors import UserError
-from model_store.manifest import Manifest, StoreError, changed_files, read_manifest
+from model_store.manifest import FORMAT, Manifest, StoreError, changed_files, read_manifest
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ def verify_encoder(folder: Path) -> list[Check]:
         manifest = read_manifest(folder)
     except StoreError as error:
         return [Check("manifest", "not usable", (str(error),))]
+    changed = tuple(changed_files(folder, manifest))
+    sealed = () if changed else _resealed(folder, manifest)
     checks = [
-        Check("manifest", f"{manifest.name}, embedding space {manifest.embedding_space}", _resealed(manifest)),
-        Check("files", f"{len(manifest.files)} files", tuple(changed_files(folder, manifest))),
+        Check("manifest", f"{manifest.name}, embedding space {manifest.embedding_space}", sealed),
+        Check("files", f"{len(manifest.files)} files", changed),
         _check_tensors(folder, manifest),
     ]
     if not any(check.problems for check in checks):
@@ -41,8 +43,9 @@ def verify_encoder(folder: Path) -> list[Check]:
     return checks
 
 
-def _resealed(manifest: Manifest) -> tuple[str, ...]:
-    if manifest.sealed().embedding_space != manifest.embedding_space:
+def _resealed(folder: Path, manifest: Manifest) -> tuple[str, ...]:
+    # The ids of earlier formats were made otherwise, and stay as they are.
+    if manifest.format == FORMAT and manifest.sealed(folder).embedding_space != manifest.embedding_space:
         return ("the embedding-space id does not belong to these files",)
     return ()
 

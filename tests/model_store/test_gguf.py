@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model_store.build.build import build_encoder
+from model_store.build.verify import verify_encoder
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
 from model_store.errors import CheckpointError
@@ -47,6 +48,7 @@ def save_gguf(folder: Path, model: Any, metadata: dict[str, Any], tensors: dict[
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     config = model.config
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
+    writer.add_name("Tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -134,6 +136,7 @@ def test_the_vectors_are_those_of_the_same_model_in_safetensors(
     save_gguf(tmp_path / "base", twin, metadata, tensors)
     manifest = build_encoder(recipe_from("x", base=str(tmp_path / "base"), dtype="float32"), tmp_path / "encoder")
     assert manifest.max_positions == twin.config.max_position_embeddings
+    assert not [problem for check in verify_encoder(tmp_path / "encoder") for problem in check.problems]
     encoder = Encoder.load(tmp_path / "encoder", device="cpu", dtype="float32")
     expected = normalized(padded_vectors(twin.model, ROWS))
     assert (normalized(encoder.encode(PackedBatch.pack(ROWS, "mean"))) - expected).abs().max() < 1e-5

@@ -89,6 +89,6 @@ def test_dynamic(tmp_path: Path) -> None:
 def test_a_folder_that_was_built_to_read_more_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     manifest = build(folder, "phi3", rope_scaling=LONGROPE, original_max_position_embeddings=32)
-    manifest.model_copy(update={"max_positions": 512}).sealed().write(folder)
+    manifest.model_copy(update={"max_positions": 512}).sealed(folder).write(folder)
     with pytest.raises(RopeError, match=r"reads 512 tokens, but beyond 32 .*: build it again"):
         Encoder.load(folder, "cpu", "float32")

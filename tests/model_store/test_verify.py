@@ -38,7 +38,7 @@ def problems(folder: Path) -> str:
 
 def reseal(folder: Path) -> None:
     """What somebody would do who changed a file and wanted it to pass: new hashes, a new manifest."""
-    read_manifest(folder).model_copy(update={"files": describe_files(folder)}).sealed().write(folder)
+    read_manifest(folder).model_copy(update={"files": describe_files(folder)}).sealed(folder).write(folder)
 
 
 def test_a_whole_encoder_passes(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +68,10 @@ def _drop_tensor(folder: Path) -> None:
 
 def _add_file(folder: Path) -> None:
     (folder / "extra.bin").write_bytes(b"x")
+
+
+def _break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
 
 
 def _drop_file(folder: Path) -> None:
@@ -115,6 +119,7 @@ def _change_and_reseal(folder: Path) -> None:
         (_flip, "model.safetensors: content changed"),
         (_drop_tensor, "layers.1.mlp.up_proj.weight: missing"),
         (_add_file, "extra.bin: not part of this encoder"),
+        (_break_config, "config.json: .* bytes, should be"),
         (_drop_file, "tokenizer.json: missing"),
         (_edit_manifest, "changed after it was written"),
         (_break_manifest, "can't|cannot be read"),
@@ -130,6 +135,11 @@ def test_every_damage_is_found_and_named(encoder: Path, damage: Callable[[Path],
 
     assert re.search(message, problems(encoder)), problems(encoder)
     assert main(["verify", str(encoder)]) == 1
+
+
+def test_an_id_that_belongs_to_other_files_is_found(encoder: Path) -> None:
+    read_manifest(encoder).model_copy(update={"embedding_space": "0123456789abcdef"}).write(encoder)
+    assert problems(encoder) == "the embedding-space id does not belong to these files"
 
 
 def test_a_foreign_folder_is_not_an_encoder(tmp_path: Path) -> None:
@@ -188,15 +198,15 @@ def test_a_manifest_of_the_first_format_is_read(encoder: Path, tmp_path: Path) -
         del content[later]
     for records in ([content["base"]], content["adapters"], [content["recipe"]]):
         for record in records:
-            for later in ("content", "attention", "document_instruction", "widths"):
+            for later in ("content", "attention", "document_instruction", "widths", "ignored_config_keys"):
                 record.pop(later, None)
     del content["template"]["lead"]
-    content["format"] = 1
+    content |= {"format": 1, "embedding_space": "0123456789abcdef"}  # which was made otherwise, and stays
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({**content, "manifest_sha256": digest}))
     first, second = read_manifest(folder), read_manifest(encoder)
-    assert (first.attention, first.template, first.sealed()) == ("bidirectional", second.template, first)
-    assert (first.embedding_space, first.recipe) == (second.embedding_space, second.recipe)
+    assert (first.attention, first.template) == ("bidirectional", second.template)
+    assert (first.embedding_space, first.recipe) == ("0123456789abcdef", second.recipe)
     assert not problems(folder)
 
 

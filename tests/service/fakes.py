@@ -69,7 +69,8 @@ def fake_manifest(max_positions: int = 512) -> Manifest:
         recipe_fingerprint=recipe.fingerprint,
         tools={},
         files={},
-    ).sealed()
+        embedding_space="00112233445566aa",
+    )
 
 
 class FakeTokenizer:
