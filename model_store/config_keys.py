@@ -85,7 +85,16 @@ UNMOVING: dict[str, tuple[Any, ...] | None] = {
     **dict.fromkeys(("vocab_size", "tokenizer_class", "model_max_length", "max_sequence_length", "seq_length")),
     **dict.fromkeys(("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "padding_side", "prefix")),
     **dict.fromkeys(("tie_word_embeddings", "tie_encoder_decoder", "final_logit_softcapping", "lm_head_bias")),
-    **dict.fromkeys(("num_labels", "finetuning_task", "task_specific_params", "is_decoder")),
+    **dict.fromkeys(
+        (
+            "matryoshka_dimensions",
+            "is_matryoshka",
+            "num_labels",
+            "finetuning_task",
+            "task_specific_params",
+            "is_decoder",
+        )
+    ),
     # which layers have a window, before `use_sliding_window` or `layer_types` say that any has one
     "max_window_layers": _ANY,
     # Phi-4: every layer attends, and RoPE is not interpolated

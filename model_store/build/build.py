@@ -154,7 +154,7 @@ def _widths(asked: Sequence[int], width: int) -> dict[str, Any]:
     """The encoder's width, and the widths that its vectors may be cut to."""
     if asked and max(asked) > width:
         raise BuildError(
-            f"the recipe has the width {max(asked)}, but the encoder's vectors have {width} dimensions: leave it out"
+            f"vectors of {width} dimensions can't be cut to {max(asked)}: leave that out of the recipe's widths"
         )
     return {"width": width, "widths": (*asked, width) if asked else ()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -23,7 +24,7 @@ from model_store.build.sources import Source
 from model_store.encoder.head import Head
 from model_store.errors import UserError
 from model_store.json_text import parse_json, read_json_object, unreadable
-from model_store.recipe import RecipeError, recipe_from
+from model_store.recipe import RecipeError, Widths, recipe_from
 from model_store.templates import VERBATIM, Template
 
 MODULES_FILE = "modules.json"
@@ -243,8 +244,18 @@ def _of_modules(folder: Path, modules: list[tuple[str, Path]]) -> Description:
         **({"max_length": longest, "doc_max_length": longest} if isinstance(longest, int) else {}),
         **_prompts(folder / "config_sentence_transformers.json", prompts),
     }
+    if widths := read_raw_config(folder).get("matryoshka_dimensions"):
+        fields["widths"] = _widths(folder / "config.json", widths)
     head = folded([_dense(place) for kind, place in others if kind == "Dense"])
     return Description(fields, head, _known_to_transformers(folder))
+
+
+def _widths(path: Path, given: Any) -> tuple[int, ...]:
+    """The widths that vectors may be cut to."""
+    try:
+        return TypeAdapter(Widths).validate_python(given)
+    except ValidationError as error:
+        raise unreadable(path, f"has matryoshka_dimensions {given!r}, which are no widths", error) from error
 
 
 def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> dict[str, Any]:

@@ -193,6 +193,16 @@ def test_what_is_not_reproduced_is_refused_by_its_name(tmp_path: Path, case: str
     assert not (tmp_path / "encoder").exists()
 
 
+def test_widths_that_the_configuration_names(tmp_path: Path) -> None:
+    published = publish(tmp_path, "qwen3", {}, "lasttoken", False, ())
+    changed(published, "config.json", lambda found: {**found, "matryoshka_dimensions": [32, 16]})
+    recipe = recipe_from("encoder", base=str(published), dtype="float32")
+    assert build_encoder(recipe, tmp_path / "encoder").widths == (16, 32, 64)
+    changed(published, "config.json", lambda found: {**found, "matryoshka_dimensions": "32"})
+    with pytest.raises(UserError, match=r"config.json has matryoshka_dimensions '32', which are no widths"):
+        build_encoder(recipe, tmp_path / "other")
+
+
 def test_two_descriptions_are_refused(tmp_path: Path) -> None:
     published = publish(tmp_path, "llama", {}, "mean", False, ())
     (published / "llm2vec_config.json").write_text("{}\n")

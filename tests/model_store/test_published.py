@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, processors
 
@@ -173,78 +174,106 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("case", LAYOUTS)
-def test_vectors_of_a_recipe_are_those_of_sentence_transformers(tmp_path: Path, case: str) -> None:
-    layout, encoder = LAYOUTS[case], tmp_path / "encoder"
-    published = publish(tmp_path, layout.family, layout.flags, layout.pooling, False, layout.widths)
+# Our vectors and sentence-transformers' of the same texts: first without a prompt, last with that of queries.
+Pairs = list[tuple[NDArray[np.float32], NDArray[np.float32]]]
+
+
+def built(name: str, published: Path, encoder: Path, **changes: Any) -> Manifest:
+    """The encoder of a recipe on another base, without the widths for which a tiny model is too small."""
+    changes = {"base": str(published), "dtype": "float32", "widths": (), **changes}
+    return build_encoder(load_recipe(name).model_copy(update=changes), encoder)
+
+
+def vectors_of(case: str, folder: Path) -> Pairs:
+    """Of a recipe's encoder."""
+    if case in OTHERS:
+        return OTHERS[case](folder)
+    layout, encoder = LAYOUTS[case], folder / "encoder"
+    published = publish(folder, layout.family, layout.flags, layout.pooling, False, layout.widths)
     changed(published, "config_sentence_transformers.json", lambda found: {**found, "prompts": layout.prompts})
     if "<|endoftext|>" in layout.row:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (published / name).write_text((published / name).read_text().replace("<eos>", "<|endoftext|>"))
     tokenize(published, layout.row)
-    expected = {prompt: theirs(published, prompt=prompt) for prompt in ("", layout.query, layout.document)}
+    expected = {prompt: theirs(published, prompt=prompt) for prompt in ("", layout.document, layout.query)}
     layout.as_published(published)
     manifest = built(case.split(",")[0], published, encoder)
     assert (manifest.query_instruction, manifest.document_instruction) == (layout.query, layout.document)
-    for prompt, vectors in expected.items():
-        assert np.abs(ours(encoder, prompt) - vectors).max() < 1e-5
-    assert np.abs(expected[layout.query] - expected[""]).max() > 1e-3  # a control: the prompt counts
+    return [(ours(encoder, prompt), vectors) for prompt, vectors in expected.items()]
 
 
-def built(name: str, published: Path, encoder: Path, **changes: Any) -> Manifest:
-    """The encoder of a recipe on another base, and for what a tiny model is too small."""
-    changes = {"base": str(published), "dtype": "float32", "widths": (), **changes}
-    return build_encoder(load_recipe(name).model_copy(update=changes), encoder)
-
-
-def test_gritlm_leaves_what_stands_before_a_text_out_of_pooling(tmp_path: Path) -> None:
-    published = publish(tmp_path, "mistral", {**BOTH, "sliding_window": None}, "mean", True, ())
+def gritlm(folder: Path) -> Pairs:
+    """What stands before a text is left out of pooling."""
+    published = publish(folder, "mistral", {**BOTH, "sliding_window": None}, "mean", True, ())
     changed(published, "1_Pooling/config.json", lambda found: {**found, "include_prompt": False})
     task = load_recipe("gritlm-7b").query_instruction
-    query = theirs(published, prompt=f"<|user|>\n{task}\n<|embed|>\n")
-    document = theirs(published, prompt="<|embed|>\n")
+    prompts = {"": "<|embed|>\n", task: f"<|user|>\n{task}\n<|embed|>\n"}
+    expected = {given: theirs(published, prompt=prompt) for given, prompt in prompts.items()}
     remove_files(published)
-    built("gritlm-7b", published, tmp_path / "encoder")
-    assert np.abs(ours(tmp_path / "encoder", task) - query).max() < 1e-5
-    assert np.abs(ours(tmp_path / "encoder") - document).max() < 1e-5
-    built("gritlm-7b", published, tmp_path / "by-text", span_count="text")
-    assert np.abs(ours(tmp_path / "by-text", task) - query).max() > 1e-3  # a control
+    built("gritlm-7b", published, folder / "encoder")
+    return [(ours(folder / "encoder", given), vectors) for given, vectors in expected.items()]
 
 
-def test_bge_en_icl_has_a_mark_behind_queries(tmp_path: Path) -> None:
-    published = publish(tmp_path, "mistral", {}, "lasttoken", False, ())
+def bge_en_icl(folder: Path) -> Pairs:
+    """A mark stands behind queries, and a text's end is marked whether the tokenizer does it or not."""
+    published = publish(folder, "mistral", {}, "lasttoken", False, ())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (published / name).write_text((published / name).read_text().replace("<eos>", "</s>"))
     tokenize(published, "<bos> $A </s>")
     task = load_recipe("bge-en-icl").query_instruction
-    query = theirs(published, [f"<instruct>{task}\n<query>{text}\n<response>" for text in TEXTS])
-    document = theirs(published)
+    queries = [f"<instruct>{task}\n<query>{text}\n<response>" for text in TEXTS]
+    expected = {"": theirs(published), task: theirs(published, queries)}
+    pairs = []
     for name, row in (("with-end", "<bos> $A </s>"), ("without-end", "<bos> $A")):
         tokenize(published, row)
-        manifest = built("bge-en-icl", published, tmp_path / name)
-        assert np.abs(ours(tmp_path / name, manifest.query_instruction) - query).max() < 1e-5
-        assert np.abs(ours(tmp_path / name) - document).max() < 1e-5
+        built("bge-en-icl", published, folder / name)
+        pairs += [(ours(folder / name, given), vectors) for given, vectors in expected.items()]
+    return pairs
 
 
-def test_voyage_4_nano_has_its_linear_layer_among_the_decoder_s_tensors(tmp_path: Path) -> None:
-    """Its model is its own code: in the oracle the same layer stands behind pooling."""
-    published = publish(tmp_path, "qwen3", BOTH, "mean", False, (96,))
-    own = {"auto_map": {"AutoModel": "own.Qwen3BidirectionalModel"}, "use_bidirectional_attention": True}
-    tensors = {f"model.{name}": tensor for name, tensor in load_file(published / "model.safetensors").items()}
+def voyage(folder: Path) -> Pairs:
+    """The model is its own code: in the oracle its linear layer stands behind pooling."""
+    published = publish(folder, "qwen3", BOTH, "mean", False, (96,))
     layer = load_file(published / "2_Dense" / "model.safetensors")["linear.weight"]
     save_file({"linear.weight": layer, "linear.bias": torch.zeros(96)}, published / "2_Dense" / "model.safetensors")
-    query, document = (theirs(published, prompt_name=role) for role in ("query", "document"))
+    expected = [theirs(published, prompt_name=role) for role in (None, "document", "query")]
+    tensors = {f"model.{name}": tensor for name, tensor in load_file(published / "model.safetensors").items()}
     save_file({**tensors, "linear.weight": layer}, published / "model.safetensors")
     changed(published, "modules.json", lambda all_: [*all_[:2], {**all_[3], "idx": 2}])
+    own = {"auto_map": {"AutoModel": "own.Qwen3BidirectionalModel"}, "use_bidirectional_attention": True}
     changed(published, "config.json", lambda found: {**found, **own, "num_labels": 96, "is_causal": None})
-    with pytest.raises(BuildError, match=r"holds linear\.weight, .* a recipe's head_tensor may name a linear layer"):
-        built("voyage-4-nano", published, tmp_path / "encoder", head_tensor="")
-    with pytest.raises(BuildError, match=r"lacks linear\.wieght"):
-        built("voyage-4-nano", published, tmp_path / "encoder", head_tensor="linear.wieght")
-    manifest = built("voyage-4-nano", published, tmp_path / "encoder", widths=(32, 96))
+    manifest = built("voyage-4-nano", published, folder / "encoder", widths=(32, 96))
     assert (manifest.attention, manifest.width, manifest.widths) == ("bidirectional", 96, (32, 96))
-    assert np.abs(ours(tmp_path / "encoder", manifest.query_instruction) - query).max() < 1e-5
-    assert np.abs(ours(tmp_path / "encoder", manifest.document_instruction) - document).max() < 1e-5
+    prompts = ("", manifest.document_instruction, manifest.query_instruction)
+    return [(ours(folder / "encoder", prompt), vectors) for prompt, vectors in zip(prompts, expected, strict=True)]
+
+
+OTHERS: dict[str, Callable[[Path], Pairs]] = {"gritlm-7b": gritlm, "bge-en-icl": bge_en_icl, "voyage-4-nano": voyage}
+
+
+@pytest.mark.parametrize("case", [*LAYOUTS, *OTHERS])
+def test_vectors_of_a_recipe_are_those_of_sentence_transformers(tmp_path: Path, case: str) -> None:
+    pairs = vectors_of(case, tmp_path)
+    for mine, expected in pairs:
+        assert np.abs(mine - expected).max() < 1e-5
+    assert np.abs(pairs[0][1] - pairs[-1][1]).max() > 1e-3  # a control: the prompt counts
+
+
+def test_what_gritlm_leaves_out_is_counted_by_the_prompt(tmp_path: Path) -> None:
+    expected = gritlm(tmp_path)[-1][1]
+    built("gritlm-7b", tmp_path / "published", tmp_path / "by-text", span_count="text")
+    query = load_recipe("gritlm-7b").query_instruction
+    assert np.abs(ours(tmp_path / "by-text", query) - expected).max() > 1e-3
+
+
+def test_a_linear_layer_among_the_decoder_s_tensors_has_to_be_named_right(tmp_path: Path) -> None:
+    voyage(tmp_path)
+    for name, message in (
+        ("", r"holds linear\.weight, .* a recipe's head_tensor may name"),
+        ("linear.x", "lacks linear.x"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            built("voyage-4-nano", tmp_path / "published", tmp_path / "other", head_tensor=name)
 
 
 def test_a_recipe_that_leaves_the_description_to_files_needs_them(tmp_path: Path) -> None:
@@ -255,7 +284,7 @@ def test_a_recipe_that_leaves_the_description_to_files_needs_them(tmp_path: Path
 
 
 def test_every_recipe_that_is_not_llm2vec_s_is_compared_or_asks_for_what_one_that_is_asks_for() -> None:
-    compared = {case.split(",")[0] for case in LAYOUTS} | {"gritlm-7b", "bge-en-icl", "voyage-4-nano"}
+    compared = {case.split(",")[0] for case in (*LAYOUTS, *OTHERS)}
     assert compared | set(SAME) == {name for name, recipe in packaged_recipes().items() if not recipe.adapters}
     for name, kind in SAME.items():
         one, other = (load_recipe(found).model_copy(update={"base": ""}).fingerprint for found in (name, kind))
