@@ -273,7 +273,12 @@ def embed(
         str | None, option("stored as `id`; for files with one text each it is the path", "COLUMN")
     ] = None,
     carry: Annotated[_Texts, option("a column to store as it is; repeat it for each column", "COLUMN")] = None,
-    instruction: Annotated[str, option("instruction put before each text, but not pooled")] = "",
+    instruction: Annotated[
+        str | None, option("instruction put before each text, instead of the encoder's default prompt; '' for none")
+    ] = None,
+    input_type: Annotated[
+        str | None, option("query, document or a prompt's name: its instruction is put before each text", "NAME")
+    ] = None,
     dimensions: Annotated[int | None, option("cut vectors to this many dimensions, and normalise them again")] = None,
     overflow: Annotated[Overflow, option("what to do with a text that is too long")] = "error",
     embed_dtype: Annotated[EmbedDtype, option("number format of the stored vectors")] = "float32",

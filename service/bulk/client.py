@@ -131,6 +131,21 @@ class ServerClient:
         except (KeyError, TypeError, AttributeError) as error:
             raise ServiceError(f"{self.url} is not this service: its /v1/prompts has no prompts ({error})") from error
 
+    async def instruction(self, given: str | None, input_type: str | None) -> str:
+        """The instruction that the server puts before a text whose request says this, and nothing more if it is None.
+
+        Raises:
+            ServiceError: if the server can't be reached, or is no server of this kind, or has no such prompt.
+        """
+        if given is not None:
+            return given
+        body = orjson.dumps({"input": "a", **({"input_type": input_type} if input_type else {})})
+        _, found = await self._ask("POST", "/v1/prompts/preview", body)
+        try:
+            return str(found["data"][0]["instruction"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ServiceError(f"{self.url} is not this service: its preview has no instruction ({error})") from error
+
     async def embed(self, texts: Sequence[str], **fields: Any) -> Answer:
         """Vectors for texts; `fields` are further fields of the body of `POST /v1/embeddings`.
 

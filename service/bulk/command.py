@@ -45,7 +45,7 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
         source = vectors.source
         job = Job(
             source=source,
-            instruction=asked.instruction,
+            instruction=vectors.instruction,
             dimensions=asked.dimensions or source.width,
             overflow=asked.overflow,
             embed_dtype=asked.embed_dtype,
@@ -77,6 +77,8 @@ def embed(asked: Asked, progress: Progress) -> Manifest:
 
 
 def _refuse_contradictions(asked: Asked) -> None:
+    if asked.instruction is not None and asked.input_type:
+        raise JobError("--instruction and --input-type both say what stands before each text: give one of them")
     if asked.url and (given := [name for name in ("model", "device", "dtype") if getattr(asked, name)]):
         raise JobError(f"--{given[0]} is the server's own choice: leave it out, or leave out --url")
     for name in ("rows_per_shard", "concurrency"):
@@ -88,7 +90,7 @@ def _refuse_contradictions(asked: Asked) -> None:
 
 
 def _vectors(asked: Asked, progress: Progress) -> LocalVectors | ServerVectors:
-    wanted = Wanted(asked.instruction, asked.dimensions or 0, asked.overflow)
+    wanted = Wanted(asked.instruction, asked.input_type, asked.dimensions or 0, asked.overflow)
     if asked.url:
         configure_logs("warning")
         return asyncio.run(ServerVectors.reach(asked.url, wanted, asked.concurrency))

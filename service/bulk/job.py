@@ -46,7 +46,8 @@ class Asked:
     text_column: str = "text"
     id_column: str | None = None
     carry: Sequence[str] = ()
-    instruction: str = ""
+    instruction: str | None = None
+    input_type: str | None = None
     dimensions: int | None = None
     overflow: Overflow = "error"
     embed_dtype: EmbedDtype = "float32"

@@ -15,7 +15,7 @@ from service.bulk.pipeline import Embedded
 from service.device import watchdog
 from service.embedding.choices import Overflow
 from service.embedding.embedder import Embedder
-from service.embedding.instructions import Chosen
+from service.embedding.instructions import Asked, Chosen, load_instructions
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import DeviceLost, ServiceError
 from service.logs import log
@@ -32,9 +32,13 @@ _NO_LIMIT = 1 << 62
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to embed the texts; with `dimensions` 0 vectors are not cut."""
+    """How to embed the texts; with `dimensions` 0 vectors are not cut.
 
-    instruction: str = ""
+    `input_type` is a role, or a prompt's name. Without one and without an instruction, texts get the default prompt.
+    """
+
+    instruction: str | None = None
+    input_type: str | None = None
     dimensions: int = 0
     overflow: Overflow = "error"
 
@@ -52,6 +56,7 @@ class LocalVectors:
 
     prepared: Prepared
     wanted: Wanted
+    instruction: str  # before each text
     _embedder: Embedder = field(init=False)
 
     @classmethod
@@ -60,7 +65,7 @@ class LocalVectors:
 
         Raises:
             JobError: for several devices.
-            StartupError, ValueError: with a sentence that says what to change.
+            StartupError, InvalidRequest, ValueError: with a sentence that says what to change.
         """
         if settings.several_processes:
             raise JobError(
@@ -72,7 +77,9 @@ class LocalVectors:
         prepared = prepare(settings, progress)
         if settings.batch_tokens is None:
             prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a single batch
-        return cls(prepared, wanted)
+        names = {"input_type": wanted.input_type} if wanted.input_type else {}
+        chosen = load_instructions(settings, prepared.manifest).choose(Asked(wanted.instruction, names))
+        return cls(prepared, wanted, chosen.text)
 
     @property
     def source(self) -> VectorSource:
@@ -119,7 +126,7 @@ class LocalVectors:
     async def embed(self, texts: Sequence[str]) -> Embedded:
         """Embed the texts through the embedder, in the bulk lane."""
         wanted = self.wanted
-        chosen = Chosen(wanted.instruction, "request")
+        chosen = Chosen(self.instruction, "request")
         inputs = [EmbedInput(text, chosen) for text in texts]
         result = await self._embedder.embed(
             EmbedRequest(inputs, wanted.dimensions or None, overflow=wanted.overflow, lane="bulk", param="text")
@@ -133,6 +140,7 @@ class ServerVectors:
 
     url: str
     wanted: Wanted
+    instruction: str  # before each text
     source: VectorSource
     requests_at_once: int
     patience: Patience = PATIENCE
@@ -146,9 +154,12 @@ class ServerVectors:
 
         Raises:
             ServiceError: if the server can't be reached, or is no server of this kind.
+            InvalidRequest: if it has no such prompt.
         """
         async with ServerClient(url) as client:
-            return cls(url, wanted, await client.served_model(), requests_at_once, patience)
+            source = await client.served_model()
+            instruction = await client.instruction(wanted.instruction, wanted.input_type)
+            return cls(url, wanted, instruction, source, requests_at_once, patience)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -165,7 +176,7 @@ class ServerVectors:
         wanted = self.wanted
         answer = await self._client.embed(
             texts,
-            instruction=wanted.instruction,
+            instruction=self.instruction,
             dimensions=wanted.dimensions or None,
             overflow=wanted.overflow,
             priority="bulk",

@@ -37,14 +37,15 @@ class EmbedBatches:
         self,
         model: str = "demo",
         text_column: str = "text",
-        instruction: str = "",
+        instruction: str | None = None,
         dimensions: int | None = None,
         overflow: Overflow = "error",
         embed_dtype: EmbedDtype = "float32",
         on_error: OnError = "stop",
+        input_type: str | None = None,
         **settings: Any,
     ) -> None:
-        wanted = Wanted(instruction, dimensions or 0, overflow)
+        wanted = Wanted(instruction, input_type, dimensions or 0, overflow)
         given = load_settings({"model": model, "log_level": "warning", **settings})
         self._vectors = LocalVectors.prepare(given, wanted, lambda done, total: None)
         self._dimensions = dimensions or self._vectors.source.width

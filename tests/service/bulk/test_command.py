@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch
+from model_store.text.prompts import load_prompts
 from model_store.text.tokenizer import TextTokenizer
 from service.bulk.sources import LocalVectors, Wanted
 from service.cli import main
@@ -98,6 +99,7 @@ def embed(*arguments: object) -> int:
     [
         ([], "", None, "float32"),
         (["--instruction", INSTRUCTION, "--dimensions", "16", "--format", "safetensors"], INSTRUCTION, 16, "float32"),
+        (["--input-type", "query"], "Find:", None, "float32"),
         (["--embed-dtype", "float16"], "", None, "float16"),
         (["--embed-dtype", "ubinary", "--dimensions", "16"], "", 16, "ubinary"),
         (["--embed-dtype", "int8", "--format", "safetensors"], "", None, "int8"),
@@ -139,7 +141,8 @@ def test_a_server_gives_the_same_and_is_asked_with_its_key(
     path = write_texts(tmp_path / "a.jsonl", texts)
     here, there, cut = tmp_path / "here", tmp_path / "there", tmp_path / "cut"
     options = ["--instruction", INSTRUCTION, "--dimensions", "32", "--on-error", "skip"]
-    with ServerProcess(encoder, {"LLM2VEC_API_KEYS": "secret", "LLM2VEC_DTYPE": "float32"}) as server:
+    variables = {"LLM2VEC_API_KEYS": "secret", "LLM2VEC_DTYPE": "float32", "LLM2VEC_DEFAULT_INPUT_TYPE": "query"}
+    with ServerProcess(encoder, variables) as server:
         assert embed(path, "--url", server.base_url, "--out", there) == 1
         assert "answered 401 (" in (message := capsys.readouterr().err)
         assert f"set {KEY_VARIABLE} to a key of this server" in message
@@ -147,9 +150,16 @@ def test_a_server_gives_the_same_and_is_asked_with_its_key(
         assert embed(path, "--url", server.base_url, "--out", there, *options) == 0
         assert embed(path, "--url", server.base_url, "--out", cut, *options, "--overflow", "truncate") == 0
         assert "are meant to have" not in capsys.readouterr().err
+        plain, named = ["--out", tmp_path / "default", *options[2:]], ["--out", tmp_path / "named", *options[2:]]
+        assert embed(path, "--url", server.base_url, *plain) == 0
+        assert embed(path, "--url", server.base_url, *named, "--input-type", "sts") == 0
         assert embed(path, "--url", server.base_url, "--out", tmp_path / "24", *options, "--dimensions", "24") == 0
         assert "vectors of tiny are meant to have 16, 32, 64 dimensions, not 24" in capsys.readouterr().err
     assert embed(path, "--model", encoder, "--dtype", "float32", "--out", here, *options) == 0
+    jobs = [
+        json.loads((tmp_path / folder / "manifest.json").read_text())["job"] for folder in ("there", "default", "named")
+    ]
+    assert [job["instruction"] for job in jobs] == [INSTRUCTION, "Find:", load_prompts()["sts"].query]
     near, far = read_output(here), read_output(there)
     assert near.rows == far.rows == [0, 1, 2, 3, 4, 6, 7]
     np.testing.assert_allclose(near.vectors, far.vectors, atol=TOLERANCE)
@@ -260,6 +270,8 @@ def read_killed(folder: Path) -> list[dict[str, Any]]:
         (["a.txt", "--out", "out", "--model", "tiny", "--device", "cuda:0,cuda:1"], "a job has one device"),
         (["a.txt", "--out", "out", "--model", "tiny", "--dimensions", "65"], "--dimensions is 65: tiny has 1 to 64"),
         (["a.txt", "--out", "out", "--rows-per-shard", "0"], "--rows-per-shard is 0: at least 1"),
+        (["a.txt", "--out", "out", "--model", "tiny", "--input-type", "no"], "there is no input_type 'no': use one of"),
+        (["a.txt", "--out", "out", "--input-type", "sts", "--instruction", "x"], "both say what stands before each"),
         (["here", "--out", "here/out"], "here/out is in here, whose files are to be embedded"),
         (["b.txt", "--out", "out"], "b.txt is not there"),
         (["a.txt", "--out", "out", "--model", "nowhere"], "nowhere"),
