@@ -2,6 +2,17 @@
 
 import sys
 
-from service.cli import main
+from service.device.torch_environment import start_again_with_huge_pages
 
-sys.exit(main())
+
+def run() -> None:
+    """The program."""
+    start_again_with_huge_pages()
+
+    from service.cli import main
+
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

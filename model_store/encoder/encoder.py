@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 # T packed tokens, B texts, V vectors, D width of the decoder, W width of a vector
 
-# A smaller batch gets a text of filler. Below about 12 rows an AMD CPU's float32 matrix products take another path, and
-# a short text alone would get other last bits (docs/fidelity.md). And a compiled layer must never see a single row.
-LEAST_TOKENS = 16
+# A smaller batch gets a text of filler. Below 12 rows an AMD CPU's float32 matrix products take another path, and a
+# short text alone would get other last bits (docs/fidelity.md). And a compiled layer must never see a single row. More
+# filler than that would cost a lone query time.
+LEAST_TOKENS = 12
 
 # With a longest text of 1 the attention kernels assume decoding; a number above the true length costs nothing.
 _LEAST_LONGEST = 8

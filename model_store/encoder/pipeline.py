@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model_store.encoder.encoder import LEAST_TOKENS, Encoder
+from model_store.encoder.encoder import Encoder
 from model_store.encoder.packing import PackedBatch, in_one_piece, pieces_of, to_device, widest_first
 from model_store.encoder.pooling import Wanted, shorten_and_normalize
 from model_store.text.tokenizer import TokenizedText
@@ -25,6 +25,7 @@ from model_store.text.tokenizer import TokenizedText
 
 # The forward pass is captured for token counts at least _GRAPH_STEP apart, and at least 1/_GRAPH_SHARE of the next
 # power of two apart. So filler is at most 1/16 of a batch's tokens, or seven tokens where tokens cost no time.
+_LEAST_GRAPH = 16
 _GRAPH_STEP = 8
 _GRAPH_SHARE = 32
 
@@ -36,7 +37,7 @@ _MOST_TEXTS = 64
 
 def graph_sizes(most: int) -> list[int]:
     """The token counts up to `most` for which the forward pass is captured, the smallest first."""
-    sizes = [LEAST_TOKENS]
+    sizes = [_LEAST_GRAPH]
     while sizes[-1] < most:
         octave = 1 << (sizes[-1].bit_length())  # the power of two above
         sizes.append(sizes[-1] + max(octave // _GRAPH_SHARE, _GRAPH_STEP))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,33 @@ def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     found = told(monkeypatch, tmp_path, 1, **own)
     assert own.items() <= found.items()
     assert "PYTORCH_ALLOC_CONF" not in found
+
+
+# Fills 64 MB, and says in which kind of pages they are.
+_MEMORY = """
+import json, os, sys
+from service.device.torch_environment import start_again_with_huge_pages
+start_again_with_huge_pages()
+memory = bytearray(b"x") * (64 << 20)
+rollup = dict(line.split()[:2] for line in open("/proc/self/smaps_rollup") if "kB" in line)
+json.dump([os.environ["GLIBC_TUNABLES"], sys.argv[1:], int(rollup["AnonHugePages:"])], sys.stdout)
+"""
+
+
+def started(**variables: str) -> tuple[str, list[str], int]:
+    without = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", _MEMORY, "one", "two words"]
+    done = subprocess.run(command, env=without | variables, capture_output=True, text=True, check=True)
+    tunables, arguments, kilobytes = json.loads(done.stdout)
+    return tunables, arguments, kilobytes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="huge pages by the environment are glibc's")
+def test_a_program_starts_again_with_huge_pages_unless_its_user_says_otherwise() -> None:
+    tunables, arguments, kilobytes = started()
+    assert (tunables, arguments) == ("glibc.malloc.hugetlb=1", ["one", "two words"])
+    may = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if platform.libc_ver()[1] >= "2.35" and may.exists() and "[never]" not in may.read_text():
+        assert kilobytes >= 32 << 10
+    own = "glibc.malloc.hugetlb=0"
+    assert started(GLIBC_TUNABLES=own)[0] == own
