@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-products bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-products bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory trace peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -89,6 +89,10 @@ bench-mixed: install
 
 bench-overload: install
 	$(BIN)/python -m bench.overload $(SAVE)
+
+# Draws build/trace.png; MODEL=DIR for an encoder of your own.
+trace: install
+	$(BIN)/python -m bench.trace $(if $(MODEL),--model $(MODEL)) $(SAVE)
 
 # Ten minutes; see tests/faults/soak.py.
 soak: install
