@@ -56,8 +56,9 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
     """
     set_torch_defaults(settings.models_dir)
     from model_store.encoder.devices import choose_device, choose_dtype  # torch, from here on
-    from service.device.worker import EncoderWorker
+    from service.device.worker import EncoderWorker, leave_cores_to_device_thread
 
+    leave_cores_to_device_thread()
     device = choose_device(settings.device)
     folder, manifest = prepare_store(settings, progress)
     manifest = as_served(manifest, settings)

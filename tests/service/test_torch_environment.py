@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.device.torch_environment import set_torch_defaults
+from tests.tiny import save_base
 
 NAMES = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -78,3 +79,37 @@ def test_a_program_starts_again_with_huge_pages_unless_its_user_says_otherwise()
         assert kilobytes >= 32 << 10
     own = "glibc.malloc.hugetlb=0"
     assert started(GLIBC_TUNABLES=own)[0] == own
+
+
+# Builds and loads an encoder, and says how many cores the threads compute on, and how many threads a product adds here.
+_CORES = """
+import asyncio, json, os, sys
+import torch
+from service.bulk.sources import LocalVectors, Wanted
+from service.settings import load_settings
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+async def main():
+    vectors = LocalVectors.prepare(load_settings({"model": sys.argv[1], "compile": "off"}), Wanted(), lambda *_: None)
+    async with vectors.running():
+        on_device = vectors.prepared.backend._worker._device_thread.submit(torch.get_num_threads).result()
+        before = threads()
+        torch.ones(1024, 1024) @ torch.ones(1024, 1024)
+        json.dump([on_device, torch.get_num_threads(), threads() - before], sys.stdout)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are counted on Linux")
+def test_only_the_device_thread_computes_on_several_cores(tmp_path: Path) -> None:
+    """The encoder is built in the same process, which computes too."""
+    save_base(tmp_path / "base")
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(f'base = "{tmp_path / "base"}"\ndtype = "float32"\n')
+    variables = {"OMP_NUM_THREADS": "2", "LLM2VEC_MODELS_DIR": str(tmp_path / "models"), "LLM2VEC_DEVICE": "cpu"}
+    command = [sys.executable, "-c", _CORES, str(recipe)]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [2, 1, 0]
