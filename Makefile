@@ -144,7 +144,7 @@ bench-quantization: install
 bench-build-memory: install
 	$(BIN)/python -m bench.build_memory $(SAVE)
 
-# The environments of the servers that bench-cpu compares with, where they are installed: some minutes, some gigabytes.
+# The environments of what bench-cpu compares with, where they are installed: some minutes, some gigabytes.
 peers:
 	bench/make_peers.sh
 

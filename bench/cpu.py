@@ -2,8 +2,9 @@
 
     python -m bench.cpu [--model DIR|RECIPE] [--texts 96] [--rounds 3] [--only NAME …] [--save]
 
-A machine whose speed drifts is the same for all in a round; what counts are the ratios. Whoever is not being measured
-is stopped, as the threads of some go on spinning after their last request. Measured are
+A machine whose speed drifts is the same for all in a round; what counts are the ratios. The machine's own rates are
+measured before and after. A server that is not being measured is stopped, as the threads of some go on spinning after
+their last request. Measured are
 
     projections    the encoder with query, key and value as one product against three, by tokens of a batch
     encoder        packed batches one after another, in this process, and its share of the machine's rate at large
@@ -11,6 +12,8 @@ is stopped, as the threads of some go on spinning after their last request. Meas
     lone           short texts one at a time: the bare forward pass, and a request to the server for the same texts
     server         `llm2vec-service serve` asked by 1, 16 and 64 clients, for short, mixed and long texts, and in bulk
     vllm, infinity the same requests to the servers that bench/make_peers.sh has installed, where it has
+    openvino       the encoder's rows in OpenVINO in bfloat16, if it is installed there: padded, batch 32, sorted by
+                   length. Every shape is run once before, as OpenVINO prepares each anew
     padded_sorted  sentence-transformers, batch 32, which sorts by length
     padded         sentence-transformers, batch 32, in the order the texts come
 """
@@ -29,7 +32,7 @@ import numpy as np
 import torch
 
 from bench.client import Answers, ask, percentiles, requests_of
-from bench.peers import MODEL, available_peers, start_peer
+from bench.peers import MODEL, OpenVino, available_peers, start_openvino, start_peer
 from bench.report import finish, options_of, ratio, seconds_of, tell
 from bench.server import Server, serving, stored
 from bench.texts import mixed_texts, packed_batches, tokenized
@@ -56,6 +59,9 @@ _CASES = {
 }
 _FIRST_CASE = "mixed, 16 clients"
 
+# Sets of texts of one kind, which the encoder and OpenVINO run once.
+_ONE_KIND = ("short", "long")
+
 # A client's last request leaves the others alone on the device: several times the texts make that end short.
 _REPEATS = 3
 
@@ -76,29 +82,29 @@ def main() -> None:
 
     folder, manifest = stored(options.model)
     encoder = load_encoder(folder)
+    machine_rates = {"before": current_rates(encoder)}
     texts = text_sets(options.texts)
     rows = {name: tokenized(some, folder) for name, some in texts.items()}
     tokens = {name: sum(map(len, some)) for name, some in rows.items()}
     merged = against_apart(folder, encoder, rows["mixed"])
     tell("merged projections", merged)
-    runs: dict[str, Callable[[], float]] = {"encoder": lambda: encoder_rate(encoder, rows["mixed"])}
     with ExitStack() as stack:
         servers = {"server": stack.enter_context(serving(folder, {}))}
-        servers |= {name: stack.enter_context(start_peer(name, folder)) for name in others if name in peers}
+        started = [name for name in others if name in peers and name != "openvino"]
+        servers |= {name: stack.enter_context(start_peer(name, folder)) for name in started}
         over_http = OverHttp(folder, manifest, texts, servers)
+        openvino = stack.enter_context(start_openvino(folder)) if "openvino" in others else None
+        alike = lowest_cosines(encoder, rows, openvino) if openvino else {}
+        in_process = {"encoder": partial(encoder_rate, encoder)}
+        in_process |= {"openvino": partial(openvino_rate, openvino)} if openvino else {}
+        runs: dict[str, Callable[[], float]] = {name: partial(run, rows["mixed"]) for name, run in in_process.items()}
         runs |= {name: partial(over_http.rate, name, _FIRST_CASE) for name in servers}
         runs |= padded_runs(folder, encoder, texts["mixed"], tokens["mixed"], others)
         for name in servers:
             over_http.ask(name, texts["mixed"][:16], 4)  # the first batches are not typical
         encoder_rate(encoder, rows["mixed"][:16])
-        rates: dict[str, list[float]] = {name: [] for name in runs}
-        gemm: list[float] = []
-        for number in range(options.rounds):
-            gemm.append(gemm_flops_per_second(encoder.device, encoder.dtype))
-            for name, run in runs.items():
-                rates[name].append(run())
-                tell(name, {"round": number + 1, "tokens_per_second": round(rates[name][-1])})
-        alone = lone(encoder, rows["short"], texts["short"], over_http)
+        rates, gemm = in_rounds(options.rounds, runs, encoder)
+        alone = lone(encoder, rows["short"], texts["short"], over_http, openvino)
         tell("lone", alone)
         over_http.other_cases()
         result = {
@@ -108,11 +114,39 @@ def main() -> None:
             "tokens": tokens,
             "merged projections": merged,
             "lone": alone,
-            **{f"encoder, {kind}": round(encoder_rate(encoder, rows[kind])) for kind in ("short", "long")},
+            **{f"{name}, {kind}": round(run(rows[kind])) for name, run in in_process.items() for kind in _ONE_KIND},
+            "openvino's lowest cosine to the encoder": alike,
             "peak_memory_gb": {"server": peak_memory_gb(servers["server"].process.pid)},
         }
+    machine_rates["after"] = current_rates(encoder)
     compared = comparison(encoder, rows["mixed"], rates, gemm)
-    finish("cpu", {**result, **compared, **over_http.figures()}, options.save)
+    finish("cpu", {"machine_rates": machine_rates, **result, **compared, **over_http.figures()}, options.save)
+
+
+def current_rates(encoder: Encoder) -> dict[str, float]:
+    """What the machine does at this moment at most: a large product in the encoder's dtype, and memory that is read."""
+    memory = torch.ones(1 << 27)  # 0.5 GB, of which caches hold little
+    seconds = min(seconds_of(memory.sum) for _ in range(5))
+    rates = {
+        "gemm_gflops": round(gemm_flops_per_second(encoder.device, encoder.dtype) / 1e9),
+        "memory_read_gb_per_second": round(memory.nbytes / seconds / 1e9, 1),
+    }
+    tell("machine", rates)
+    return rates
+
+
+def in_rounds(
+    rounds: int, runs: Mapping[str, Callable[[], float]], encoder: Encoder
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Tokens a second of each in each round, and the rate at large matrix products at each round's beginning."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    gemm: list[float] = []
+    for number in range(rounds):
+        gemm.append(gemm_flops_per_second(encoder.device, encoder.dtype))
+        for name, run in runs.items():
+            rates[name].append(run())
+            tell(name, {"round": number + 1, "tokens_per_second": round(rates[name][-1])})
+    return rates, gemm
 
 
 class OverHttp:
@@ -180,6 +214,25 @@ def encoder_rate(encoder: Encoder, rows: Sequence[TokenizedText]) -> float:
     return sum(map(len, rows)) / seconds
 
 
+def openvino_rate(openvino: OpenVino, rows: Sequence[TokenizedText]) -> float:
+    """Tokens a second of OpenVINO alone."""
+    seconds, _ = openvino.encode(rows)
+    return sum(map(len, rows)) / seconds
+
+
+def lowest_cosines(
+    encoder: Encoder, rows: Mapping[str, Sequence[TokenizedText]], openvino: OpenVino
+) -> dict[str, float]:
+    """Of OpenVINO's vectors to the encoder's, by set of texts. OpenVINO then has run batches of every shape."""
+    found = {}
+    for kind, some in rows.items():
+        vectors = torch.cat([encoder.encode(batch) for batch in pack(some, encoder.manifest.pooling)])
+        cosines = torch.cosine_similarity(vectors, torch.from_numpy(openvino.encode(some)[1]))
+        found[kind] = round(cosines.min().item(), 4)
+    tell("openvino", {"lowest cosine to the encoder": found})
+    return found
+
+
 def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText]) -> dict[str, Any]:
     """Time with merged projections as a share of the time with three, and whether the vectors have the same bits."""
     apart = Encoder.load(folder)
@@ -202,17 +255,23 @@ def against_apart(folder: Path, encoder: Encoder, rows: Sequence[TokenizedText])
 
 
 def lone(
-    encoder: Encoder, rows: Sequence[TokenizedText], texts: Sequence[str], over_http: OverHttp
+    encoder: Encoder,
+    rows: Sequence[TokenizedText],
+    texts: Sequence[str],
+    over_http: OverHttp,
+    openvino: OpenVino | None,
 ) -> dict[str, float]:
-    """Milliseconds (p50) of short texts one at a time: the bare forward pass and the server, by turns."""
-    bare, asked = [], []
+    """Milliseconds (p50) of short texts one at a time: the bare forward pass, the server and OpenVINO, by turns."""
+    bare, asked, others = [], [], []
     for row, text in zip(rows, texts, strict=True):
         encode = partial(encoder.encode, PackedBatch.pack([row], encoder.manifest.pooling))
         encode()  # pays for what the other process left in the caches, as the first request does
         bare.append(seconds_of(encode))
         asked += over_http.ask("server", ["again: " + text, text], 1).latencies[1:]
+        others += [openvino.encode([row])[0] for _ in range(2)][1:] if openvino else []
     forward, request = (1000 * median(values) for values in (bare, asked))
-    return {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
+    found = {"forward_ms": round(forward, 1), "request_ms": round(request, 1), "ratio": round(request / forward, 2)}
+    return found | ({"openvino_forward_ms": round(1000 * median(others), 1)} if openvino else {})
 
 
 def comparison(

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Make the environments of the servers that bench/peers.py starts: build/peers/vllm and build/peers/infinity.
+# Make the environments of what bench/peers.py starts: build/peers/vllm, build/peers/infinity and build/peers/openvino.
 # One that is already there is left alone; to renew it, remove its folder first. PYTHON: a Python 3.11, python3 by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-for peer in vllm infinity; do
+for peer in vllm infinity openvino; do
   environment=build/peers/$peer
   pins=bench/peer_pins/$peer.txt
   if [[ -f $environment/.installed ]]; then

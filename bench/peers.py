@@ -1,8 +1,8 @@
-"""Other embedding servers, started as their users would and asked over HTTP like ours.
+"""Other embedding servers, started as their users would and asked over HTTP like ours, and OpenVINO without a server.
 
 Each runs in an environment of its own, made by bench/make_peers.sh. They read the stored encoder's own weights in
-bfloat16, attend in both directions as it does and pool the mean, though over BOS too: the same work, and vectors that
-are alike.
+bfloat16, attend in both directions as it does and pool the mean, though the servers pool BOS too: the same work, and
+vectors that are alike.
 """
 
 from __future__ import annotations
@@ -10,14 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bench.server import Server, free_port, running
+from model_store.text.tokenizer import TokenizedText
 
-ENVIRONMENTS = Path(__file__).parents[1] / "build" / "peers"
+_ROOT = Path(__file__).parents[1]
+ENVIRONMENTS = _ROOT / "build" / "peers"
 MODEL = "encoder"
 MAX_LENGTH = 2048  # tokens: more than any text in bench/texts.py has
 
@@ -30,6 +37,7 @@ _COMMANDS = {
 }
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
     "INFINITY_ANONYMOUS_USAGE_STATS": "0",
     # Left to itself vLLM keeps one core free for its scheduler, which is half of a machine with two.
@@ -41,7 +49,7 @@ _ENVIRONMENT = {
 
 def available_peers() -> list[str]:
     """The peers whose environments bench/make_peers.sh has made here."""
-    return [name for name in _COMMANDS if (ENVIRONMENTS / name / ".installed").is_file()]
+    return [name for name in (*_COMMANDS, "openvino") if (ENVIRONMENTS / name / ".installed").is_file()]
 
 
 @contextmanager
@@ -54,6 +62,39 @@ def start_peer(name: str, model: Path) -> Iterator[Server]:
         environment = {"TMPDIR": scratch, "XDG_CACHE_HOME": scratch, **_ENVIRONMENT}
         with running(command, port, environment, "/health", Path(scratch)) as server:
             yield server
+
+
+class OpenVino:
+    """The process of bench/openvino_peer.py, by the pipes from and to it."""
+
+    def __init__(self, given: IO[str], answers: IO[str]) -> None:
+        self._given, self._answers = given, answers
+        self._answer()  # it is ready
+
+    def encode(self, rows: Sequence[TokenizedText]) -> tuple[float, NDArray[np.float32]]:
+        """The seconds that it took, without those in the pipes, and the unit vectors."""
+        self._given.write(json.dumps([(row.token_ids, row.span_start) for row in rows]) + "\n")
+        self._given.flush()
+        answer = json.loads(self._answer())
+        return answer["seconds"], np.array(answer["vectors"], dtype=np.float32)
+
+    def _answer(self) -> str:
+        if not (line := self._answers.readline()):
+            raise RuntimeError("bench.openvino_peer has ended; what it wrote last says why")
+        return line
+
+
+@contextmanager
+def start_openvino(model: Path) -> Iterator[OpenVino]:
+    """OpenVINO with this stored encoder, ready, until the block is left."""
+    python = str(ENVIRONMENTS / "openvino" / "bin" / "python")
+    command = [python, "-W", "ignore", "-m", "bench.openvino_peer", str(model.resolve())]
+    environment = {**os.environ, **_ENVIRONMENT, "TRANSFORMERS_VERBOSITY": "error"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=_ROOT, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        yield OpenVino(process.stdin, process.stdout)
 
 
 def _write_for_peers(model: Path, folder: Path) -> Path:
