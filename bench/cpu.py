@@ -12,8 +12,8 @@ their last request. Measured are
     lone           short texts one at a time: the bare forward pass, and a request to the server for the same texts
     server         `llm2vec-service serve` asked by 1, 16 and 64 clients, for short, mixed and long texts, and in bulk
     vllm, infinity the same requests to the servers that bench/make_peers.sh has installed, where it has
-    openvino       the encoder's rows in OpenVINO in bfloat16, if it is installed there: padded, batch 32, sorted by
-                   length. Every shape is run once before, as OpenVINO prepares each anew
+    openvino       the encoder's rows in OpenVINO in bfloat16, if it is installed there: sorted by length and padded to
+                   batches of 512 tokens, its best. Every shape is run once before, as OpenVINO prepares each anew
     padded_sorted  sentence-transformers, batch 32, which sorts by length
     padded         sentence-transformers, batch 32, in the order the texts come
 """
