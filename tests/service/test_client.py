@@ -41,6 +41,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/v1/prompts/preview":
+            self.answer(200, {"data": [{"instruction": ""}]})
+            return
         self.server.requests.append((dict(self.headers), body))
         trouble = self.server.next_trouble()
         if trouble:
@@ -101,8 +104,10 @@ def scripted(*troubles: Trouble | None, then: Trouble | None = None) -> Iterator
 
     with Scripted(script()) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.shutdown()
+        try:
+            yield server
+        finally:  # else its thread would poll a closed socket without a pause, to the end of the tests
+            server.shutdown()
 
 
 def error(status: int, code: str = "", headers: dict[str, str] | None = None) -> Trouble:
