@@ -16,6 +16,7 @@ from model_store.build.description import TRAINED_FILE
 from model_store.evaluation.local import LocalEncoder, each_stage
 from model_store.pooling_modes import PoolingMode, token_weights
 from model_store.recipe import Recipe, recipe_from
+from tests.cpus import SAME_BITS
 from tests.tiny import (
     FAMILIES,
     WINDOW,
@@ -66,7 +67,7 @@ def stages(recipe: Recipe) -> Iterator[tuple[str, LocalEncoder]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_causal_stage_is_transformers_own_padded_causal_forward(tmp_path: Path, family: str) -> None:
-    """Closer than the rounding of an approximation: the base with all its windows, and nothing merged."""
+    """The base with all its windows, and nothing merged."""
     model = save_base(tmp_path / "base", family)
     save_adapter(tmp_path / "adapter", tiny_model(family), 1)
     recipe = recipe_from("tiny", base=str(tmp_path / "base"), adapters=(str(tmp_path / "adapter"),), dtype="float32")
@@ -75,7 +76,7 @@ def test_the_causal_stage_is_transformers_own_padded_causal_forward(tmp_path: Pa
     rows = causal.tokenizer.encode_batch(TEXTS, [""] * len(TEXTS))
     model.model.config.is_causal = True
     padded = normalized(padded_vectors(model.model, rows)).numpy()
-    assert abs(causal.embed(TEXTS)["mean"] - padded).max() < 3e-7
+    assert abs(causal.embed(TEXTS)["mean"] - padded).max() < (3e-7 if SAME_BITS else 1e-5)
     assert abs(both.embed(TEXTS)["mean"] - padded).max() > 1e-3  # a control: the direction counts
 
 
