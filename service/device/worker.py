@@ -72,7 +72,7 @@ def leave_cores_to_device_thread() -> None:
     """Let torch use one core in this thread, and in those to come but for the device thread.
 
     OpenMP keeps threads for every thread that has ever computed on several cores. When they outnumber the cores, they
-    sleep after each operation: a lone query took 1.25 to 1.45 times as long after one product on another thread.
+    sleep after each operation: a lone query took 1.25 to 1.4 times as long after one product on another thread.
     """
     torch.set_num_threads(1)
 
