@@ -117,10 +117,10 @@ class Settings(BaseSettings):
         description="arithmetic: auto is bfloat16 on GPUs of compute capability 8.0 and later and on CPUs with bf16 "
         "instructions; on older GPUs float16 for the families whose numbers fit into it; else float32",
     )
-    quantization: Literal["none", "fp8"] = Field(
+    quantization: Literal["none", "fp8", "int8"] = Field(
         "none",
-        description="fp8: linear layers in 8 bits, on GPUs of compute capability 8.9 and later; vectors change a "
-        "little and get an embedding space of their own",
+        description="linear layers in 8 bits: fp8 on GPUs of compute capability 8.9 and later, int8 on CPUs with VNNI "
+        "or AMX; vectors change a little and get an embedding space of their own",
     )
     equal_bits: bool = Field(
         False,

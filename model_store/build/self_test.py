@@ -18,6 +18,7 @@ from transformers import AutoModel
 from model_store.encoder.attention import AttentionError, newer_flash
 from model_store.encoder.devices import DeviceError
 from model_store.encoder.encoder import Encoder
+from model_store.encoder.int8 import calibrating
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pipeline import Pipeline
 from model_store.encoder.pooling import Wanted
@@ -59,6 +60,8 @@ class SelfTestError(UserError):
 def write_self_test(folder: Path, as_published: Path | None = None) -> None:
     """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
 
+    The same texts are int8's calibration, which is stored too.
+
     It runs on the GPU if there is one with room for the encoder that computes in its dtype, else on the CPU.
 
     With `as_published`, the folder of a checkpoint that is an encoder already, the same tokens also go through what
@@ -68,7 +71,8 @@ def write_self_test(folder: Path, as_published: Path | None = None) -> None:
         SelfTestError: if packed attention does not agree with transformers' own forward for this model.
     """
     encoder, rows = _load(folder)
-    vectors = _packed_vectors(encoder, rows)
+    with calibrating(encoder.model, folder):
+        vectors = _packed_vectors(encoder, rows)
     own = _padded_vectors(encoder, rows)
     _refuse_other_opinion(vectors, own, "transformers' own", encoder)
     if as_published:

@@ -49,10 +49,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.block = block
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        number = next(_numbers)
-        self._weight = _weights[number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
-        # A tensor, not an int: torch.compile would make a graph for each int.
-        self.register_buffer("number", torch.tensor(number), persistent=False)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+        self.register_buffer("number", keep(self._weight), persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +76,21 @@ class PackedGatedMlp(nn.Module):
         return self.down(inner)  # type: ignore[no-any-return]
 
 
+def keep(weight: Tensor) -> Tensor:
+    """A number by which `kept` finds a packed weight for as long as the weight lives.
+
+    It is a tensor: torch.compile would make a graph for each int.
+    """
+    number = next(_numbers)
+    _weights[number] = weight
+    return torch.tensor(number)
+
+
+def kept(number: Tensor) -> Tensor:
+    """The packed weight of that number."""
+    return _weights[int(number)]
+
+
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether this device multiplies packed weights of this dtype, and is faster with them."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -91,8 +104,9 @@ def pack_linears(model: Any, block: int = 0) -> None:
     With a `block`, products are taken over so many rows at a time.
     """
     activation = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
+    parts = ("gate_proj", "up_proj", "down_proj")
     for layer in model.layers:
-        if activation in _ACTIVATIONS and all(hasattr(layer.mlp, name) for name in ("gate_proj", "up_proj")):
+        if activation in _ACTIVATIONS and all(isinstance(getattr(layer.mlp, name, None), nn.Linear) for name in parts):
             layer.mlp = PackedGatedMlp(layer.mlp, activation, block)
         linears = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
         for name in linears:
@@ -102,7 +116,7 @@ def pack_linears(model: Any, block: int = 0) -> None:
 @torch.library.custom_op("llm2vec::packed_linear", mutates_args=())
 def _linear(x: Tensor, number: Tensor, bias: Tensor | None, outputs: int, block: int) -> Tensor:
     def product(rows: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(rows, _weights[int(number)], bias, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(rows, kept(number), bias, "none", [], "")  # type: ignore[no-any-return]
 
     return by_blocks(product, x, block)
 
@@ -123,8 +137,8 @@ def _gated(
     pointwise = torch.ops.mkldnn._linear_pointwise
 
     def product(rows: Tensor) -> Tensor:
-        gated = pointwise(rows, _weights[int(gate)], gate_bias, activation, [], algorithm)
-        return pointwise.binary(rows, gated, _weights[int(up)], up_bias, "mul")  # type: ignore[no-any-return]
+        gated = pointwise(rows, kept(gate), gate_bias, activation, [], algorithm)
+        return pointwise.binary(rows, gated, kept(up), up_bias, "mul")  # type: ignore[no-any-return]
 
     return by_blocks(product, x, block)
 

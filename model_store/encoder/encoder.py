@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,10 +17,11 @@ from model_store.encoder.attention import Kernel, choose_kernel, implementation_
 from model_store.encoder.cpu_linear import ROW_BLOCK, can_pack, pack_linears
 from model_store.encoder.devices import DeviceError, Dtype, choose_device, choose_dtype
 from model_store.encoder.head import Head
+from model_store.encoder.int8 import quantize_int8, read_calibration
 from model_store.encoder.merged_linear import merge_projections
 from model_store.encoder.packing import PackedBatch, to_device
 from model_store.encoder.pooling import pool
-from model_store.encoder.quantization import Quantization, quantize
+from model_store.encoder.quantization import Quantization, quantize_fp8
 from model_store.rope import fix_frequencies
 
 if TYPE_CHECKING:
@@ -82,7 +84,8 @@ class Encoder:
             attn_implementation="eager",
             device_map=on if on.type == "cuda" and quantization == "none" else None,
         )
-        return cls.of(model, manifest, on, attention, quantization, Head.read(folder))
+        largest_inputs = read_calibration(folder) if quantization == "int8" else {}
+        return cls.of(model, manifest, on, attention, quantization, Head.read(folder), largest_inputs)
 
     @classmethod
     def of(
@@ -93,8 +96,11 @@ class Encoder:
         attention: Kernel | Literal["auto"] = "auto",
         quantization: Quantization = "none",
         head: Head | None = None,
+        largest_inputs: Mapping[str, Tensor] | None = None,
     ) -> Encoder:
         """An encoder of a bare decoder in memory; the decoder is changed in place and moved to the device.
+
+        int8 goes by the `largest_inputs` of a calibration.
 
         Raises:
             AttentionError, RopeError, QuantizationError: as `load` does.
@@ -106,8 +112,11 @@ class Encoder:
         fix_frequencies(model, manifest.max_positions)
         # On a CPU gate and up stay apart: with packed weights (cpu_linear) the products apply the activation, and one
         # product for both took 6 to 21 % longer (AMD EPYC with AVX-512-bf16, 16 to 1024 tokens).
-        merge_projections(model, device, gated=device.type == "cuda")
-        quantize(model, quantization, device)
+        merge_projections(model, device, gated=device.type == "cuda" or quantization == "int8")
+        if quantization == "fp8":
+            quantize_fp8(model, device)
+        elif quantization == "int8":
+            quantize_int8(model, device, largest_inputs or {})
         model.eval().requires_grad_(False).to(device)
         return cls(model, manifest, device, dtype, kernel, head and head.to(device))
 

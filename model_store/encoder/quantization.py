@@ -20,7 +20,7 @@ from model_store.errors import UserError
 
 # T packed tokens, K inputs and N outputs of a layer
 
-Quantization = Literal["none", "fp8"]
+Quantization = Literal["none", "fp8", "int8"]
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max  # 448
@@ -28,7 +28,7 @@ _LARGEST = torch.finfo(_FP8).max  # 448
 # The kernel needs multiples of this as numbers of inputs and outputs.
 _MULTIPLE = 16
 
-_WAY_OUT = "set LLM2VEC_QUANTIZATION=none"
+WAY_OUT = "set LLM2VEC_QUANTIZATION=none"
 
 
 class QuantizationError(UserError):
@@ -81,7 +81,7 @@ class Fp8Linear(nn.Module):
 
 
 class EmulatedFp8Linear(Fp8Linear):
-    """The slow twin, for tests and benchmarks on any device; `quantize` never makes one."""
+    """The slow twin, for tests and benchmarks on any device; `quantize_fp8` never makes one."""
 
     def product(self, x8: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The same numbers multiplied in `dtype`: every float8 e4m3 value is exact in bfloat16 and in float32."""
@@ -100,7 +100,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(_FP8), scale
 
 
-def quantize(model: Any, kind: Quantization, device: torch.device) -> None:
+def quantize_fp8(model: Any, device: torch.device) -> None:
     """Replace the linear layers of `model`, a bare decoder, by quantised ones on `device`; the rest stays as it is.
 
     Call this before the model goes to the device: then at most one large weight is on the device at a time.
@@ -108,21 +108,19 @@ def quantize(model: Any, kind: Quantization, device: torch.device) -> None:
     Raises:
         QuantizationError: if the device, the model's dtype or a layer's size does not allow it.
     """
-    if kind == "none":
-        return
     _require_kernel(device)
-    for name, linear in _linears(model).items():
+    for name, linear in linears_of(model).items():
         _require_sizes(name, linear)
         if linear.weight.dtype != torch.bfloat16:
             dtype = str(linear.weight.dtype).removeprefix("torch.")
             raise QuantizationError(
-                f"fp8 layers give bfloat16, but the encoder is {dtype}: set LLM2VEC_DTYPE=bfloat16, or {_WAY_OUT}"
+                f"fp8 layers give bfloat16, but the encoder is {dtype}: set LLM2VEC_DTYPE=bfloat16, or {WAY_OUT}"
             )
     replace_linears(model, lambda linear: Fp8Linear(linear, device))
 
 
 def emulate_fp8(model: Any) -> None:
-    """Do as `quantize` with the slow twin, on the model's own device: for tests and benchmarks only."""
+    """Do as `quantize_fp8` with the slow twin, on the model's own device: for tests and benchmarks only."""
     replace_linears(model, lambda linear: EmulatedFp8Linear(linear, linear.weight.device))
 
 
@@ -131,11 +129,11 @@ def replace_linears(model: Any, make: Callable[[nn.Linear], nn.Module], within: 
 
     Only layers whose names contain `within`, such as ".mlp.", are replaced.
     """
-    for name in [name for name in _linears(model) if within in name]:
+    for name in [name for name in linears_of(model) if within in name]:
         model.set_submodule(name, make(model.get_submodule(name)))
 
 
-def _linears(model: Any) -> dict[str, nn.Linear]:
+def linears_of(model: Any) -> dict[str, nn.Linear]:
     """The linear layers inside the decoder's layers, by name: not the embedding table, and no norm."""
     modules = model.layers.named_modules(prefix="layers")
     return {name: module for name, module in modules if isinstance(module, nn.Linear)}
@@ -145,7 +143,7 @@ def _require_sizes(name: str, linear: nn.Linear) -> None:
     if linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE:
         raise QuantizationError(
             f"fp8 needs layer sizes that are multiples of {_MULTIPLE}, but {name} has {linear.in_features} inputs "
-            f"and {linear.out_features} outputs: {_WAY_OUT}"
+            f"and {linear.out_features} outputs: {WAY_OUT}"
         )
 
 
@@ -153,14 +151,14 @@ def _require_kernel(device: torch.device) -> None:
     """Try the kernel itself: some builds of torch lack it for GPUs whose compute capability is high enough."""
     needs = "fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper and newer)"
     if device.type != "cuda":
-        raise QuantizationError(f"{needs}, but the device is the {device.type}: {_WAY_OUT}")
+        raise QuantizationError(f"{needs}, but the device is the {device.type}: {WAY_OUT}")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         found = f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
-        raise QuantizationError(f"{needs}, but {found}: {_WAY_OUT}")
+        raise QuantizationError(f"{needs}, but {found}: {WAY_OUT}")
     try:
         layer = Fp8Linear(nn.Linear(256, 256, dtype=torch.bfloat16), device)
         layer(torch.ones(16, 256, dtype=torch.bfloat16, device=device)).cpu()
     except RuntimeError as error:
         name = torch.cuda.get_device_name(device)
-        raise QuantizationError(f"this torch can't multiply fp8 on {name} ({error}): {_WAY_OUT}") from error
+        raise QuantizationError(f"this torch can't multiply fp8 on {name} ({error}): {WAY_OUT}") from error

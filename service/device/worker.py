@@ -136,6 +136,9 @@ class EncoderWorker:
 
     def _start(self, limits: Limits) -> DevicePlan:
         settings, metrics = self._settings, self._metrics
+        if settings.equal_bits and settings.quantization == "int8" and settings.compile != "on":
+            # torch's own activations compute a number in another way where a thread's part of a batch ends.
+            raise StartupError("LLM2VEC_EQUAL_BITS with int8 needs compiled layers: set LLM2VEC_COMPILE=on")
         began = time.perf_counter()
         torch.set_num_threads(_CORES)
         device = self._use_device()

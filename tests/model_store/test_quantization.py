@@ -15,7 +15,7 @@ from model_store.encoder.quantization import (
     Fp8Linear,
     QuantizationError,
     emulate_fp8,
-    quantize,
+    quantize_fp8,
     quantize_rows,
     replace_linears,
 )
@@ -169,16 +169,10 @@ def test_some_layers_only_can_be_replaced() -> None:
     assert replaced == wanted
 
 
-def test_nothing_is_quantised_unless_asked() -> None:
-    model = tiny_model("llama")
-    quantize(model, "none", CPU)
-    assert not any(isinstance(module, Fp8Linear) for module in model.modules())
-
-
 def test_a_device_without_fp8_is_refused_and_the_model_left_as_it_was() -> None:
     model = tiny_model("llama").bfloat16()
     with pytest.raises(QuantizationError, match="the device is the cpu: set LLM2VEC_QUANTIZATION=none"):
-        quantize(model, "fp8", CPU)
+        quantize_fp8(model, CPU)
     assert isinstance(model.layers[0].mlp.down_proj, nn.Linear)
 
 
@@ -219,7 +213,7 @@ def test_gpu_kernel_equals_the_emulation(inputs: int, outputs: int, count: int, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gpu_quantised_decoder_is_near_the_emulated_one(family: str) -> None:
     real, emulated = tiny_model(family).bfloat16(), tiny_model(family).bfloat16()
-    quantize(real, "fp8", CUDA)
+    quantize_fp8(real, CUDA)
     emulate_fp8(emulated)
     rows = random_rows([3, 17, 40, 70, 9])
     found, wanted = (on_gpu_vectors(model, rows) for model in (real, emulated))
@@ -249,12 +243,12 @@ def test_gpu_compiles_and_captures() -> None:
 def test_gpu_holds_the_small_weights_and_one_large_one() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList(layer(2048, 2048, torch.bfloat16) for _ in range(32))
-    quantize(model, "fp8", CUDA)  # the kernel's own workspace is not what is measured
+    quantize_fp8(model, CUDA)  # the kernel's own workspace is not what is measured
     model.layers = nn.ModuleList(layer(2048, 2048, torch.bfloat16) for _ in range(32))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    quantize(model, "fp8", CUDA)
+    quantize_fp8(model, CUDA)
     weight = 2048 * 2048
     assert torch.cuda.memory_allocated() - before < 33 * weight
     assert torch.cuda.max_memory_allocated() - before < (32 + 16) * weight
