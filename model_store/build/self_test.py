@@ -40,6 +40,10 @@ CASES = (
 # The 1 − cosine that rounding explains: bfloat16 keeps 8 bits, and kernels and CPUs order their sums differently.
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 
+# Between two ways of computing the same 8-bit layers: a last bit decides to which of two steps a number is rounded. For
+# the demo's random tokens torch.compile moves int8 vectors by up to 1.5e-2, and fp8 vectors by 3e-3.
+_QUANTIZED_TOLERANCE = 5e-2
+
 
 def _text_of(length: int) -> TokenizedText:
     """A text of token ids that every vocabulary has."""
@@ -207,7 +211,8 @@ def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
 def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> None:
     difference = largest_difference(left, right)
     # Rounding can change the vectors of random tokens more than those of the texts that TOLERANCE was set for.
-    if not difference <= 2 * TOLERANCE[encoder.dtype]:
+    allowed = 2 * TOLERANCE[encoder.dtype] if encoder.quantization == "none" else _QUANTIZED_TOLERANCE
+    if not difference <= allowed:
         raise SelfTestError(f"{what} gives other vectors for this model (1 − cosine up to {difference:.1e})")
 
 

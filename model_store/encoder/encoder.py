@@ -48,6 +48,7 @@ class Encoder:
     dtype: torch.dtype
     kernel: Kernel
     head: Head | None = None
+    quantization: Quantization = "none"
 
     @classmethod
     def load(
@@ -118,7 +119,7 @@ class Encoder:
         elif quantization == "int8":
             quantize_int8(model, device, largest_inputs or {})
         model.eval().requires_grad_(False).to(device)
-        return cls(model, manifest, device, dtype, kernel, head and head.to(device))
+        return cls(model, manifest, device, dtype, kernel, head and head.to(device), quantization)
 
     @torch.inference_mode()
     def hidden(self, batch: PackedBatch) -> Tensor:
