@@ -82,7 +82,7 @@ bench-http: install
 
 # Needs about six cores.
 bench-front-ends: install
-	$(BIN)/python -m bench.front_ends $(SAVE)
+	$(BIN)/python -m bench.http_path --front-ends 1 2 4 --clients 2 --connections 64 --cases 640/base64/1 $(SAVE)
 
 bench-mixed: install
 	$(BIN)/python -m bench.mixed $(SAVE)
@@ -117,9 +117,9 @@ fuzz: install
 bench-simulate: install
 	$(BIN)/python -m bench.simulate $(SAVE)
 
-# Half an hour and more for the demo encoder on two cores; LIMIT=2000 for a short one, TEXTS=FILE for texts of your own.
+# Half an hour and more for the demo encoder on two cores; LIMIT=2000 for a short one.
 bench-bulk: install
-	$(BIN)/python -m bench.bulk $(if $(LIMIT),--limit $(LIMIT)) $(if $(TEXTS),--texts $(TEXTS)) $(SAVE)
+	$(BIN)/python -m bench.bulk $(if $(LIMIT),--limit $(LIMIT)) $(SAVE)
 
 # Needs the extra ray.
 bench-ray: install

@@ -10,35 +10,45 @@ import asyncio
 import base64
 import itertools
 import random
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 from urllib.parse import urlsplit
 
-import httptools
 import numpy as np
 import orjson
 import uvloop
 
 UNSENT, LOST = 0, -1
 
-_READ_BYTES = 1 << 18
+_BUFFER_BYTES = 1 << 18
 _PATIENCE_SECONDS = 60.0
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
 class Answer:
     """The outcome of a request: the status, or UNSENT if no connection was free, or LOST if no answer came.
 
-    `asked` is a time of `time.perf_counter`. `body` is empty unless it was asked for or the status is not 200.
+    `asked` is a time of `time.perf_counter`.
     """
 
     status: int
     asked: float
     seconds: float = 0.0
     body: bytes = b""
+
+    @property
+    def vectors(self) -> np.ndarray[Any, Any]:
+        """(n, D), given in numbers or in base64."""
+        given = [item["embedding"] for item in orjson.loads(self.body)["data"]]
+        return np.stack(
+            [np.frombuffer(base64.b64decode(one), "<f4") if isinstance(one, str) else np.array(one) for one in given]
+        )
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,6 @@ class Answers:
     def latencies(self) -> list[float]:
         """Seconds of each request."""
         return [answer.seconds for answer in self.answers]
-
-    @property
-    def vectors(self) -> list[np.ndarray[Any, Any]]:
-        """(n, D) of each request, where the bodies were kept."""
-        return [_vectors_in(answer.body) for answer in self.answers]
 
 
 def percentiles(seconds: Sequence[float], which: Sequence[int] = (50, 99), digits: int = 1) -> dict[str, float]:
@@ -89,66 +94,37 @@ def requests_of(texts: Sequence[str], inputs: int, model: str, encoding: str = "
     ]
 
 
-def _vectors_in(body: bytes) -> np.ndarray[Any, Any]:
-    """(n, D) from an answer in numbers or in base64."""
-    given = [item["embedding"] for item in orjson.loads(body)["data"]]
-    return np.stack(
-        [np.frombuffer(base64.b64decode(one), "<f4") if isinstance(one, str) else np.array(one) for one in given]
-    )
+async def connect(url: str) -> Connection:
+    """A new connection, for one request at a time."""
+    parts = urlsplit(url)
+    return await asyncio.open_connection(parts.hostname, parts.port, limit=_BUFFER_BYTES)
 
 
-class Connection:
-    """One connection, for one request at a time. `keeps` keeps the bodies of good answers, which costs a copy."""
+async def exchange(connection: Connection, request: bytes) -> Answer:
+    """Send a request and await its answer.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, keeps: bool) -> None:
-        self._reader, self._writer, self._keeps = reader, writer, keeps
-        self._parser = httptools.HttpResponseParser(self)
-        self._pieces: list[bytes] = []
-        self._complete = False
-
-    @classmethod
-    async def open(cls, url: str, keeps: bool = False) -> Connection:
-        """A new connection to the server at this address."""
-        parts = urlsplit(url)
-        return cls(*await asyncio.open_connection(parts.hostname, parts.port, limit=_READ_BYTES), keeps)
-
-    async def ask(self, request: bytes) -> Answer:
-        """Send a request and await its answer.
-
-        Raises:
-            ConnectionError: if the server hangs up.
-        """
-        self._complete = False
-        asked = time.perf_counter()
-        self._writer.write(request)
-        while not self._complete:
-            piece = await self._reader.read(_READ_BYTES)
-            if not piece:
-                raise ConnectionError("the server hung up")
-            self._parser.feed_data(piece)
-        seconds = time.perf_counter() - asked
-        body = b"".join(self._pieces)
-        self._pieces.clear()
-        return Answer(self._parser.get_status_code(), asked, seconds, body)
-
-    def close(self) -> None:
-        """Hang up."""
-        self._writer.close()
-
-    def on_body(self, piece: bytes) -> None:
-        """Called by the parser."""
-        if self._keeps or self._parser.get_status_code() != 200:
-            self._pieces.append(piece)
-
-    def on_message_complete(self) -> None:
-        """Called by the parser."""
-        self._complete = True
+    Raises:
+        EOFError: if the server hangs up.
+    """
+    reader, writer = connection
+    asked = time.perf_counter()
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    pieces = []
+    if length := re.search(rb"\r\ncontent-length: *(\d+)", head, re.IGNORECASE):
+        pieces.append(await reader.readexactly(int(length[1])))
+    else:  # in chunks, of which the last is empty
+        while size := int(await reader.readuntil(b"\r\n"), 16):
+            pieces.append(await reader.readexactly(size))
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+    return Answer(int(head.split(maxsplit=2)[1]), asked, time.perf_counter() - asked, b"".join(pieces))
 
 
 async def closed_loop(
     url: str, requests: Iterable[bytes], connections: int, seconds: float = inf, keeps: bool = False
 ) -> Answers:
-    """Send each request once, or all of them over and over for `seconds`.
+    """Send each request once, or all of them over and over for `seconds`. Only if it `keeps` them, bodies stay.
 
     Raises:
         ExceptionGroup: for an answer that is not 200, or none.
@@ -159,14 +135,15 @@ async def closed_loop(
     began = time.perf_counter()
 
     async def work() -> None:
-        connection = await Connection.open(url, keeps)
+        connection = await connect(url)
         for number, request in numbered:
-            found[number] = answer = await connection.ask(request)
+            answer = await exchange(connection, request)
             if answer.status != 200:
                 raise RuntimeError(f"answered {answer.status}: {answer.body[:1000]!r}")
+            found[number] = answer if keeps else replace(answer, body=b"")
             if time.perf_counter() >= began + seconds:
                 break
-        connection.close()
+        connection[1].close()
 
     async with asyncio.timeout(None if seconds == inf else seconds + _PATIENCE_SECONDS), asyncio.TaskGroup() as tasks:
         for _ in range(connections):
@@ -183,27 +160,27 @@ async def open_loop(
     url: str, requests: Iterator[bytes], rate: float, seconds: float, connections: int, seed: int = 0
 ) -> list[Answer]:
     """Send `rate` requests a second at random, each on a free connection. The answers are in no order."""
-    free = [await Connection.open(url) for _ in range(connections)]
+    free = [await connect(url) for _ in range(connections)]
     chance = random.Random(seed)
     found: list[Answer] = []
-    under_way: dict[asyncio.Task[None], float] = {}
 
-    async def one(connection: Connection, request: bytes) -> None:
-        found.append(await connection.ask(request))
-        free.append(connection)
+    async def one(connection: Connection, request: bytes, due: float) -> None:
+        try:
+            async with asyncio.timeout(seconds + _PATIENCE_SECONDS):
+                found.append(replace(await exchange(connection, request), body=b""))
+            free.append(connection)
+        except (OSError, EOFError):
+            found.append(Answer(LOST, due))
 
     due = time.perf_counter()
     end = due + seconds
-    while (due := due + chance.expovariate(rate)) < end:
-        await asyncio.sleep(max(due - time.perf_counter(), 0.0))
-        if free:
-            task = asyncio.create_task(one(free.pop(), next(requests)))
-            under_way[task] = due
-        else:
-            found.append(Answer(UNSENT, due))
-    if under_way:
-        await asyncio.wait(under_way, timeout=_PATIENCE_SECONDS)
-    found += [Answer(LOST, asked) for task, asked in under_way.items() if not task.done() or task.exception()]
-    for connection in free:
-        connection.close()
+    async with asyncio.TaskGroup() as tasks:
+        while (due := due + chance.expovariate(rate)) < end:
+            await asyncio.sleep(max(due - time.perf_counter(), 0.0))
+            if free:
+                tasks.create_task(one(free.pop(), next(requests), due))
+            else:
+                found.append(Answer(UNSENT, due))
+    for _, writer in free:
+        writer.close()
     return found

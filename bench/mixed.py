@@ -33,10 +33,7 @@ _WARM_UP_SECONDS = 5.0
 
 def main() -> None:
     """Measure and report."""
-    parser = options_of(__doc__, model=True)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load in each round (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = options_of(__doc__, model="demo", seconds=20.0, rounds=3)
     folder, manifest = stored(options.model)
     rounds: dict[str, list[Load]] = {"bulk_alone": [], "lanes": [], "fifo": []}
     with serving(folder, {}) as lanes, serving(folder, {}, "bench.fifo_server") as fifo:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ _BATCH_TOKENS = 512
 _MAX_LENGTH = 2048  # tokens: more than any text in bench/texts.py has
 
 # B texts, L tokens of the longest, D width
-Compiled = Callable[[Sequence[NDArray[np.int64]]], Sequence[NDArray[np.float32]]]
 
 
 class ConstantAngles(nn.Module):
@@ -72,24 +71,21 @@ def main() -> None:
         print(json.dumps({"seconds": seconds, "vectors": vectors.tolist()}), flush=True)
 
 
-def compiled_encoder(folder: str) -> Compiled:
+def compiled_encoder(folder: str) -> Any:
     """The encoder, ready for batches of any shape."""
-    example = torch.ones(2, 8, dtype=torch.int64)
-    inputs = {"token_ids": example, "mask": example, "pooled": example}
+    inputs = dict.fromkeys(("token_ids", "mask", "pooled"), torch.ones(2, 8, dtype=torch.int64))
+    shapes = [(name, [-1, -1]) for name in inputs]
     with torch.no_grad():
-        converted = openvino.convert_model(
-            MeanPooled(folder).eval(), example_input=inputs, input=[(name, [-1, -1]) for name in inputs]
-        )
+        converted = openvino.convert_model(MeanPooled(folder).eval(), example_input=inputs, input=shapes)
     settings = {
         "INFERENCE_PRECISION_HINT": "bf16",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
     }
-    compiled: Any = openvino.compile_model(converted, "CPU", settings)
-    return lambda batch: [compiled(batch)[0]]
+    return openvino.compile_model(converted, "CPU", settings)
 
 
-def vectors_of(compiled: Compiled, rows: Sequence[tuple[list[int], int]]) -> NDArray[np.float32]:
+def vectors_of(compiled: Any, rows: Sequence[tuple[list[int], int]]) -> NDArray[np.float32]:
     """Unit vectors of rows in their order, from batches sorted by length."""
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place][0]))
     batches: list[list[tuple[list[int], int]]] = [[]]

@@ -11,6 +11,7 @@ do, were all else free.
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import uvloop
 
 from bench.client import LOST, UNSENT, Answer, open_loop, percentiles, requests_of
 from bench.report import finish, options_of, tell
-from bench.server import serving, stored, two_cores
+from bench.server import serving, stored
 from bench.texts import distinct_texts, tokenized
 
 _FACTORS = (0.5, 0.8, 1.0, 1.5, 2.0, 5.0, 10.0, 20.0)
@@ -32,6 +33,7 @@ _TOKENS_PER_SECOND = 10_000.0
 _CONNECTIONS = 400
 _WARM_UP_SECONDS = 4.0
 _PICTURE = Path(__file__).parents[1] / "docs" / "overload.svg"
+_LATENCIES = {"p50_ms": "answered, p50", "p99_ms": "answered, p99", "refused_p50_ms": "refused, p50"}
 
 _SETTINGS = {
     "BENCH_TOKENS_PER_SECOND": _TOKENS_PER_SECOND,
@@ -44,9 +46,7 @@ _SETTINGS = {
 
 def main() -> None:
     """Measure and report."""
-    parser = options_of(__doc__, model=True)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each load (default %(default)s)")
-    options = parser.parse_args()
+    options = options_of(__doc__, model="demo", seconds=8.0)
     folder, manifest = stored(options.model)
     texts = distinct_texts(_TEXTS)
     requests = itertools.cycle(requests_of(texts, _INPUTS, manifest.name))
@@ -55,7 +55,8 @@ def main() -> None:
     print(f"capacity: {capacity:.1f} requests of {_INPUTS} texts a second", flush=True)
     rows: list[dict[str, Any]] = []
     settings = {**_SETTINGS, "BENCH_WIDTH": manifest.width}
-    with serving(folder, settings, "bench.stand_in", two_cores()) as server:
+    cores = sorted(os.sched_getaffinity(0))
+    with serving(folder, settings, "bench.stand_in", (cores[:1], cores[1:2])) as server:
         for factor in _FACTORS:
             began, whole = time.perf_counter(), _WARM_UP_SECONDS + options.seconds
             found = uvloop.run(open_loop(server.url, requests, factor * capacity, whole, _CONNECTIONS))
@@ -102,13 +103,12 @@ def draw(rows: Sequence[dict[str, Any]], capacity: float) -> None:
     factors = [row["factor"] for row in rows]
     with pyplot.rc_context({"svg.hashsalt": "overload", "svg.fonttype": "none", "font.size": 9}):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
-        left.plot(factors, [row["goodput"] / capacity for row in rows], marker="o", label="answered")
-        left.plot(factors, [min(factor, 1.0) for factor in factors], linestyle=":", color="grey", label="ideal")
+        left.plot(factors, [row["goodput"] / capacity for row in rows], "o-", label="answered")
+        left.plot(factors, [min(factor, 1.0) for factor in factors], ":", color="grey", label="ideal")
         left.set(ylabel="goodput / capacity", ylim=(0, 1.2))
-        for name, style in (("p50_ms", "o-"), ("p99_ms", "o-"), ("refused_p50_ms", "x-")):
+        for name, label in _LATENCIES.items():
             found = [(row["factor"], row[name]) for row in rows if row[name]]
-            label = ("refused, " if name.startswith("refused") else "answered, ") + name.removeprefix("refused_")[:3]
-            right.plot(*zip(*found, strict=True), style, label=label)
+            right.plot(*zip(*found, strict=True), "x-" if "refused" in label else "o-", label=label)
         right.set(yscale="log", ylabel="ms from sending to answer")
         right.set_yticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
         for axes in (left, right):

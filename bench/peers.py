@@ -103,11 +103,10 @@ def _write_for_peers(model: Path, folder: Path) -> Path:
     if config["model_type"] == "gemma3_text":
         # How this family's config says "both directions"; the window it names then is as wide as both halves together.
         config |= {"use_bidirectional_attention": True, "sliding_window": 2 * (config["sliding_window"] - 1)}
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
         {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for index, (path, kind) in enumerate(
-            (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-        )
+        for index, (path, kind) in enumerate(kinds.items())
     ]
     written = {
         "config.json": config,

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from bench.report import finish, options_of, ratio, seconds_of, tell
+from bench.report import by_turns, finish, options_of, ratio, seconds_of, tell
 from bench.server import stored
 from model_store.encoder.cpu_linear import can_pack
 from model_store.encoder.encoder import Encoder
@@ -23,41 +23,42 @@ from model_store.encoder.packing import PackedBatch
 from model_store.text.tokenizer import TokenizedText
 
 _BATCHES = {"1 of 28": [28], "128 of 8": [8] * 128, "16 of 60": [60] * 16, "2 of 500": [500] * 2}
+_DTYPES: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
 
 
 def main() -> None:
     """Measure and report."""
-    parser = options_of(__doc__, model=True)
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = options_of(__doc__, model="demo", rounds=7)
     torch.set_num_threads(1)
     folder, manifest = stored(options.model)
-    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
-    speeds = {
-        dtype: relative_speeds(folder, dtype, options.rounds)
-        for dtype in dtypes
-        if can_pack(torch.device("cpu"), getattr(torch, dtype))
-    }
+    packed = [dtype for dtype in _DTYPES if can_pack(torch.device("cpu"), getattr(torch, dtype))]
+    speeds = {dtype: by_batch(folder, dtype, options.rounds) for dtype in packed}
     finish("products", {"model": manifest.name, "tokens a second / plain": speeds}, options.save)
 
 
-def relative_speeds(folder: Path, dtype: Literal["bfloat16", "float32"], rounds: int) -> dict[str, dict[str, float]]:
-    """Tokens a second of each way as a multiple of plain products', by batch."""
-    ways = {name: Encoder.load(folder, "cpu", dtype) for name in ("plain", "packed", "blocks")}
-    ways["packed"].pack_weights()
-    ways["blocks"].pack_weights(equal_bits=True)
+def by_batch(folder: Path, dtype: Literal["bfloat16", "float32"], rounds: int) -> dict[str, dict[str, float]]:
+    """The speeds of packed weights and of blocks beside plain products, by batch."""
+    encoders = {name: Encoder.load(folder, "cpu", dtype) for name in ("plain", "packed", "blocks")}
+    encoders["packed"].pack_weights()
+    encoders["blocks"].pack_weights(equal_bits=True)
     found: dict[str, dict[str, float]] = {}
     for name, lengths in _BATCHES.items():
         batch = PackedBatch.pack([TokenizedText([1000 + place for place in range(n)], 0) for n in lengths], "mean")
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds + 1):
-            for way, encoder in ways.items():
-                seconds[way].append(seconds_of(partial(encoder.encode, batch), time.process_time))
-        found[name] = {way: ratio(seconds["plain"][1:], times[1:]) for way, times in seconds.items() if way != "plain"}
+        found[name] = relative_speeds(encoders, [batch], rounds)
         tell(f"{dtype}, {name}", found[name])
     return found
 
 
+def relative_speeds(encoders: dict[str, Encoder], batches: list[PackedBatch], rounds: int) -> dict[str, float]:
+    """Tokens a CPU second of each encoder but the first, as a multiple of the first one's."""
+
+    def seconds(encoder: Encoder) -> float:
+        return seconds_of(lambda: [encoder.encode(batch) for batch in batches], time.process_time)
+
+    found = by_turns(rounds + 1, {name: partial(seconds, encoder) for name, encoder in encoders.items()})
+    first, *others = encoders
+    return {name: ratio(found[first][1:], found[name][1:]) for name in others}  # the first round warms up
+
+
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

@@ -2,7 +2,7 @@
 
     python -m bench.ray_serve [--model DIR|RECIPE] [--requests 400] [--save]
 
-Ray starts on this machine, with as much of it as it finds.
+A request has four texts. Ray starts on this machine, with as much of it as it finds.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import cycle, islice
+from functools import partial
+from itertools import count, cycle, islice
 from pathlib import Path
-from statistics import median
 
 import ray
 from ray import serve
 
 from bench.client import ask, percentiles, requests_of
-from bench.report import finish, options_of, ratio, tell
+from bench.report import by_turns, finish, medians, options_of, ratio
 from bench.server import free_port, serving, stored
 from bench.texts import sentences
 from service.ray.ray_serve import deployment
@@ -30,31 +30,30 @@ _INPUTS = 4
 
 def main() -> None:
     """Measure and report."""
-    parser = options_of(__doc__, model=True)
-    parser.add_argument("--requests", type=int, default=400, help="4 texts each (default %(default)s)")
-    options = parser.parse_args()
+    options = options_of(__doc__, model="demo", requests=400)
     folder, manifest = stored(options.model)
     pool = cycle(text for text in sentences() if len(text) < 200)
     texts = [f"{number}: {text}" for number, text in enumerate(islice(pool, options.requests * _INPUTS))]
 
-    def again(mark: str, count: int | None = None, inputs: int = _INPUTS) -> list[bytes]:
+    def again(mark: str, most: int | None = None, inputs: int = _INPUTS) -> list[bytes]:
         """The same, but no text that was asked before."""
-        return requests_of([f"{mark}: {text}" for text in texts[:count]], inputs, manifest.name)
+        return requests_of([f"{mark}: {text}" for text in texts[:most]], inputs, manifest.name)
 
-    rates: dict[str, list[float]] = {"ray_serve": [], "plain": []}
+    number = count()
+
+    def rate(url: str) -> float:
+        return ask(url, again(f"round {next(number)}"), _CLIENTS).per_second
+
     latencies: dict[str, dict[str, float]] = {}
     with replica(folder) as ray_url, serving(folder, {"LLM2VEC_DEVICE": "cpu"}) as plain:
         urls = {"ray_serve": ray_url, "plain": plain.url}
         for url in urls.values():
             ask(url, again("warm-up", _CLIENTS * _INPUTS), _CLIENTS)  # the first batches are not typical
-        for number in range(_ROUNDS):
-            for name, url in urls.items():
-                rates[name].append(ask(url, again(f"{name} {number}"), _CLIENTS).per_second)
-                tell(name, {"round": number + 1, "requests_per_second": round(rates[name][-1], 2)})
+        rates = by_turns(_ROUNDS, {name: partial(rate, url) for name, url in urls.items()})
         for name, url in urls.items():
             latencies[name] = percentiles(ask(url, again(f"{name} alone", 50, 1), 1).latencies, (50, 95, 99))
     speed = {
-        "requests_per_second": {name: round(median(found), 2) for name, found in rates.items()},
+        "requests_per_second": medians(rates, 2),
         "ratio": ratio(rates["ray_serve"], rates["plain"]),
         "ratios": [ratio([left], [right]) for left, right in zip(rates["ray_serve"], rates["plain"], strict=True)],
         "single_text_one_client": latencies,

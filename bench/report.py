@@ -1,4 +1,4 @@
-"""What every benchmark says about where it ran, and how it ends: one JSON object as the last line.
+"""The parts that every benchmark shares: its options, turns, the machine, and one JSON object as its last line.
 
     python -m bench.report [NAME FILE [--save]]
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -25,23 +26,31 @@ _CORES = len(os.sched_getaffinity(0))  # before a benchmark gives itself fewer
 _PACKAGES = ("llm2vec-service", "torch", "transformers", "sentence-transformers", "tokenizers")
 
 
-def options_of(about: str | None, model: bool = False) -> argparse.ArgumentParser:
-    """A benchmark's command line, with the options that most have."""
+def options_of(about: str | None, **defaults: Any) -> argparse.Namespace:
+    """A benchmark's options by name, and `--save`, which keeps its figures in bench/results/.
+
+    A default's type is the option's. False makes a flag, a list takes several values like its first, and a tuple has
+    the values to choose from, the default first.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if model:
-        parser.add_argument("--model", default="demo", help="a stored encoder or a recipe (default %(default)s)")
-    parser.add_argument("--save", action="store_true", help="keep the figures in bench/results/")
-    return parser
+    for name, default in {**defaults, "save": False}.items():
+        how: dict[str, Any] = {"default": default, "type": type(default), "help": "by default %(default)s"}
+        if default is False:
+            how = {"action": "store_true"}
+        elif isinstance(default, list):
+            how |= {"type": type(default[0]), "nargs": "+"}
+        elif isinstance(default, tuple):
+            how |= {"type": type(default[0]), "default": default[0], "choices": default}
+        parser.add_argument("--" + name.replace("_", "-"), **how)
+    return parser.parse_args()
 
 
 def machine() -> dict[str, Any]:
     """The kind of machine, the versions that matter and the commit that was measured."""
     versions = {}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return {
         "processor": _processor(),
         "cores": _CORES,
@@ -58,8 +67,23 @@ def seconds_of(run: Callable[[], object], clock: Callable[[], float] = time.perf
     return clock() - began
 
 
+def by_turns(rounds: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each way gives in each round. The ways take turns, since a shared machine's speed changes."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, way in ways.items():
+            found[name].append(way())
+            tell(name, {"round": number + 1, "gives": f"{found[name][-1]:.4g}"})
+    return found
+
+
+def medians(found: Mapping[str, Sequence[float]], digits: int | None = None) -> dict[str, float]:
+    """The median of each way's rounds."""
+    return {name: round(median(values), digits) for name, values in found.items()}
+
+
 def ratio(left: Sequence[float], right: Sequence[float]) -> float:
-    """The median of the rounds' own ratios, as the speed of a shared machine changes from round to round."""
+    """The median of the rounds' own ratios."""
     return round(median(a / b for a, b in zip(left, right, strict=True)), 3)
 
 

@@ -62,7 +62,7 @@ class Server:
 def running(
     command: Sequence[str | Path],
     port: int,
-    environment: Mapping[str, str],
+    environment: Mapping[str, object],
     ready: str = "/readyz",
     folder: Path | None = None,
     seconds: float = 300.0,
@@ -72,14 +72,10 @@ def running(
     Its environment is this process's without settings of the service, and `environment`.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLM2VEC_")}
+    environment = inherited | {name: str(value) for name, value in environment.items()}
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(
-            command,
-            env={**inherited, **environment},
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         server = Server(port, process, Path(log.name))
         try:
@@ -102,27 +98,22 @@ def serving(
     environment: Mapping[str, object],
     module: str = "service",
     cores: Sequence[Sequence[int]] = (),
+    seconds: float = 300.0,
 ) -> Iterator[Server]:
     """`llm2vec-service serve`, or a module that varies it. `environment` has the settings.
 
     `cores` are those of the server and those that this process has from then on, if both are to be kept apart.
     """
+    if cores and not all(cores):
+        raise SystemExit("the server and its clients need a core each")
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--model", str(model), "--port", str(port)]
     if cores:
         os.sched_setaffinity(0, cores[0])
-    with running(command, port, {name: str(value) for name, value in environment.items()}) as server:
+    with running(command, port, environment, seconds=seconds) as server:
         if cores:
             os.sched_setaffinity(0, cores[1])
         yield server
-
-
-def two_cores() -> tuple[list[int], list[int]]:
-    """A core for a server and one for its clients."""
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        raise SystemExit("the server and its clients need a core each")
-    return cores[:1], cores[1:2]
 
 
 def free_port() -> int:

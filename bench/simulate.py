@@ -100,10 +100,7 @@ def policies(cost: CostModel) -> dict[str, Callable[[], Policy]]:
 
 def main() -> None:
     """Simulate and report."""
-    parser = options_of(__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="simulated (default %(default)s)")
-    parser.add_argument("--table", action="store_true", help="print the kept figures of the plans, as Markdown")
-    options = parser.parse_args()
+    options = options_of(__doc__, seconds=120.0, table=False)
     if options.table:
         print(plans_table(json.loads((RESULTS / "simulate.json").read_text())["plans"]))
         return

@@ -44,7 +44,7 @@ class ReadyWorker:
 
     async def start(self, limits: Limits) -> DevicePlan:
         """Nothing to load; a plan that knows the device's speed."""
-        self._stalls = Stalls()
+        self._stalls = asyncio.create_task(watch_stalls())
         least = 1e-6 if inf == TOKENS_PER_SECOND else 1e-3
         cost = CostModel(floor=least, base=least, per_token=max(1 / TOKENS_PER_SECOND, 1e-9))
         return DevicePlan(cost, limits.for_batches(cost))
@@ -56,30 +56,24 @@ class ReadyWorker:
         return list(itertools.islice(self._vectors, len(rows)))
 
     def stop(self) -> None:
-        """Nothing to end."""
+        """Nothing to end but the watch."""
+        self._stalls.cancel()
 
 
-class Stalls:
-    """Measures the event loop on which it is made."""
+async def watch_stalls() -> None:
+    """Measure the event loop for ever, and log its longest stall whenever it is asked for."""
+    longest = 0.0
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_signal_handler(signal.SIGUSR1, self._tell)
-        self._longest = 0.0
-        self._expected = time.perf_counter()
-        self._tick()
+    def tell() -> None:
+        nonlocal longest
+        log.info("event loop", extra={"fields": {"longest_ms": round(longest * 1000, 1)}})
+        longest = 0.0
 
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self._longest = max(self._longest, now - self._expected)
-        self._expected = now + _STALL_TICK_SECONDS
-        self._loop.call_later(_STALL_TICK_SECONDS, self._tick)
-
-    def _tell(self) -> None:
-        longest = max(self._longest, time.perf_counter() - self._expected)
-        fields = {"longest_ms": round(longest * 1000, 1), "cpu_seconds": time.process_time()}
-        log.info("event loop", extra={"fields": fields})
-        self._longest = 0.0
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, tell)
+    while True:
+        expected = time.perf_counter() + _STALL_TICK_SECONDS
+        await asyncio.sleep(_STALL_TICK_SECONDS)
+        longest = max(longest, time.perf_counter() - expected)
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
     python -m bench.trace [--model DIR|RECIPE] [--milliseconds 1000] [--out build/trace.png] [--notes FILE] [--save]
 
 A few clients send one query after another, and after some seconds a bulk request comes too. `bench.traced_server` notes
-when each of its threads is busy, and needs a C compiler for that. The notes of the time in the picture stay beside it
+when each of its threads is busy. The notes of the time in the picture stay beside it
 as JSON; --notes draws such a file again, and starts no server.
 """
 
@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvloop
 
-from bench.client import Answers, Connection, closed_loop, percentiles, requests_of
+from bench.client import Answers, closed_loop, connect, exchange, percentiles, requests_of
 from bench.report import finish, options_of
 from bench.server import serving, stored
 from bench.texts import distinct_texts, mixed_texts
@@ -30,24 +31,21 @@ _BULK_INPUTS = 1024
 _WARM_UP_SECONDS = 3.0
 _BEFORE_BULK = 0.2  # of the picture
 
-# Rows from top to bottom, by what their names begin with; rows are 1 apart.
-_COLOURS = {"device": "#3465a4", "results": "#75507b", "event loop": "#cc6600", "tokenizer": "#4e9a06"}
-_HEIGHT = 0.7
+# By the names of threads, without their numbers.
+_COLOURS = {"device": "#3465a4", "event loop": "#cc6600", "results": "#75507b", "tokenizer": "#4e9a06"}
+_HEIGHT = 0.7  # of a row, which are 1 apart
 
 
 def main() -> None:
     """Trace and draw, or only draw."""
-    parser = options_of(__doc__, model=True)
-    parser.add_argument("--milliseconds", type=float, default=1000.0, help="of the picture (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/trace.png"), help="the picture (default %(default)s)")
-    parser.add_argument("--notes", type=Path, help="draw these, which an earlier run has left")
-    options = parser.parse_args()
+    options = options_of(__doc__, model="demo", milliseconds=1000.0, out=Path("build/trace.png"), notes="")
     check_picture(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(options.notes.read_text()) if options.notes else trace(options)
+    found = json.loads(Path(options.notes).read_text()) if options.notes else trace(options)
     notes = found.pop("notes")
-    found["rows"] = {name: figures(own, found["seconds"]) for name, own in by_row(notes).items()}
-    draw(options.out, found, by_row(notes))
+    rows = {name: [note for note in notes if note[0] == name] for name in sorted({note[0] for note in notes})}
+    found["rows"] = {name: figures(own, found["seconds"]) for name, own in rows.items()}
+    draw(options.out, found, rows)
     finish("trace", found, options.save)
 
 
@@ -78,12 +76,12 @@ async def traffic(url: str, model: str, seconds: float) -> tuple[float, Answers]
     (bulk,) = requests_of(mixed_texts(_BULK_INPUTS), _BULK_INPUTS, model)
     queries = requests_of(distinct_texts(8192), 1, model)
     asked = asyncio.create_task(closed_loop(url, queries, _CLIENTS, _WARM_UP_SECONDS + seconds))
-    connection = await Connection.open(url)
+    connection = await connect(url)
     await asyncio.sleep(_WARM_UP_SECONDS)
-    bulk_at, under_way = time.perf_counter(), asyncio.create_task(connection.ask(bulk))
+    bulk_at, under_way = time.perf_counter(), asyncio.create_task(exchange(connection, bulk))
     answers = await asked
     under_way.cancel()
-    connection.close()
+    connection[1].close()
     return bulk_at, answers
 
 
@@ -93,17 +91,6 @@ def within(notes: Sequence[Any], began: float, ended: float) -> Iterator[tuple[s
         part = min(end, ended) - max(start, began)
         if part > 0:
             yield row, max(start, began) - began, min(end, ended) - began, cpu * part / (end - start), tokens
-
-
-def by_row(notes: Sequence[Any]) -> dict[str, list[Any]]:
-    """The notes of each row, in the order in which rows are drawn."""
-    names = sorted({note[0] for note in notes}, key=lambda name: (list(_COLOURS).index(kind(name)), name))
-    return {name: [note for note in notes if note[0] == name] for name in names}
-
-
-def kind(name: str) -> str:
-    """The kind of a row: its key in the table above."""
-    return next(kind for kind in _COLOURS if name.startswith(kind))
 
 
 def figures(own: Sequence[Any], seconds: float) -> dict[str, float]:
@@ -125,14 +112,19 @@ def draw(path: Path, found: dict[str, Any], rows: dict[str, list[Any]]) -> None:
         of = found["rows"][name]
         shares = f"{100 * of['busy']:.0f} % busy, {100 * of['on_a_core']:.0f} % on a core"
         labels.append(f"{name}\n{shares}\nlongest {of['longest_ms']:.3g} ms")
-        for _, start, end, cpu, tokens in own:
-            width = 1000 * (end - start)
-            edge = {"edgecolor": "white", "linewidth": 0.8 if tokens else 0}  # batches can follow each other at once
-            for share, alpha in ((1.0, 0.35), (min(cpu / (end - start), 1.0), 1.0)):
-                bar = axes.bar(1000 * start, -share * _HEIGHT, width, place + _HEIGHT / 2, align="edge")
-                bar[0].set(facecolor=_COLOURS[kind(name)], alpha=alpha, **edge)
-            if tokens and width > 20 * found["seconds"]:  # 2 % of the picture: the number fits
-                axes.text(1000 * start + width / 2, place - 0.53 * _HEIGHT, str(tokens), fontsize=8, ha="center")
+        began, ended, cpu, tokens = np.array([note[1:] for note in own]).T
+        left, width, bottom = 1000 * began, 1000 * (ended - began), place + _HEIGHT / 2
+        look = {
+            "align": "edge",
+            "color": _COLOURS[name.split("_")[0]],
+            "edgecolor": "white",
+            "linewidth": 0.8 * (tokens > 0),
+        }
+        axes.bar(left, -_HEIGHT, width, bottom, alpha=0.35, **look)
+        axes.bar(left, -_HEIGHT * np.minimum(cpu / (ended - began), 1.0), width, bottom, **look)
+        for number in np.flatnonzero((tokens > 0) & (width > 20 * found["seconds"])):  # 2 % of the picture: it fits
+            middle = left[number] + width[number] / 2
+            axes.text(middle, place - 0.53 * _HEIGHT, f"{tokens[number]:.0f}", fontsize=8, ha="center")
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.6)
     axes.set_xlim(0, 1000 * found["seconds"])

@@ -1,20 +1,21 @@
 """What the encoder and the server do on a GPU, and how near that comes to what the device can do.
 
-    python -m bench.gpu --out DIR [--seconds 520] [--save]
+    python -m bench.gpu [--out build] [--seconds 520] [--commit NAME] [--save]
 
 `python -m pytest -m gpu tests/gpu` checks that it is right. One call here takes at most nine minutes and measures
 
 1. what the device can do at most;
-2. 8B: batches by their tokens with and without graphs, a lone query, kernels by their time;
-3. 1.3B: the same, and one long text;
+2. 8B: batches by their tokens with and without graphs, one at a time and queued, and kernels by their time;
+3. 1.3B: the same;
 4. 270M: batches by their tokens;
 5. the server with 1.3B: bulk, queries, queries beside bulk;
-6. what time is left for: pooling alone, 8B with unmerged projections, 8B in fp8, padded batches sorted by length.
+6. what time is left for: 8B with unmerged projections, 8B in fp8.
 
-DIR/gpu.json is written after every step, so that a run that is killed leaves the figures that it had, and the last line
-printed is the same document. A step that no longer fits into --seconds, or lacks something, is named under "skipped"
-with the reason. A step that fails is named under "errors", the run goes on, and the exit status is 1 in the end; a
-missed target fails nothing. `--shapes tiny` tries all that the device allows in about a minute.
+gpu.json in the folder --out is written after every step, so that a run that is killed leaves the figures that it had,
+and the last line printed is the same document. A step that no longer fits into --seconds, or lacks something, is named
+under "skipped" with the reason. A step that fails is named under "errors", the run goes on, and the exit status is 1 in
+the end; a missed target fails nothing. `--shapes tiny` tries all that the device allows in about a minute. Where there
+is no git history to ask, --commit says what is measured.
 
 The weights are random, of real models' shapes, and made on the device. All steps but 5 need torch and transformers
 alone, step 5 needs what pyproject.toml names. For a machine without a network, download the wheels that it lacks (9 MB)
@@ -33,7 +34,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from bench.report import finish, options_of
@@ -41,26 +41,19 @@ from bench.report import finish, options_of
 
 def main() -> int:
     """Measure and report."""
-    parser = options_of(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json")
-    parser.add_argument("--shapes", choices=("real", "tiny"), default="real")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seconds", type=float, default=520.0, help="end by then (default %(default)s)")
-    parser.add_argument("--commit", default="", help="what is measured, where there is no git history to ask")
-    parser.add_argument("--compile", action=BooleanOptionalAction, help="by default on a GPU")
-    options = parser.parse_args()
+    shapes, devices = ("real", "tiny"), ("auto", "cpu", "cuda")
+    options = options_of(__doc__, out=Path("build"), shapes=shapes, device=devices, seconds=520.0, commit="")
 
     # The processes of HTTP clients import this module too, and can do without torch.
     import torch
 
     from bench.gpu import forward, serve
-    from bench.gpu.clocks import ceilings
     from bench.gpu.report import Report
     from model_store.encoder.devices import choose_device
 
     device = choose_device(options.device)
     if options.shapes == "real" and device.type != "cuda":
-        parser.error("real shapes need a GPU: try --shapes tiny")
+        raise SystemExit("real shapes need a GPU: try --shapes tiny")
     # All steps, and the server's process, find each other's compiled layers.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "bench-gpu-compiled"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -70,12 +63,12 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options, device)
 
-    ceilings(report)
+    forward.ceilings(report)
     forward.measure(report, "8B")
     encoder = forward.measure(report, "1.3B")
     forward.measure(report, "270M")
     serve.measure(report, encoder)
-    forward.measure_rest(report, encoder)
+    forward.measure_rest(report)
 
     report.save()
     finish("gpu", report.document, options.save)

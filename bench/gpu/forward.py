@@ -1,12 +1,10 @@
-"""Steps 2 to 4 and 6: batches by their tokens, a lone query, kernels by their time, and other ways to the same."""
+"""Steps 1 to 4 and 6: what the device can do, batches by their tokens, kernels by their time, and other ways."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from statistics import median
 from typing import Any
 
@@ -15,22 +13,20 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
-from bench.gpu.clocks import best_product, device_seconds, fp8_product, full_width, launch_seconds, ms, pipelined
-from bench.gpu.inputs import SHAPES, Row, random_encoder, rows_of, trained_tokenizer
+from bench.gpu.inputs import SHAPES, random_encoder, rows_of
 from bench.gpu.report import Report
-from bench.texts import mixed_texts, packed_batches
-from model_store.build.self_test import compile_checked, largest_difference
-from model_store.encoder.attention import implementation_name
+from bench.report import seconds_of
+from model_store.build.self_test import compile_checked
 from model_store.encoder.encoder import Encoder
-from model_store.encoder.packing import PackedBatch, to_device
-from model_store.encoder.pipeline import Pipeline, finish_of, forward, graph_sizes
-from model_store.encoder.pooling import pool
-from model_store.encoder.quantization import Quantization
+from model_store.encoder.pipeline import Pipeline, graph_sizes
+from model_store.encoder.pooling import Wanted
+from model_store.encoder.roofline import gemm_flops_per_second
 from model_store.shape import Shape
+from model_store.text.tokenizer import TokenizedText
 
-# B texts, D width
+Rows = Sequence[TokenizedText]
 
-# Tokens → way (graph, plain, eager) → figures
+# Tokens → way (graph, plain) → figures
 Table = dict[str, dict[str, dict[str, float]]]
 
 # Tokens of the batches that a model is measured with.
@@ -40,128 +36,167 @@ _SIZES = {
     "270M": [16, 2048, 4096, 8192],
 }
 _MOST_CAPTURED = 4096
-_LONE_ROUNDS = 200
 _TEXT_TOKENS = 128
 _TABLE_ROWS = 25
 _PROFILED_ROUNDS = 3
 
 
+def ceilings(report: Report) -> None:
+    """Step 1: what the device can do at most, in products of large matrices and in copies."""
+
+    def product() -> dict[str, float]:
+        report.bf16_flops = float(f"{gemm_flops_per_second(report.device, torch.bfloat16):.4g}")
+        return {"bf16_flops": report.bf16_flops}
+
+    def copy() -> dict[str, float]:
+        source = torch.ones((1 << 22) if report.tiny else (1 << 32), dtype=torch.uint8, device=report.device)
+        target = torch.empty_like(source)
+
+        def copied() -> None:
+            target.copy_(source)
+            target[:1].cpu()  # waits for the device
+
+        seconds = min(seconds_of(copied) for _ in range(10))
+        report.bytes_per_second = float(f"{2 * source.numel() / seconds:.4g}")
+        return {"bytes_per_second": report.bytes_per_second}
+
+    report.step("ceiling bf16", 10, product)
+    report.step("ceiling copy", 10, copy)
+
+
 def measure(report: Report, name: str) -> Encoder | None:
     """Steps 2 to 4: a model and its encoder, if it can be made."""
     sizes = [16, 64] if report.tiny else _SIZES[name]
-    pipeline = ready(report, name, sizes)
+    pipeline, table = by_tokens(report, name, sizes)
     if pipeline is None:
         return None
-    table = report.step(f"{name} by tokens", 30, lambda: by_tokens(pipeline, report.bf16_flops, sizes))
     if table and name == "8B":
-        share = best(table, sizes[-1], "of_ceiling", max)
+        share = max(figures["of_ceiling"] for figures in table[str(sizes[-1])].values())
         report.target(f"8B at {sizes[-1]}, of the matmul rate", share, at_least=0.76)
-    if table and name == "1.3B" and "graph" in table["16"]:
-        captured, eager = (table["16"][way]["wall_ms"] for way in ("graph", "eager"))
-        report.target("1.3B at 16, captured / eager time", captured / eager, at_most=0.6)
+        floor = 2000 * shape_of(pipeline).linear_parameters / report.bytes_per_second
+        report.target("8B lone query, of the time to read the weights", least_ms(table, 16) / floor, at_most=1.35)
+    eager = report.figures.get("1.3B eager")
+    if table and eager and name == "1.3B" and "graph" in table["16"]:
+        report.target(
+            "1.3B at 16, captured / eager time",
+            table["16"]["graph"]["wall_ms"] / eager["16"]["wall_ms"],
+            at_most=0.6,
+        )
     if name != "270M":
-        lone_and_kernels(report, name, pipeline)
-    if name == "1.3B":
-        plain, longest = Pipeline(pipeline.encoder), 512 if report.tiny else 8192
-        report.step(f"1.3B one text of {longest}", 5, lambda: timed(plain, rows_of([longest]), report.bf16_flops))
+        for tokens in (16, 64) if report.tiny else (16, 2048):
+            report.step(f"{name} kernels at {tokens}", 10, partial(kernel_table, Pipeline(pipeline.encoder), tokens))
     return pipeline.encoder
 
 
-def measure_rest(report: Report, encoder: Encoder | None) -> None:
-    """Step 6; `encoder` is that of 1.3B."""
-    report.step("pooling alone", 5, lambda: pooling_ms(report))
+def measure_rest(report: Report) -> None:
+    """Step 6."""
     sizes = [16, 64] if report.tiny else [16, 8192]
     merged = report.figures.get("8B by tokens")
-    unmerged = report.step("8B unmerged", 45, lambda: other_8b(report, report.bf16_flops, sizes, merged=False))
+    unmerged = by_tokens(report, "8B", sizes, "unmerged", merged=False)[1]
     if merged and unmerged:
         for tokens in sizes:
-            ratio = best(merged, tokens, "wall_ms", min) / best(unmerged, tokens, "wall_ms", min)
+            ratio = least_ms(merged, tokens) / least_ms(unmerged, tokens)
             report.target(f"8B at {tokens}, merged / unmerged time", ratio, at_most=1.0)
-
-    def in_fp8() -> Table:
-        return other_8b(report, best_product(report, fp8_product), sizes, quantization="fp8")
-
-    fp8 = report.step("8B fp8", 45, in_fp8, report.lacks_cuda)
+    fp8 = by_tokens(report, "8B", sizes, "fp8", report.lacks_cuda, quantization="fp8")[1]
     if merged and fp8:
-        ratio = best(merged, sizes[-1], "wall_ms", min) / best(fp8, sizes[-1], "wall_ms", min)
+        ratio = least_ms(merged, sizes[-1]) / least_ms(fp8, sizes[-1])
         report.target(f"8B at {sizes[-1]}, fp8 / bf16 rate", ratio, at_least=1.3)
-    padded = partial(against_padded, report, encoder)
-    report.step("1.3B padded, sorted", 30, padded, "" if encoder else "1.3B build")
 
 
-def ready(report: Report, name: str, sizes: Sequence[int]) -> Pipeline | None:
-    """An encoder, compiled, and captured for batches of so many tokens; without what can't be had or fails."""
+def by_tokens(
+    report: Report, name: str, sizes: Sequence[int], variant: str = "", lacks: str = "", **how: Any
+) -> tuple[Pipeline | None, Table]:
+    """An encoder, compiled, and captured for batches of so many tokens, as far as that is to be had; and its figures.
+
+    The smallest and the largest batch are also measured with layers that are not compiled.
+    """
+    label = f"{name} {variant}".strip()
     ways: list[Pipeline] = []
 
     def build() -> dict[str, int]:
-        ways.append(Pipeline(random_encoder(SHAPES[report.shapes][name], report.device)))
-        return {"flops_per_token": shape_of(ways[0].encoder).linear_flops_per_token}
+        ways.append(Pipeline(random_encoder(SHAPES[report.shapes][name], report.device, **how)))
+        return {"flops_per_token": shape_of(ways[0]).linear_flops_per_token}
+
+    def eager() -> dict[str, dict[str, float]]:
+        return {str(tokens): timed(ways[0], texts_of(tokens), report.bf16_flops) for tokens in (sizes[0], sizes[-1])}
 
     def capture() -> dict[str, int]:
-        ways.append(captured_for(ways[0].encoder, sizes))
+        steps = graph_sizes(_MOST_CAPTURED)
+        wanted = {min(step for step in steps if step >= tokens) for tokens in sizes if tokens <= steps[-1]}
+        ways.append(ways[0].with_graphs(sorted(wanted)))
         return {"graphs": len(ways[-1].replays)}
 
-    if report.step(f"{name} build", 15, build) is None:
-        return None
-    lacks = "" if report.compile else "--compile"
-    report.step(f"{name} compile", 60, lambda: compile_checked(ways[0].encoder), lacks)
-    report.step(f"{name} capture", 15, capture, report.lacks_cuda)
-    return ways[-1]
+    def table() -> Table:
+        found: Table = {}
+        for tokens in sizes:
+            pipelines = {"plain": ways[0]}
+            if any(replay.graph.tokens >= tokens for replay in ways[-1].replays):
+                pipelines["graph"] = ways[-1]
+            found[str(tokens)] = {
+                way: timed(pipeline, texts_of(tokens), report.bf16_flops) for way, pipeline in pipelines.items()
+            }
+        return found
+
+    if report.step(f"{label} build", 15, build, lacks) is None:
+        return None, {}
+    report.step(f"{label} eager", 5, eager)
+    report.step(f"{label} compile", 60, lambda: compile_checked(ways[0].encoder), report.lacks_cuda)
+    report.step(f"{label} capture", 15, capture, report.lacks_cuda)
+    return ways[-1], report.step(f"{label} by tokens", 30, table) or {}
 
 
-def other_8b(
-    report: Report, peak: float, sizes: Sequence[int], merged: bool = True, quantization: Quantization = "none"
-) -> Table:
-    """8B made in another way."""
-    encoder = random_encoder(SHAPES[report.shapes]["8B"], report.device, merged=merged, quantization=quantization)
-    if report.compile:
-        compile_checked(encoder)
-    on_cuda = report.device.type == "cuda"
-    return by_tokens(captured_for(encoder, sizes) if on_cuda else Pipeline(encoder), peak, sizes, eager=False)
+def texts_of(tokens: int) -> list[TokenizedText]:
+    """So many tokens, in texts of a usual length and one with the rest."""
+    whole, rest = divmod(tokens, _TEXT_TOKENS)
+    return rows_of([_TEXT_TOKENS] * whole + [rest] * (rest > 0))
 
 
-def captured_for(encoder: Encoder, sizes: Sequence[int]) -> Pipeline:
-    """With the graphs that batches of so many tokens would be replayed from."""
-    steps = graph_sizes(_MOST_CAPTURED)
-    wanted = {min(step for step in steps if step >= tokens) for tokens in sizes if tokens <= steps[-1]}
-    return Pipeline(encoder).with_graphs(sorted(wanted))
+def least_ms(table: Table, tokens: int) -> float:
+    """Milliseconds of the better of the ways that the server may take."""
+    return min(figures["wall_ms"] for figures in table[str(tokens)].values())
 
 
-def shape_of(encoder: Encoder) -> Shape:
-    """The sizes of its decoder."""
-    return Shape.read(encoder.model.config.to_dict())
+def kernel_table(pipeline: Pipeline, tokens: int) -> list[str]:
+    """torch's table of the kernels that take the most of some batches' time, or of the operations on a CPU."""
+    batches = [texts_of(tokens)] * _PROFILED_ROUNDS
+    pipelined(pipeline, batches)
+    # On a GPU that a test has made up there is CPU alone to be profiled.
+    activities = torch.profiler.supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
+    with torch.profiler.profile(activities=activities) as profile:
+        pipelined(pipeline, batches)
+    by = "self_cuda_time_total" if ProfilerActivity.CUDA in activities else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=by, row_limit=_TABLE_ROWS).splitlines()  # type: ignore[no-any-return]
 
 
-def by_tokens(pipeline: Pipeline, peak: float, sizes: Sequence[int], eager: bool = True) -> Table:
-    """Batches of so many tokens, replayed and not; the smallest and the largest also with layers not compiled."""
-    encoder, table = pipeline.encoder, {}
-    for tokens in sizes:
-        lengths = [_TEXT_TOKENS] * (tokens // _TEXT_TOKENS) + [tokens % _TEXT_TOKENS] * (tokens % _TEXT_TOKENS > 0)
-        rows = rows_of(lengths)
-        ways = {"plain": timed(Pipeline(encoder), rows, peak)}
-        if any(replay.graph.tokens >= tokens for replay in pipeline.replays):
-            ways["graph"] = timed(pipeline, rows, peak)
-        if eager and tokens in (sizes[0], sizes[-1]):
-            with eager_layers(encoder):
-                ways["eager"] = timed(Pipeline(encoder), rows, peak)
-        table[str(tokens)] = ways
-    return table
+def one_by_one(pipeline: Pipeline, rows: Rows, rounds: int) -> tuple[list[float], list[float]]:
+    """Times until vectors are there, and until `launch` returns, one batch at a time."""
+    whole, launched = [], []
+    for _ in range(rounds + 2):
+        began = time.perf_counter()
+        pending = pipeline.launch(rows, full_width(pipeline, rows))
+        launched.append(time.perf_counter() - began)
+        pending.wait()
+        whole.append(time.perf_counter() - began)
+    return whole[2:], launched[2:]
 
 
-def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, float]:
-    """The device's time, the caller's and the host's, the rate and its share of the peak."""
-    encoder = pipeline.encoder
-    shape = shape_of(encoder)
-    batch = PackedBatch.pack(rows, "mean")
-    finish = finish_of(full_width(pipeline, rows), [1] * len(rows))
-    replay = next((replay for replay in pipeline.replays if replay.serves(batch)), None)
-    if replay is not None:
-        seconds = device_seconds(partial(replay.graph.replay, batch, finish))
-    else:
-        placed, finish = encoder.place(batch), to_device(finish, encoder.device)
-        seconds = device_seconds(partial(forward, encoder, placed, **finish))
-    whole, launched = launch_seconds(pipeline, rows, min(max(int(0.3 / seconds), 3), 50))
-    lengths = [len(row) for row in rows]
+def pipelined(pipeline: Pipeline, batches: Sequence[Rows]) -> tuple[float, Tensor]:
+    """Seconds for all batches, each queued before the one before it is awaited, and their (B, D) vectors."""
+    began, found, before = time.perf_counter(), [], None
+    for batch in [*batches, None]:
+        pending = pipeline.launch(batch, full_width(pipeline, batch)) if batch else None
+        if before is not None:
+            found.append(before.wait())
+        before = pending
+    return time.perf_counter() - began, torch.from_numpy(np.concatenate(found))
+
+
+def timed(pipeline: Pipeline, rows: Rows, peak: float) -> dict[str, float]:
+    """The time of a batch among others, of one alone and of the host; the rate, and its share of the bfloat16 peak."""
+    rounds = min(max(int(0.3 / min(one_by_one(pipeline, rows, 1)[0])), 3), 50)
+    whole, launched = one_by_one(pipeline, rows, rounds)
+    seconds = pipelined(pipeline, [rows] * rounds)[0] / rounds
+    shape, lengths = shape_of(pipeline), [len(row) for row in rows]
     flops = shape.linear_flops_per_token * sum(lengths) + shape.attention_flops(lengths)
     return {
         "device_ms": ms(seconds),
@@ -172,126 +207,16 @@ def timed(pipeline: Pipeline, rows: Sequence[Row], peak: float) -> dict[str, flo
     }
 
 
-def best(table: Table, tokens: int, figure: str, choose: Any) -> float:
-    """A figure of the best of the ways that the server may take."""
-    ways = table[str(tokens)]
-    return float(choose(ways[way][figure] for way in ("graph", "plain") if way in ways))
+def full_width(pipeline: Pipeline, rows: Rows) -> list[Wanted]:
+    """Whole vectors for each of the rows."""
+    return [Wanted(pipeline.encoder.manifest.width)] * len(rows)
 
 
-def lone_and_kernels(report: Report, name: str, pipeline: Pipeline) -> None:
-    """A query of 16 tokens with nothing beside it, many times; then where the device's time goes."""
-
-    def lone() -> dict[str, float]:
-        whole, launched = launch_seconds(pipeline, rows_of([16]), 10 if report.tiny else _LONE_ROUNDS)
-        floor = 2 * shape_of(pipeline.encoder).linear_parameters / report.bytes_per_second
-        return {
-            "p50_ms": ms(median(whole)),
-            "p99_ms": ms(float(np.percentile(whole, 99))),
-            "host_ms": ms(median(launched)),
-            "floor_ms": ms(floor),
-            "to_floor": float(f"{median(whole) / floor:.3g}"),
-        }
-
-    found = report.step(f"{name} lone", 5, lone)
-    if found and name == "8B":
-        report.target("8B lone query, of the time to read the weights", found["to_floor"], at_most=1.35)
-    for tokens in (16, 64) if report.tiny else (16, 2048):
-        report.step(f"{name} kernels at {tokens}", 10, partial(kernel_table, Pipeline(pipeline.encoder), tokens))
+def shape_of(pipeline: Pipeline) -> Shape:
+    """The sizes of its decoder."""
+    return Shape.read(pipeline.encoder.model.config.to_dict())
 
 
-def kernel_table(pipeline: Pipeline, tokens: int) -> dict[str, Any]:
-    """The kernels that take the most of a batch's time on the device, or the operations on a CPU."""
-    length = min(tokens, _TEXT_TOKENS)
-    rows = rows_of([length] * (tokens // length))
-    pipelined(pipeline, [rows])
-    # On a GPU that a test has made up there is CPU alone to be profiled.
-    activities = torch.profiler.supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(_PROFILED_ROUNDS):
-            pipelined(pipeline, [rows])
-    events = profile.key_averages()
-    kernels = [event for event in events if event.device_type.name == "CUDA"]
-    microseconds = attrgetter("self_device_time_total" if kernels else "self_cpu_time_total")
-    by_time = sorted(kernels or events, key=microseconds, reverse=True)
-    total = sum(map(microseconds, by_time))
-    return {
-        "microseconds": round(total / _PROFILED_ROUNDS, 1),
-        "top": [
-            {
-                "name": event.key[:120],
-                "calls": round(event.count / _PROFILED_ROUNDS, 1),
-                "microseconds": round(microseconds(event) / _PROFILED_ROUNDS, 1),
-                "share": round(microseconds(event) / total, 4) if total else 0.0,
-            }
-            for event in by_time[:_TABLE_ROWS]
-        ],
-    }
-
-
-def pooling_ms(report: Report) -> dict[str, float]:
-    """Pooling of as many tokens in one text and in many, as wide as 270M."""
-    width, tokens = SHAPES[report.shapes]["270M"][1]["hidden_size"], 512 if report.tiny else 8192
-    hidden = torch.randn(tokens, width, device=report.device, dtype=torch.bfloat16)
-    found = {}
-    for length in (tokens, _TEXT_TOKENS):
-        batch = PackedBatch.pack(rows_of([length] * (tokens // length)), "mean")
-        placed = PackedBatch(longest=length, **to_device(batch.tensors, report.device))
-        found[f"texts of {length}"] = ms(device_seconds(partial(pool, hidden, placed)))
-    return found
-
-
-@contextmanager
-def eager_layers(encoder: Encoder) -> Iterator[None]:
-    """The layers as they were before they were compiled, for a while."""
-    compiled = [layer._compiled_call_impl for layer in encoder.model.layers]
-    encoder.uncompile_layers()
-    try:
-        yield
-    finally:
-        for layer, call in zip(encoder.model.layers, compiled, strict=True):
-            layer._compiled_call_impl = call
-
-
-def against_padded(report: Report, encoder: Any) -> dict[str, Any]:
-    """Packed batches in the order of the texts, against padded ones of 32, sorted by length, through torch's SDPA."""
-    texts = mixed_texts(8 if report.tiny else 512)
-    rows = [Row(encoding.ids, 0) for encoding in trained_tokenizer().encode_batch(texts)]
-    tokens = sum(map(len, rows))
-    batches = packed_batches(rows, 512 if report.tiny else 8192)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    by_length = [rows[index] for index in order]
-    times: dict[str, list[float]] = {"packed": [], "padded": []}
-    for _ in range(3):  # the first warms up
-        seconds, packed = pipelined(Pipeline(encoder), batches)
-        times["packed"].append(seconds)
-        with eager_layers(encoder):
-            seconds, padded = padded_vectors(encoder, by_length)
-        times["padded"].append(seconds)
-    rates = {name: tokens / min(each[1:]) for name, each in times.items()}
-    return {
-        "texts": len(rows),
-        "tokens": tokens,
-        "tokens_per_second": rates,
-        "packed / padded": round(rates["packed"] / rates["padded"], 2),
-        # Random weights: the rounding of as many layers as the model has, with nothing that was learned to dampen it.
-        "largest 1 - cosine": largest_difference(packed[order], padded),
-    }
-
-
-@torch.inference_mode()
-def padded_vectors(encoder: Encoder, rows: Sequence[Row]) -> tuple[float, Tensor]:
-    """Seconds, and (B, D) by way of transformers' own attention, in batches of 32 rows, padded to their longest."""
-    began, found = time.perf_counter(), []
-    encoder.model.set_attn_implementation("sdpa")
-    try:
-        for start in range(0, len(rows), 32):
-            parts = [torch.tensor(row.token_ids) for row in rows[start : start + 32]]
-            ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(encoder.device)
-            lengths = torch.tensor([len(part) for part in parts], device=encoder.device)
-            mask = (torch.arange(ids.shape[1], device=encoder.device) < lengths[:, None]).long()
-            output = encoder.model(input_ids=ids, attention_mask=mask, is_causal=False, use_cache=False)
-            sums = (output.last_hidden_state * mask[..., None]).sum(1).float()
-            found.append(torch.nn.functional.normalize(sums).cpu())
-    finally:
-        encoder.model.set_attn_implementation(implementation_name(encoder.kernel))
-    return time.perf_counter() - began, torch.cat(found)
+def ms(seconds: float) -> float:
+    """Milliseconds for people."""
+    return float(f"{seconds * 1000:.4g}")

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from model_store.manifest import Manifest
 
 Shape = tuple[str, dict[str, Any]]
-Row = TokenizedText
-
 
 _TINY = {
     "hidden_size": 64,
@@ -61,48 +59,52 @@ SHAPES: dict[str, dict[str, Shape]] = {
 }
 
 
+def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A decoder of seeded weights, made on the device."""
+    family, sizes = shape
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModel.from_config(CONFIG_MAPPING[family](**sizes), dtype=dtype, attn_implementation="eager")
+
+
 def random_encoder(
     shape: Shape, device: torch.device, merged: bool = True, quantization: Quantization = "none"
 ) -> Encoder:
-    """Seeded bfloat16 weights of a shape, made on the device; the fastest kernel there.
+    """An encoder of a random model with the fastest kernel there is for it.
 
     It is what `Encoder.load` makes of a stored one, unless its projections are to stay as they are.
     """
-    config = config_of(shape)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    model = random_model(shape, device)
+    config = model.config
     sizes = {"width": config.hidden_size, "max_positions": readable_positions(config.to_dict())}
     manifest: Any = SimpleNamespace(attention="bidirectional", pooling="mean", model_type=config.model_type, **sizes)
     if merged:
         return Encoder.of(model, manifest, device, quantization=quantization)
     kernel = choose_kernel("auto", device, torch.bfloat16, config)
     model.set_attn_implementation(implementation_name(kernel))
-    return Encoder(model.eval().requires_grad_(False).to(device), manifest, device, torch.bfloat16, kernel)
+    return Encoder(model.eval().requires_grad_(False), manifest, device, torch.bfloat16, kernel)
 
 
-def config_of(shape: Shape, layers: int | None = None) -> Any:
-    """The configuration of a shape, or of some of its layers."""
-    family, sizes = shape
-    return CONFIG_MAPPING[family](**{**sizes, "num_hidden_layers": layers or sizes["num_hidden_layers"]})
+def write_base(model: Any, folder: Path) -> str:
+    """The path of a model as a base, with a tokenizer."""
+    model.save_pretrained(folder, max_shard_size="200MB")
+    trained_tokenizer().save(str(folder / "tokenizer.json"))
+    return str(folder)
 
 
-def store(shape: Shape, folder: Path) -> Manifest:
-    """A stored float32 encoder of random weights in a small shape."""
+def store(model: Any, folder: Path) -> Manifest:
+    """An encoder of the model, stored in a folder."""
     from model_store.build.build import build_encoder  # pydantic
     from model_store.recipe import recipe_from
 
-    base = folder.parent / f"{folder.name}-base"
-    torch.manual_seed(0)
-    AutoModel.from_config(config_of(shape)).save_pretrained(base)
-    trained_tokenizer().save(str(base / "tokenizer.json"))
-    return build_encoder(recipe_from(folder.name, base=str(base), dtype="float32"), folder)
+    base = write_base(model, folder.parent / f"{folder.name}-base")
+    return build_encoder(recipe_from(folder.name, base=base), folder)
 
 
-def rows_of(lengths: Sequence[int], vocabulary: int = 500, seed: int = 0) -> list[Row]:
+def rows_of(lengths: Sequence[int]) -> list[TokenizedText]:
     """A row of random tokens of each length."""
-    generator = np.random.default_rng(seed)
-    return [Row(generator.integers(3, vocabulary, length).tolist(), 0) for length in lengths]
+    generator = np.random.default_rng(0)
+    return [TokenizedText(generator.integers(3, 500, length).tolist(), 0) for length in lengths]
 
 
 def trained_tokenizer() -> Tokenizer:

@@ -27,7 +27,6 @@ class Report:
         self.shapes: str = options.shapes
         # Tiny shapes only show that everything runs.
         self.tiny = options.shapes == "tiny"
-        self.compile: bool = device.type == "cuda" if options.compile is None else options.compile
         self.lacks_cuda = "" if device.type == "cuda" else "CUDA"
         # Operations of large products, and bytes that a copy reads and writes, a second. While they are unknown, shares
         # of them are NaN.

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
-import sys
 import tempfile
 import time
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from bench.gpu.clocks import pipelined
-from bench.gpu.inputs import SHAPES, random_encoder, store
+from bench.gpu.forward import pipelined
+from bench.gpu.inputs import SHAPES, random_model, store
 from bench.gpu.report import Report
 from bench.texts import distinct_texts, mixed_texts, packed_batches, tokenized
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from bench.client import Answers
 
 _NEEDS = ["pydantic", "pydantic_settings", "prometheus_client", "orjson", "fastapi", "opentelemetry", "uvicorn"]
 _NEEDS += ["httptools", "pybase64", "uvloop"]
@@ -30,22 +31,22 @@ def measure(report: Report, encoder: Encoder | None) -> None:
     lacks = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if encoder is None:
         lacks.append("1.3B build")
-    found = report.step("1.3B over HTTP", 110, lambda: over_http(report, encoder), ", ".join(lacks))
+    found = report.step("1.3B over HTTP", 140, lambda: over_http(report, encoder), ", ".join(lacks))
     if found:
         report.target("1.3B, HTTP / engine rate", found["http / engine"], at_least=0.95)
 
 
 def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     """Bulk, queries and both over HTTP, then the engine."""
-    from bench.client import Answers, ask, percentiles, requests_of
-    from bench.server import free_port, running
+    from bench.client import ask, percentiles, requests_of
+    from bench.server import serving
 
     seconds, inputs, queries = (1.0, 16, 8) if report.tiny else (5.0, 64, 64)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(2, context) as clients:
         clients.map(time.sleep, (0.2, 0.2))  # both processes start beside the server's
         folder = Path(scratch) / "encoder"
-        manifest = store(SHAPES["tiny"]["1.3B"], folder)
+        manifest = store(random_model(SHAPES[report.shapes]["1.3B"], report.device), folder)
         # No two alike: the server computes equal texts that wait together only once.
         count = 1024 if report.tiny else 8192
         distinct = [f"{number} {text}" for number, text in enumerate(mixed_texts(count))]
@@ -60,10 +61,13 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
         def latencies(answers: Answers) -> dict[str, float]:
             return {"requests": len(answers.answers), **percentiles(answers.latencies, digits=3)}
 
-        port = free_port()
-        about = [str(folder), str(port), report.shapes, str(report.device), "auto" if report.compile else "off"]
-        command = [sys.executable, "-m", "bench.gpu.serve", *about]
-        with running(command, port, {}, seconds=report.seconds_left) as server:
+        settings = {
+            "LLM2VEC_DEVICE": report.device.type,
+            "LLM2VEC_CUDA_GRAPHS": "off" if report.tiny else "auto",  # to capture tiny shapes on a CPU takes minutes
+            "LLM2VEC_MAX_TOKENS_PER_REQUEST": 1 << 20,
+            "LLM2VEC_MAX_QUEUED_TOKENS": 1 << 23,
+        }
+        with serving(folder, settings, seconds=report.seconds_left) as server:
             (ready,), (calibrated,) = server.said("ready"), server.said("calibrated")
             found: dict[str, Any] = {"ready": ready, "calibrated": calibrated}
             found["switches"] = [line for line in server.log.read_text().splitlines() if " is o" in line]
@@ -80,36 +84,3 @@ def over_http(report: Report, encoder: Any) -> dict[str, Any]:
     batches = packed_batches(alone, calibrated["batch_tokens"])
     engine = sum(map(len, alone)) / min(pipelined(Pipeline(encoder), batches)[0] for _ in range(3))
     return {**found, "engine_tokens_per_second": round(engine), "http / engine": round(rate / engine, 3)}
-
-
-def main(folder: str, port: str, shapes: str, device: str, compiled: Literal["auto", "off"]) -> int:
-    """The server's process: everything is real, the worker too, but for where the encoder comes from."""
-    import service.device.worker
-    import service.server.process
-    import service.server.startup
-    from model_store.manifest import read_manifest
-    from service.settings import Settings
-
-    shape, tiny = SHAPES[shapes]["1.3B"], shapes == "tiny"
-    # Everything about the stored encoder is real but its weights.
-    sizes = {"max_positions": 8192, "vocabulary": shape[1]["vocab_size"], "width": shape[1]["hidden_size"]}
-    manifest = read_manifest(Path(folder)).model_copy(update=sizes)
-    if device == "cpu":
-        torch.set_num_threads(1)
-    made = SimpleNamespace(load=lambda *_: random_encoder(shape, torch.device(device)))
-    vars(service.device.worker)["Encoder"] = made
-    service.server.startup.prepare_store = lambda settings, progress: (Path(folder), manifest)
-    settings = Settings(
-        model=folder,
-        port=int(port),
-        device=device,
-        compile=compiled,
-        cuda_graphs="off" if tiny else "auto",  # to capture tiny shapes on a CPU takes minutes
-        max_tokens_per_request=1 << 20,
-        max_queued_tokens=1 << 23,
-    )
-    return service.server.process.serve(settings, lambda done, total: None)
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]
