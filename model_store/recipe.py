@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
-from model_store.templates import SpanCount, Template
+from model_store.templates import TEMPLATES, SpanCount, Template
 
 DType = Literal["bfloat16", "float32"]
 
@@ -42,6 +43,13 @@ _LATER: dict[str, Any] = {
     "ignored_config_keys": [],
 }
 _LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": "", "trail": ""}
+
+# Stages of LLM2Vec's training → what a recipe that ends with them says, and the end of the second adapter's name.
+_STAGES = {
+    "mntp": ("MNTP only", ""),
+    "simcse": ("MNTP, then unsupervised SimCSE", "unsup-simcse"),
+    "supervised": ("MNTP, then supervised contrastive learning", "supervised"),
+}
 
 # Keys that change no vector.
 _MOVES_NOTHING = {"name", "description", "evidence", "parameters", "gated", "described_by_files"}
@@ -132,10 +140,26 @@ def read_recipe(text: str, name: str) -> Recipe:
 
 def packaged_recipes() -> dict[str, Recipe]:
     """Every recipe that ships with the package, by name. Those with adapters, which are LLM2Vec's, come first."""
-    folder = files("model_store") / "recipes"
-    names = [entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")]
-    recipes = [read_recipe((folder / f"{name}.toml").read_text(), name) for name in sorted(names)]
-    return {recipe.name: recipe for recipe in sorted(recipes, key=lambda recipe: not recipe.adapters)}
+    recipes = dict(_packaged("others.toml"))
+    for family, row in _packaged("llm2vec.toml"):
+        [mntp] = row["adapters"]
+        for stage in row.pop("stages"):
+            told, second = _STAGES[stage]
+            recipes[f"{family}-{stage}"] = {
+                **row,
+                "description": f"{row['description']}: {told}",
+                "adapters": [mntp, f"{mntp}-{second}"] if second else [mntp],
+                "template": TEMPLATES.get(row["base"], Template()),
+            }
+    ordered = sorted(recipes, key=lambda name: ("adapters" not in recipes[name], name))
+    return {name: recipe_from(name, **recipes[name]) for name in ordered}
+
+
+def _packaged(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tables of a packaged file with their names; what stands before the first table holds for all of them."""
+    content = tomllib.loads((files("model_store") / "recipes" / file).read_text())
+    common = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    return ((name, {**common, **own}) for name, own in content.items() if isinstance(own, dict))
 
 
 def load_recipe(name_or_file: str) -> Recipe:
