@@ -110,4 +110,10 @@ class Shape:
 
 def known_configs() -> dict[str, dict[str, Any]]:
     """The config.json of the packaged recipes' bases, by their references."""
-    return tomllib.loads((files("model_store") / "shapes.toml").read_text())
+    configs: dict[str, dict[str, Any]] = {}
+    for base, sizes in tomllib.loads((files("model_store") / "shapes.toml").read_text()).items():
+        config = configs[base] = {**configs.get(sizes.pop("like", ""), {}), **sizes}
+        if every := config.pop("sliding_window_pattern", None):  # one layer of so many attends to the whole text
+            kinds = [*["sliding_attention"] * (every - 1), "full_attention"]
+            config["layer_types"] = [kinds[layer % every] for layer in range(config["num_hidden_layers"])]
+    return configs
