@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,26 +50,33 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file holds anything else.
     """
-    try:
+    with reading(path, "is not valid JSON", ValueError):
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise unreadable(path, "is not valid JSON", error) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return raw
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file only names the content that Git LFS would fetch in its place."""
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises a `CheckpointError` for a file that only names the content that Git LFS would fetch in its place."""
     with path.open("rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
 
 
-def unreadable(path: Path, complaint: str, error: Exception) -> CheckpointError:
-    """The error for a file that can't be read: its path, and the cause, in one sentence."""
-    if is_lfs_pointer(path):
-        return CheckpointError(f"{path} is a Git LFS pointer: fetch it with git lfs pull")
-    told = " ".join(str(error).split())
-    if isinstance(error, KeyError) and " " not in told:
-        told = f"unknown value {told}"
-    return CheckpointError(f"{path} {complaint}: {told}")
+@contextmanager
+def reading(
+    path: Path, complaint: str, errors: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Raises a `CheckpointError` in place of other errors, which says the path, `complaint` and the cause.
+
+    torch, transformers, tokenizers and gguf raise a dozen unrelated types for bad content.
+    """
+    try:
+        yield
+    except errors as error:
+        refuse_lfs_pointer(path)
+        told = " ".join(str(error).split())
+        if isinstance(error, KeyError) and " " not in told:
+            told = f"unknown value {told}"
+        raise CheckpointError(f"{path} {complaint}: {told}") from error

@@ -12,14 +12,12 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model_store.architectures import decoder_name, unwrapped
-from model_store.build.checkpoints import load_torch_file
+from model_store.build.checkpoints import load_tensors
 from model_store.errors import UserError
-from model_store.json_text import read_json_object, unreadable
+from model_store.json_text import read_json_object
 
 _LORA_TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight")
 
@@ -157,11 +155,6 @@ def _read_config(folder: Path, reference: str) -> LoraConfig:
 
 def _read_tensors(folder: Path, reference: str) -> dict[str, Tensor]:
     safe, torch_file = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if safe.is_file():
-        try:
-            return load_file(safe)
-        except SafetensorError as error:
-            raise unreadable(safe, "is not a readable safetensors file", error) from error
-    if torch_file.is_file():
-        return load_torch_file(torch_file)
-    raise AdapterError(f"adapter {reference}: {folder} has no adapter_model.safetensors or adapter_model.bin")
+    if not safe.is_file() and not torch_file.is_file():
+        raise AdapterError(f"adapter {reference}: {folder} has no adapter_model.safetensors or adapter_model.bin")
+    return load_tensors(safe, torch_file)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -29,25 +28,41 @@ from model_store.architectures import (
 from model_store.build.gguf_rope import ROPE_TENSORS, gguf_architecture, set_rope
 from model_store.build.unknown_keys import refuse_unknown, without
 from model_store.errors import CheckpointError
-from model_store.json_text import read_json_object, unreadable
+from model_store.json_text import read_json_object, reading
 
 # Its stored name ends so, whatever stands before it.
 _OUTPUT_HEAD = "lm_head.weight"
 
+_BAD_SAFETENSORS = "is not a readable safetensors file"
 
-class Checkpoint(ABC):
+
+class Checkpoint:
     """The decoder's tensors by name, and its transformers configuration."""
 
-    config: Any
-    names: frozenset[str]
+    def __init__(self, config: Any, stored_names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        """`read` gives the tensor of a stored name, on the CPU and in the dtype that it is stored in.
 
-    @abstractmethod
+        Raises:
+            CheckpointError: if two stored names are one tensor's.
+        """
+        self.config = config
+        self._read = read
+        self._stored: dict[str, str] = {}
+        for stored in filter(is_encoder_tensor, stored_names):
+            name = decoder_name(stored)
+            if name in self._stored:
+                raise CheckpointError(f"{stored} and {self._stored[name]} are both {name}: remove one of them")
+            self._stored[name] = stored
+        self._head = next((name for name in stored_names if name.endswith(_OUTPUT_HEAD)), None)
+        self.names = frozenset(self._stored)
+
     def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`, on the CPU, in the dtype it is stored in."""
+        """The tensor called `name`."""
+        return self._read(self._stored[name])
 
-    @abstractmethod
     def output_head(self) -> Tensor | None:
         """The (V, D) weights of the output head, None if they are not stored; encoders don't need them."""
+        return None if self._head is None else self._read(self._head)
 
 
 def open_checkpoint(folder: Path, ignored_config_keys: Collection[str] = ()) -> Checkpoint:
@@ -58,14 +73,14 @@ def open_checkpoint(folder: Path, ignored_config_keys: Collection[str] = ()) -> 
             config.json asks for something that is not reproduced, beyond the `ignored_config_keys`.
     """
     if any(not path.name.startswith("adapter_") for path in folder.glob("*.safetensors")):
-        return _SafetensorsCheckpoint(folder, ignored_config_keys)
+        return _of_safetensors(folder, _decoder_config(folder, ignored_config_keys))
     if any(folder.glob("pytorch_model*.bin")):
-        return _TorchCheckpoint(folder, ignored_config_keys)
+        return _of_torch_files(folder, _decoder_config(folder, ignored_config_keys))
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files and ignored_config_keys:
         raise CheckpointError(f"{folder} is a GGUF base, which has no config.json: leave ignored_config_keys out")
     if len(gguf_files) == 1:
-        return _GgufCheckpoint(gguf_files[0])
+        return _of_gguf(gguf_files[0])
     if gguf_files:
         raise CheckpointError(
             f"{folder} holds {len(gguf_files)} GGUF files: name one of them, as in {folder}:{gguf_files[0].name}"
@@ -100,130 +115,57 @@ def _decoder_config(folder: Path, ignored: Collection[str]) -> Any:
     for key in ("dtype", "torch_dtype"):
         if raw.get(key) and not isinstance(getattr(torch, str(raw[key]), None), torch.dtype):
             raise CheckpointError(f"{path} has the {key} {raw[key]!r}, which torch does not know")
-    with _named(path, f"makes no {model_type} decoder"):
+    with reading(path, f"makes no {model_type} decoder"):
         config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(raw)).get_text_config()
     refuse_unknown(path, (raw.get("text_config") or {}) if model_type in TEXT_MODEL_OF else raw, config, ignored)
-    with _named(path, f"makes no {model_type} decoder"):
+    with reading(path, f"makes no {model_type} decoder"):
         if ignored:
             config = CONFIG_MAPPING[model_type].from_dict(without(raw, ignored)).get_text_config()
         decoder_on_meta(config)
     return config
 
 
-@contextmanager
-def _named(path: Path, complaint: str) -> Iterator[None]:
-    """Make any error name the file: transformers and gguf raise a dozen unrelated types for bad content."""
+def _of_safetensors(folder: Path, config: Any) -> Checkpoint:
+    files: dict[str, Any] = {}
+    for path in _shards(folder, "model.safetensors.index.json", "*.safetensors"):
+        with reading(path, _BAD_SAFETENSORS):
+            file = safe_open(path, framework="pt")
+        files.update(dict.fromkeys(file.keys(), file))
+    return Checkpoint(config, files, lambda name: files[name].get_tensor(name))
+
+
+def _of_torch_files(folder: Path, config: Any) -> Checkpoint:
+    tensors: dict[str, Tensor] = {}
+    for path in _shards(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
+        tensors.update(_load_torch_file(path))
+    return Checkpoint(config, tensors, tensors.__getitem__)
+
+
+def _of_gguf(path: Path) -> Checkpoint:
+    """Dequantised by the gguf package; transformers maps names, shapes and layouts."""
     try:
-        yield
-    except Exception as error:
-        raise unreadable(path, complaint, error) from error
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise CheckpointError("a GGUF base needs the gguf package: pip install 'llm2vec-service[demo]'") from error
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+    with reading(path, "is cut short, damaged or of an unknown kind"):
+        reader = GGUFReader(path)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False).get_text_config()
+    # The stored encoder has plain weights, so it must not say that they are quantised.
+    config.__dict__.pop("quantization_config", None)
+    with reading(path, f"makes no {config.model_type} decoder"):
+        set_rope(config, reader)
+        processor = TENSOR_PROCESSORS.get(gguf_architecture(reader), TensorProcessor)(config=config.to_dict())
+        mapped = {**get_gguf_hf_weights_map(decoder_on_meta(config), processor), "output.weight": _OUTPUT_HEAD}
+    # An unmapped tensor keeps its own name, so that the builder reports it.
+    stored = {mapped.get(found.name, found.name): found for found in reader.tensors if found.name not in ROPE_TENSORS}
 
-def _by_decoder_name(stored_names: Iterable[str]) -> dict[str, str]:
-    """Decoder name → stored name, for the tensors that an encoder needs."""
-    found: dict[str, str] = {}
-    for stored in filter(is_encoder_tensor, stored_names):
-        name = decoder_name(stored)
-        if name in found:
-            raise CheckpointError(f"{stored} and {found[name]} are both {name}: remove one of them")
-        found[name] = stored
-    return found
+    def read(name: str) -> Tensor:
+        values = dequantize(stored[name].data, stored[name].tensor_type)
+        return torch.from_numpy(processor.process(weights=values, name=stored[name].name).weights.copy())
 
-
-class _SafetensorsCheckpoint(Checkpoint):
-    def __init__(self, folder: Path, ignored_config_keys: Collection[str]) -> None:
-        self.config = _decoder_config(folder, ignored_config_keys)
-        self._files: dict[str, Any] = {}
-        stored: dict[str, str] = {}
-        for path in _shards(folder, "model.safetensors.index.json", "*.safetensors"):
-            try:
-                file = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise unreadable(path, "is not a readable safetensors file", error) from error
-            self._files[path.name] = file
-            stored.update(dict.fromkeys(file.keys(), path.name))
-        self._stored = _by_decoder_name(stored)
-        self._file_of = stored
-        self.names = frozenset(self._stored)
-
-    def tensor(self, name: str) -> Tensor:
-        stored = self._stored[name]
-        return self._read(stored)
-
-    def output_head(self) -> Tensor | None:
-        name = next((name for name in self._file_of if name.endswith(_OUTPUT_HEAD)), None)
-        return None if name is None else self._read(name)
-
-    def _read(self, stored: str) -> Tensor:
-        tensor: Tensor = self._files[self._file_of[stored]].get_tensor(stored)
-        return tensor
-
-
-class _TorchCheckpoint(Checkpoint):
-    def __init__(self, folder: Path, ignored_config_keys: Collection[str]) -> None:
-        self.config = _decoder_config(folder, ignored_config_keys)
-        stored: dict[str, Tensor] = {}
-        for path in _shards(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin"):
-            stored.update(load_torch_file(path))
-        self._tensors = {name: stored[original] for name, original in _by_decoder_name(stored).items()}
-        self._head = next((tensor for name, tensor in stored.items() if name.endswith(_OUTPUT_HEAD)), None)
-        self.names = frozenset(self._tensors)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def output_head(self) -> Tensor | None:
-        return self._head
-
-
-class _GgufCheckpoint(Checkpoint):
-    """Dequantises with the gguf package; names, shapes and layouts are mapped by transformers."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from gguf import GGUFReader
-        except ImportError as error:
-            raise CheckpointError("a GGUF base needs the gguf package: pip install 'llm2vec-service[demo]'") from error
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
-
-        with _named(path, "is cut short, damaged or of an unknown kind"):
-            reader = GGUFReader(path)
-            self.config = AutoConfig.from_pretrained(
-                path.parent, gguf_file=path.name, trust_remote_code=False
-            ).get_text_config()
-        # The stored encoder has plain weights, so it must not say that they are quantised.
-        self.config.__dict__.pop("quantization_config", None)
-        with _named(path, f"makes no {self.config.model_type} decoder"):
-            set_rope(self.config, reader)
-            processor = TENSOR_PROCESSORS.get(gguf_architecture(reader), TensorProcessor)
-            self._processor = processor(config=self.config.to_dict())
-            mapped = get_gguf_hf_weights_map(decoder_on_meta(self.config), self._processor)
-        self._tensors = {}
-        self._head: Any = None
-        for tensor in reader.tensors:
-            # An unmapped tensor keeps its own name, so that the builder reports it. No encoder has an output head.
-            name = decoder_name(mapped.get(tensor.name, tensor.name))
-            if tensor.name == "output.weight":
-                self._head = tensor
-            elif tensor.name not in ROPE_TENSORS:
-                self._tensors[name] = tensor
-        self.names = frozenset(self._tensors)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._dequantized(self._tensors[name])
-
-    def output_head(self) -> Tensor | None:
-        return None if self._head is None else self._dequantized(self._head)
-
-    def _dequantized(self, stored: Any) -> Tensor:
-        from gguf import dequantize
-
-        values = dequantize(stored.data, stored.tensor_type)
-        return torch.from_numpy(self._processor.process(weights=values, name=stored.name).weights.copy())
+    return Checkpoint(config, stored, read)
 
 
 def decoder_on_meta(config: Any) -> Any:
@@ -234,17 +176,22 @@ def decoder_on_meta(config: Any) -> Any:
         return AutoModel.from_config(config)
 
 
-def load_torch_file(path: Path) -> dict[str, Tensor]:
-    """A torch file's tensors, mapped from disk rather than read; nothing in it is executed.
+def load_tensors(safe: Path, torch_file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file if there is no such file.
 
     Raises:
-        CheckpointError: if it is not a plain file of tensors.
+        CheckpointError: if the file is not a plain file of tensors.
     """
-    try:
+    if not safe.is_file():
+        return _load_torch_file(torch_file)
+    with reading(safe, _BAD_SAFETENSORS):
+        return load_file(safe)
+
+
+def _load_torch_file(path: Path) -> dict[str, Tensor]:
+    """A torch file's tensors, mapped from disk rather than read; nothing in it is executed."""
+    with reading(path, "is cut short, or not a plain file of tensors (convert it to safetensors)"):
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises half a dozen unrelated types for a bad file
-        complaint = "is cut short, or not a plain file of tensors (convert it to safetensors)"
-        raise unreadable(path, complaint, error) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise CheckpointError(f"{path} holds other things than named tensors: convert it to safetensors")
     return tensors

@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import TypeAdapter
 
 from model_store.architectures import BIDIRECTIONAL_NAMES, Attention
-from model_store.build.checkpoints import load_torch_file, read_raw_config
+from model_store.build.checkpoints import load_tensors, read_raw_config
 from model_store.build.sources import Source
 from model_store.encoder.head import Head
 from model_store.errors import UserError
-from model_store.json_text import parse_json, read_json_object, unreadable
+from model_store.json_text import parse_json, read_json_object, reading
 from model_store.recipe import RecipeError, Widths, recipe_from
 from model_store.templates import VERBATIM, Template
 
@@ -134,43 +132,13 @@ def description_of(sources: Sequence[Source], attention: Attention | None = None
                 "holds: remove one"
             )
         if modules:
-            if attention is None and _attends_by_its_own_code(source.folder):
-                raise DescriptionError(
-                    f"{source.folder / 'config.json'} names code of the model's own, which never runs, and does not "
-                    "say is_causal: name the attention in a recipe, causal or bidirectional, or as bidirectional in a "
-                    "training configuration"
-                )
-            return _of_modules(source.folder, modules)
+            return _of_modules(source.folder, modules, attention)
         if trained := _trained_attention(source.folder):
             base = description_of(sources[place + 1 :], trained)
             return replace(base, fields={**base.fields, **official, "attention": trained})
         if official:
             return Description(official)
     return Description()
-
-
-def is_bidirectional(folder: Path) -> bool:
-    """Whether config.json asks for bidirectional attention, by transformers' own keys or by the model's name."""
-    raw = read_raw_config(folder)
-    raw = {**raw, **(raw.get("text_config") or {})}
-    if raw.get("model_type") in BIDIRECTIONAL_NAMES:
-        return True
-    return raw.get("is_causal") is False or bool(raw.get("use_bidirectional_attention"))
-
-
-def _known_to_transformers(folder: Path) -> bool:
-    """Whether stock classes, given config.json as it is, attend as the encoder does."""
-    raw = read_raw_config(folder)
-    model_type = raw.get("model_type")
-    own_flag = raw.get("use_bidirectional_attention") and model_type != "gemma3_text"
-    return not (own_flag or model_type in BIDIRECTIONAL_NAMES or any(folder.glob("*.gguf")))
-
-
-def _attends_by_its_own_code(folder: Path) -> bool:
-    raw = read_raw_config(folder)
-    if "AutoModel" not in (raw.get("auto_map") or {}) or raw.get("is_causal") is not None:
-        return False
-    return not is_bidirectional(folder)
 
 
 def _trained_attention(folder: Path) -> Attention | None:
@@ -206,11 +174,9 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
     path = folder / MODULES_FILE
     if not path.is_file():
         return []
-    try:
+    with reading(path, "is no list of modules", (ValueError, KeyError, TypeError)):
         entries = parse_json(path.read_text(encoding="utf-8"))
         named = [(str(entry["type"]), str(entry["path"])) for entry in sorted(entries, key=lambda entry: entry["idx"])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise unreadable(path, "is no list of modules", error) from error
     if [kind for kind, _ in named] == [OWN_MODULE]:
         return []
     modules = []
@@ -230,32 +196,35 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
     return modules
 
 
-def _of_modules(folder: Path, modules: list[tuple[str, Path]]) -> Description:
+def _of_modules(folder: Path, modules: list[tuple[str, Path]], asked: Attention | None) -> Description:
     (_, transformer), (_, pooling), *others = modules
     if transformer.resolve() != folder.resolve():
         raise DescriptionError(f"{folder / MODULES_FILE} has its Transformer in {transformer.name}: give that folder")
+    config = read_raw_config(folder)
+    decoder = {**config, **(config.get("text_config") or {})}
+    own_name = decoder.get("model_type") in BIDIRECTIONAL_NAMES
+    bidirectional = own_name or decoder.get("is_causal") is False or decoder.get("use_bidirectional_attention")
+    own_code = "AutoModel" in (config.get("auto_map") or {}) and config.get("is_causal") is None
+    if asked is None and own_code and not bidirectional:
+        raise DescriptionError(
+            f"{folder / 'config.json'} names code of the model's own, which never runs, and does not say is_causal: "
+            "name the attention in a recipe, causal or bidirectional, or as bidirectional in a training configuration"
+        )
     settings = _settings(transformer / "sentence_bert_config.json", _TRANSFORMER)
-    prompts = _settings(folder / "config_sentence_transformers.json", _PROMPTS)
     longest = settings.get("max_seq_length")
     fields = {
-        "attention": "bidirectional" if is_bidirectional(folder) else "causal",
+        "attention": "bidirectional" if bidirectional else "causal",
         "template": Template(lead=VERBATIM),
         **_pooling(pooling / "config.json"),
         **({"max_length": longest, "doc_max_length": longest} if isinstance(longest, int) else {}),
-        **_prompts(folder / "config_sentence_transformers.json", prompts),
+        **_prompts(folder / "config_sentence_transformers.json"),
     }
-    if widths := read_raw_config(folder).get("matryoshka_dimensions"):
-        fields["widths"] = _widths(folder / "config.json", widths)
+    if widths := config.get("matryoshka_dimensions"):
+        with reading(folder / "config.json", f"has matryoshka_dimensions {widths!r}, which are no widths"):
+            fields["widths"] = TypeAdapter(Widths).validate_python(widths)
+    own_flag = config.get("use_bidirectional_attention") and config.get("model_type") != "gemma3_text"
     head = folded([_dense(place) for kind, place in others if kind == "Dense"])
-    return Description(fields, head, _known_to_transformers(folder))
-
-
-def _widths(path: Path, given: Any) -> tuple[int, ...]:
-    """The widths that vectors may be cut to."""
-    try:
-        return TypeAdapter(Widths).validate_python(given)
-    except ValidationError as error:
-        raise unreadable(path, f"has matryoshka_dimensions {given!r}, which are no widths", error) from error
+    return Description(fields, head, not (own_name or own_flag or any(folder.glob("*.gguf"))))
 
 
 def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> dict[str, Any]:
@@ -286,8 +255,9 @@ def _pooling(path: Path) -> dict[str, Any]:
     return {"pooling": pooling, "skip_instruction": True, "span_count": "prompt"}
 
 
-def _prompts(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _prompts(path: Path) -> dict[str, Any]:
     """The manifest's prompts: each role's, all by name, and the role of a text whose request names none."""
+    settings = _settings(path, _PROMPTS)
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise DescriptionError(f"{path} has prompts that are no texts by name")
@@ -305,11 +275,7 @@ def _dense(folder: Path) -> Head:
     settings = _settings(folder / "config.json", _DENSE)
     if "activation_function" not in settings:
         raise DescriptionError(f"{folder / 'config.json'} names no activation_function, which is then tanh")
-    safe, torch_file = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        tensors = load_file(safe) if safe.is_file() else load_torch_file(torch_file)
-    except SafetensorError as error:
-        raise unreadable(safe, "is not a readable safetensors file", error) from error
+    tensors = load_tensors(folder / "model.safetensors", folder / "pytorch_model.bin")
     weight, bias = tensors.pop("linear.weight", None), tensors.pop("linear.bias", None)
     if weight is None or tensors:
         raise DescriptionError(

@@ -19,7 +19,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
 from model_store.build.progress import bar_class
 from model_store.errors import UserError
-from model_store.json_text import read_json_object, unreadable
+from model_store.json_text import read_json_object, reading
 from model_store.shape import Shape, known_configs
 
 DEMO = "demo:"
@@ -215,7 +215,5 @@ def shape_of(reference: str) -> Shape:
     path = config_folder(reference) / "config.json"
     model_type = str(read_json_object(path).get("model_type", ""))
     architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
-    try:
+    with reading(path, f"describes no {model_type} decoder"):
         return Shape.read(AutoConfig.from_pretrained(path.parent, trust_remote_code=False).to_dict())
-    except Exception as error:  # transformers raises a dozen unrelated types for bad content
-        raise unreadable(path, f"describes no {model_type} decoder", error) from error

@@ -19,7 +19,7 @@ from model_store.architectures import ARCHITECTURES
 from model_store.build.checkpoints import read_raw_config
 from model_store.build.sources import Source
 from model_store.errors import CheckpointError
-from model_store.json_text import is_lfs_pointer, read_json_object, unreadable
+from model_store.json_text import read_json_object, reading, refuse_lfs_pointer
 from model_store.manifest import TOKENIZER_FILE
 from model_store.text.tokenizer import TokenizerError, special_tokens_around
 
@@ -84,10 +84,8 @@ def _change(content: dict[str, Any], folder: Path, by_default: bool = False) -> 
     """
     off = {"padding": None, "truncation": None}
     plain = {**content, **off}
-    try:
+    with reading(folder / TOKENIZER_FILE, "is no tokenizer"):
         tokenizer = Tokenizer.from_str(json.dumps(plain))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise unreadable(folder / TOKENIZER_FILE, "is no tokenizer", error) from error
     post_processor = _by_flags(tokenizer, folder, by_default)
     if post_processor is not None:
         return {**plain, "post_processor": post_processor}
@@ -206,8 +204,7 @@ def _convert(base: Source, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # every tokenizer class fails in its own way
         for path in sorted((*base.folder.glob("*.json"), *base.folder.glob("*.model"))):
-            if is_lfs_pointer(path):
-                raise unreadable(path, "", error) from error
+            refuse_lfs_pointer(path)
         raise CheckpointError(
             f"{base.reference} has no tokenizer.json and none can be made from it: {error}"
         ) from error
