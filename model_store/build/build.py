@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -71,31 +71,33 @@ def build_encoder(
     folder: Path,
     progress: Progress = lambda done, total: None,
     shard_bytes: int = SHARD_BYTES,
+    replaces: bool = False,
 ) -> Manifest:
     """Build the encoder of a recipe in `folder`, which must not exist, be empty, or hold this very encoder, whole.
 
-    Weights are written in shards of at most `shard_bytes`, each held in memory while it is filled.
+    With `replaces`, the folder may also hold a damaged encoder, or that of another recipe. Weights are written in
+    shards of at most `shard_bytes`, each held in memory while it is filled.
 
     Raises:
         BuildError, SourceError, CheckpointError, AdapterError, UnsupportedArchitectureError: nothing is left
             behind, and the message says what to change.
     """
     with _alone_with(folder):  # the process that had the folder before may have built it
-        return find_built(folder, recipe) or _build(recipe, folder, progress, shard_bytes)
+        if built := find_built(folder, recipe):
+            return built
+        free = replaces and (folder / MANIFEST_FILE).is_file()
+        if not free and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
+        return _build(recipe, folder, progress, shard_bytes)
 
 
 def ensure_built(recipe: Recipe, folder: Path, progress: Progress = lambda done, total: None) -> Manifest:
     """The manifest of the recipe's encoder in `folder`, built now if it is not there whole and unchanged.
 
-    A folder with a damaged encoder, or with that of another recipe, is replaced once the new encoder is whole. If
-    several processes ask at once, one builds, and the others wait and find the encoder built.
+    A folder with another encoder is replaced once the new encoder is whole. If several processes ask at once, one
+    builds, and the others wait and find the encoder built.
     """
-    if manifest := find_built(folder, recipe):
-        return manifest
-    with _alone_with(folder):
-        return find_built(folder, recipe) or _build(
-            recipe, folder, progress, replaces=(folder / MANIFEST_FILE).is_file()
-        )
+    return find_built(folder, recipe) or build_encoder(recipe, folder, progress, replaces=True)
 
 
 def attention_of(recipe: Recipe) -> Attention:
@@ -112,11 +114,7 @@ def attention_of(recipe: Recipe) -> Attention:
         return attention
 
 
-def _build(
-    recipe: Recipe, folder: Path, progress: Progress, shard_bytes: int = SHARD_BYTES, replaces: bool = False
-) -> Manifest:
-    if not replaces and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BuildError(f"{folder} is there already and not empty: choose another place or remove it")
+def _build(recipe: Recipe, folder: Path, progress: Progress, shard_bytes: int) -> Manifest:
     _refuse_missing_stage(recipe)
     with ExitStack() as sources:
         base = sources.enter_context(resolve(recipe.base))
@@ -133,7 +131,12 @@ def _build(
             )
         head = _head(recipe, checkpoint, described.head)
         fields = _fields(recipe, described)
-        fields |= _widths(fields.get("widths", ()), len(head.bias) if head else checkpoint.config.hidden_size)
+        width, widths = len(head.bias) if head else checkpoint.config.hidden_size, fields.get("widths", ())
+        if widths and max(widths) > width:
+            raise BuildError(
+                f"vectors of {width} dimensions can't be cut to {max(widths)}: leave that out of the recipe's widths"
+            )
+        fields |= {"width": width, "widths": (*widths, width) if widths else ()}
         with _appearing_whole(folder) as staging:
             _write_config(checkpoint.config, recipe.dtype, fields["attention"], staging)
             tokenizer_source = write_tokenizer(base, stages, staging)
@@ -148,15 +151,6 @@ def _build(
             manifest = manifest.model_copy(update={"files": describe_files(staging)})
             manifest.write(staging)
     return manifest
-
-
-def _widths(asked: Sequence[int], width: int) -> dict[str, Any]:
-    """The encoder's width, and the widths that its vectors may be cut to."""
-    if asked and max(asked) > width:
-        raise BuildError(
-            f"vectors of {width} dimensions can't be cut to {max(asked)}: leave that out of the recipe's widths"
-        )
-    return {"width": width, "widths": (*asked, width) if asked else ()}
 
 
 def _fields(recipe: Recipe, described: Description) -> dict[str, Any]:
@@ -271,25 +265,22 @@ def _write_weights(
 ) -> None:
     """Write the merged tensors as safetensors shards, with an index if there are several."""
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    sizes = {name: torch.Size(shape).numel() * torch_dtype.itemsize for name, shape in shapes.items()}
-    total, done = sum(sizes.values()), 0
+    planned = {name: torch.empty(shape, dtype=torch_dtype, device="meta") for name, shape in shapes.items()}
+    shards = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
+    total, done = shards.metadata["total_size"], 0
     free = shutil.disk_usage(folder).free
     if free < total:
         raise BuildError(f"{folder.parent} has {free / 1e9:.1f} GB free, the encoder needs {total / 1e9:.1f} GB")
-    shards = _plan_shards(sizes, shard_bytes)
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
+    for file, names in shards.filename_to_tensors.items():
         tensors: dict[str, Tensor] = {}
         for name in names:
             tensors[name] = merged_tensor(checkpoint, adapters, name, shapes[name], torch_dtype)
-            done += sizes[name]
+            done += tensors[name].nbytes
             progress(done, total)
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # save_file makes it private, and a server may run as another user
-        weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -315,18 +306,6 @@ def merged_tensor(
     return weight
 
 
-def _plan_shards(sizes: dict[str, int], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
 def _describe(
     recipe: Recipe,
     base: Source,
@@ -338,7 +317,7 @@ def _describe(
     folder: Path,
 ) -> Manifest:
     config = checkpoint.config
-    pooling: PoolingMode = TypeAdapter(PoolingMode).validate_python(fields["pooling"])
+    pooling: PoolingMode = fields["pooling"]
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     before, after = special_tokens_around(tokenizer)
     if pooling == "bos_token" and not before:
@@ -362,7 +341,6 @@ def _describe(
             "query_instruction": "",
             **fields,
             "template": template,
-            "pooling": pooling,
             "recipe": recipe,
             "recipe_fingerprint": recipe.fingerprint,
             "tools": _tool_versions(),
