@@ -2,6 +2,8 @@
 
 A few texts and their vectors are stored with the encoder. At build time the same texts show whether packed attention
 is right for the model at all: transformers' own padded forward pass, in the same direction, must agree.
+
+Every function that checks raises `SelfTestError` if vectors differ by more than rounding explains.
 """
 
 from __future__ import annotations
@@ -116,28 +118,16 @@ def check_attention(encoder: Encoder) -> None:
 
     The comparison finds a text that changes its neighbour's vector, a first token that does not see the last, a layer
     that never calls attention, and a kernel that is wrong on this device.
-
-    Raises:
-        SelfTestError: if they differ.
     """
-    _refuse_other(
-        _packed_vectors(encoder, _CHECKED),
-        _padded_vectors(encoder, _CHECKED),
-        f"attention kernel {encoder.kernel} on {encoder.device}",
-        encoder,
-    )
+    what = f"attention kernel {encoder.kernel} on {encoder.device}"
+    _refuse_other(encoder, _padded_vectors(encoder, _CHECKED), what)
 
 
 def pack_checked(encoder: Encoder, equal_bits: bool) -> None:
-    """Pack the weights if that makes products faster, and check that the vectors stay the same.
-
-    Raises:
-        DeviceError: as `Encoder.pack_weights` does.
-        SelfTestError: if they change.
-    """
+    """Do as `Encoder.pack_weights`, and check that the vectors stay the same."""
     before = _packed_vectors(encoder, _CHECKED)
     encoder.pack_weights(equal_bits)
-    _refuse_other(_packed_vectors(encoder, _CHECKED), before, "products of packed weights", encoder)
+    _refuse_other(encoder, before, "products of packed weights")
 
 
 def upgrade_flash_checked(encoder: Encoder) -> str:
@@ -151,7 +141,7 @@ def upgrade_flash_checked(encoder: Encoder) -> str:
     for name in newer_flash(encoder.device):
         try:
             torch.nn.attention.activate_flash_attention_impl(name)
-            _refuse_other(_packed_vectors(encoder, _CHECKED), before, name, encoder)
+            _refuse_other(encoder, before, name)
         except Exception:  # not installed, not for this GPU, or wrong for these heads: torch's own kernel serves
             torch.nn.attention.restore_flash_attention_impl(_raise_warn=False)
         else:
@@ -160,27 +150,18 @@ def upgrade_flash_checked(encoder: Encoder) -> str:
 
 
 def compile_checked(encoder: Encoder) -> None:
-    """Compile the layers, and check that the vectors stay the same; after an error the layers are as before.
-
-    Raises:
-        SelfTestError: if the vectors change.
-        Exception: any error of the compiler.
-    """
+    """Compile the layers, and check that the vectors stay the same; after any error the layers are as before."""
     before = _packed_vectors(encoder, _CHECKED)
     encoder.compile_layers()
     try:
-        _refuse_other(_packed_vectors(encoder, _CHECKED), before, "torch.compile", encoder)
+        _refuse_other(encoder, before, "torch.compile")
     except BaseException:
         encoder.uncompile_layers()
         raise
 
 
 def check_equal_bits(encoder: Encoder) -> None:
-    """Check that texts have the same bits alone and among others.
-
-    Raises:
-        SelfTestError: if they have not.
-    """
+    """Check that texts have the same bits alone and among others."""
     most = encoder.manifest.max_positions
     texts, others = ([_text_of(min(length, most)) for length in lengths] for lengths in (_ALONE, _BESIDE))
     among_others = _packed_vectors(encoder, [*others, *texts])[len(others) :]
@@ -193,11 +174,7 @@ def check_equal_bits(encoder: Encoder) -> None:
 
 
 def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
-    """Check that each captured graph gives the vectors of the pipeline without graphs.
-
-    Raises:
-        SelfTestError: if one does not.
-    """
+    """Check that each captured graph gives the vectors of the pipeline without graphs."""
     wanted = [Wanted(plain.encoder.manifest.width)] * len(_CHECKED)
     expected = torch.from_numpy(plain.launch(_CHECKED, wanted).wait())
     tokens = sum(map(len, _CHECKED))
@@ -205,11 +182,12 @@ def check_same_vectors(plain: Pipeline, faster: Pipeline) -> None:
         rows = _CHECKED if replay.graph.tokens >= tokens else _CHECKED[:1]
         found = torch.from_numpy(Pipeline(plain.encoder, (replay,)).launch(rows, wanted[: len(rows)]).wait())
         what = f"the forward pass captured for {replay.graph.tokens} tokens"
-        _refuse_other(found, expected[: len(rows)], what, plain.encoder)
+        _refuse_other(plain.encoder, expected[: len(rows)], what, found)
 
 
-def _refuse_other(left: Tensor, right: Tensor, what: str, encoder: Encoder) -> None:
-    difference = largest_difference(left, right)
+def _refuse_other(encoder: Encoder, expected: Tensor, what: str, found: Tensor | None = None) -> None:
+    """Compare the vectors that are `found`, by default the encoder's present ones of `_CHECKED`."""
+    difference = largest_difference(_packed_vectors(encoder, _CHECKED) if found is None else found, expected)
     # Rounding can change the vectors of random tokens more than those of the texts that TOLERANCE was set for.
     allowed = 2 * TOLERANCE[encoder.dtype] if encoder.quantization == "none" else _QUANTIZED_TOLERANCE
     if not difference <= allowed:
@@ -240,17 +218,14 @@ def _padded_vectors(encoder: Encoder, rows: list[TokenizedText]) -> Tensor:
     model = encoder.model
     batch = PackedBatch.pack(rows, encoder.manifest.pooling)
     lengths = [len(row) for row in rows]
-    token_ids = torch.nn.utils.rnn.pad_sequence(list(batch.token_ids.split(lengths)), batch_first=True)
-    weights = torch.nn.utils.rnn.pad_sequence(list(batch.pooling_weights.split(lengths)), batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(n, dtype=torch.long) for n in lengths], batch_first=True)
+    token_ids, weights, mask = (
+        torch.nn.utils.rnn.pad_sequence(list(row.split(lengths)), batch_first=True)
+        for row in (batch.token_ids, batch.pooling_weights, torch.ones_like(batch.token_ids))
+    )
     packed = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        output = model(
-            input_ids=token_ids.to(encoder.device),
-            attention_mask=mask.to(encoder.device),
-            use_cache=False,
-        )
+        output = model(token_ids.to(encoder.device), attention_mask=mask.to(encoder.device), use_cache=False)
     finally:
         model.set_attn_implementation(packed)
     hidden = output.last_hidden_state.float().cpu()
