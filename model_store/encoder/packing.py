@@ -44,13 +44,12 @@ class PackedBatch:
         if not rows:
             raise ValueError("a batch needs at least one text")
         lengths = [len(row) for row in rows]
-        pooled = _spans(rows, pooling) if any(row.spans for row in rows) else _whole(rows, pooling)
         return cls(
             token_ids=torch.from_numpy(np.concatenate([np.asarray(row.token_ids, dtype=np.int64) for row in rows])),
             position_ids=torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])),
             cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
             longest=max(lengths),
-            **pooled,
+            **_pooled(rows, pooling),
         )
 
     def filled_up_to(self, tokens: int, texts: int = 0) -> PackedBatch:
@@ -92,34 +91,24 @@ class PackedBatch:
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def _whole(rows: Sequence[TokenizedText], pooling: PoolingMode) -> dict[str, Any]:
-    """The pooling fields for texts without spans: one vector for each text."""
-    weights = [token_weights(pooling, len(row), row.span_start) for row in rows]
-    return _pooled(weights)
+def _pooled(rows: Sequence[TokenizedText], pooling: PoolingMode) -> dict[str, Any]:
+    """The pooling fields: one vector for each text, or for each of its spans, weighted like the pooled part of a text.
 
-
-def _spans(rows: Sequence[TokenizedText], pooling: PoolingMode) -> dict[str, Any]:
-    """The pooling fields for rows with spans: one vector for each span, weighted like the pooled part of a text.
-
-    A row without spans counts as one span.
+    Beside rows with spans, a row without spans counts as one span.
     """
-    tokens, weights = [], []
+    places, weights = [], []
     begin = 0
     for row in rows:
         for start, end in row.spans or ((0, len(row)),):
-            span_start = 0 if row.spans else row.span_start
-            tokens.append(np.arange(begin + start, begin + end, dtype=np.int64))
-            weights.append(token_weights(pooling, end - start, span_start))
+            places.append(np.arange(begin + start, begin + end, dtype=np.int64))
+            weights.append(token_weights(pooling, end - start, 0 if row.spans else row.span_start))
         begin += len(row)
-    return {**_pooled(weights), "pooled_tokens": torch.from_numpy(np.concatenate(tokens))}
-
-
-def _pooled(weights: Sequence[Any]) -> dict[str, Any]:
     lengths, counts = _blocks([len(each) for each in weights])
     return {
         "pooling_weights": torch.from_numpy(np.concatenate(weights)),
         "block_lengths": torch.tensor(lengths),
         "block_counts": torch.tensor(counts),
+        "pooled_tokens": torch.from_numpy(np.concatenate(places)) if any(row.spans for row in rows) else None,
     }
 
 
@@ -133,31 +122,29 @@ def _blocks(pooled: Sequence[int]) -> tuple[list[int], list[int]]:
     return lengths, [-(-tokens // BLOCK_TOKENS) for tokens in pooled]
 
 
-def in_one_piece(tensors: Sequence[Tensor], pinned: bool) -> Tensor:
+def in_one_piece(tensors: dict[str, Tensor], pinned: bool) -> Tensor:
     """The bytes of small host tensors end to end, so that one copy takes all of them to the device; see `pieces_of`.
 
-    Tensors with the widest numbers must come first, so that each of them is aligned. A copy from pinned memory does not
-    wait for the work that is queued on the device.
+    A copy from pinned memory does not wait for the work that is queued on the device.
     """
-    out = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8, pin_memory=pinned)
-    return torch.cat([tensor.view(torch.uint8) for tensor in tensors], out=out)
+    out = torch.empty(sum(tensor.nbytes for tensor in tensors.values()), dtype=torch.uint8, pin_memory=pinned)
+    return torch.cat([tensor.view(torch.uint8) for tensor in _widest_first(tensors).values()], out=out)
 
 
-def pieces_of(piece: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of the bytes that `in_one_piece` made, with the dtypes and lengths of the tensors `like`."""
-    parts = piece.split([tensor.nbytes for tensor in like])
-    return [part.view(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
+def pieces_of(piece: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Views of the bytes that `in_one_piece` made, with the names, dtypes and lengths of the tensors `like`."""
+    ordered = _widest_first(like)
+    parts = piece.split([tensor.nbytes for tensor in ordered.values()])
+    return {name: part.view(ordered[name].dtype) for name, part in zip(ordered, parts, strict=True)}
 
 
 def to_device(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Small one-dimensional host tensors on a device, by one copy from pinned memory that waits for nothing."""
     if device.type == "cpu":
         return tensors
-    ordered = widest_first(tensors)
-    piece = in_one_piece(list(ordered.values()), pinned=True).to(device, non_blocking=True)
-    return dict(zip(ordered, pieces_of(piece, list(ordered.values())), strict=True))
+    return pieces_of(in_one_piece(tensors, pinned=True).to(device, non_blocking=True), tensors)
 
 
-def widest_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, ordered from the widest numbers to the narrowest."""
+def _widest_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Ordered from the widest numbers to the narrowest, so that each tensor is aligned among the bytes of all."""
     return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))

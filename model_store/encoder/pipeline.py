@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model_store.encoder.encoder import Encoder
-from model_store.encoder.packing import PackedBatch, in_one_piece, pieces_of, to_device, widest_first
+from model_store.encoder.packing import PackedBatch, in_one_piece, pieces_of, to_device
 from model_store.encoder.pooling import Wanted, shorten_and_normalize
 from model_store.text.tokenizer import TokenizedText
 
@@ -67,8 +67,8 @@ class CapturedForward:
         example = PackedBatch.pack([TokenizedText([0] * tokens, 0)], encoder.manifest.pooling)
         inputs = self._inputs(example, finish_of([Wanted(encoder.manifest.width)], [1]))
         # The graph's inputs lie in one piece of memory, so that a batch arrives by one copy.
-        self._piece = in_one_piece(list(inputs.values()), pinned=True).to(encoder.device)
-        placed = dict(zip(inputs, pieces_of(self._piece, list(inputs.values())), strict=True))
+        self._piece = in_one_piece(inputs, pinned=True).to(encoder.device)
+        placed = pieces_of(self._piece, inputs)
         finish = {name: placed.pop(name) for name in ("widths", "normalize")}
         batch = replace(example, longest=tokens, **placed)
         # Before the capture all of it must have run once, on another stream than the one in use.
@@ -91,16 +91,14 @@ class CapturedForward:
 
     def replay(self, batch: PackedBatch, finish: dict[str, Tensor]) -> Tensor:
         """(V, D) for a batch on the host and its `finish_of`. The next replay overwrites it: queue its copy before."""
-        inputs = self._inputs(batch, finish)
-        self._piece.copy_(in_one_piece(list(inputs.values()), pinned=True), non_blocking=True)
+        self._piece.copy_(in_one_piece(self._inputs(batch, finish), pinned=True), non_blocking=True)
         self._graph.replay()
         return self._vectors[: len(finish["widths"])]
 
     def _inputs(self, batch: PackedBatch, finish: dict[str, Tensor]) -> dict[str, Tensor]:
         filled = batch.filled_up_to(self.tokens, self.texts)
         unused = self.texts - len(finish["widths"])
-        padded = {name: torch.cat([values, values.new_ones(unused)]) for name, values in finish.items()}
-        return widest_first({**filled.tensors, **padded})
+        return filled.tensors | {name: torch.cat([values, values.new_ones(unused)]) for name, values in finish.items()}
 
 
 @contextmanager
