@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from model_store.encoder.attention_cpu import attend
+from model_store.encoder.attention_cpu import Scores, attend
 from model_store.errors import UserError
 
 # T packed tokens, B texts, H query heads, G key/value heads, d head width
@@ -102,7 +102,7 @@ def packed_attention(kernel: Callable[..., Tensor]) -> Callable[..., tuple[Tenso
 def packed_sdpa(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """Any device, any dtype, gradients too: torch's own operations, text by text."""
     scale = query.shape[-1] ** -0.5 if layout.scale is None else layout.scale
-    return attend(query, key, value, layout.cu_seqlens, scale, *layout.reach, layout.softcap, layout.dropout)
+    return attend(query, key, value, layout.cu_seqlens, Scores(scale, *layout.reach, layout.softcap), layout.dropout)
 
 
 def packed_torch_flash(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -157,65 +157,47 @@ def packed_flash_attn(query: Tensor, key: Tensor, value: Tensor, layout: Layout)
     return out[None]
 
 
-_KERNELS: dict[Kernel, Callable[..., Tensor]] = {
-    "sdpa": packed_sdpa,
-    "torch-flash": packed_torch_flash,
-    "flash-attn": packed_flash_attn,
+# Each kernel behind its name in transformers. That contains neither "sdpa" nor "flash": transformers would apply the
+# checks of its own kernels to such names.
+_KERNELS: dict[Kernel, tuple[str, Callable[..., Tensor]]] = {
+    "sdpa": ("llm2vec_loop", packed_sdpa),
+    "torch-flash": ("llm2vec_torch_varlen", packed_torch_flash),
+    "flash-attn": ("llm2vec_package_varlen", packed_flash_attn),
 }
+
+for _name, _kernel in _KERNELS.values():
+    AttentionInterface.register(_name, packed_attention(_kernel))
 
 
 def implementation_name(kernel: Kernel) -> str:
-    """The name to give to transformers as `attn_implementation`.
+    """The name to give to transformers as `attn_implementation`."""
+    return _KERNELS[kernel][0]
 
-    It contains neither "sdpa" nor "flash": transformers would apply the checks of its own kernels to such names.
+
+def kernel_lacks(
+    kernel: Kernel,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_width: int,
+    softcap: bool = False,
+    package: bool = False,
+) -> str:
+    """What a kernel that can't serve would need; empty if it can serve. Every kernel has sliding windows.
+
+    `capability` is the GPU's, None on the CPU; `package` says whether flash-attn is installed.
     """
-    return {
-        "sdpa": "llm2vec_loop",
-        "torch-flash": "llm2vec_torch_varlen",
-        "flash-attn": "llm2vec_package_varlen",
-    }[kernel]
-
-
-for _name, _kernel in _KERNELS.items():
-    AttentionInterface.register(implementation_name(_name), packed_attention(_kernel))
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a kernel has to serve, and on which device: `capability` is the GPU's, None on the CPU."""
-
-    capability: tuple[int, int] | None
-    dtype: torch.dtype
-    head_width: int
-    softcap: bool = False
-    package: bool = False  # whether flash-attn is installed
-
-    @classmethod
-    def of(cls, config: Any, device: torch.device, dtype: torch.dtype) -> Demand:
-        """The demand of a decoder with this transformers configuration."""
-        return cls(
-            torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
-            dtype,
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            getattr(config, "attn_logit_softcapping", None) is not None,
-            _has_flash_attn(),
-        )
-
-
-def kernel_lacks(kernel: Kernel, demand: Demand) -> str:
-    """What a kernel that can't serve would need; empty if it can serve. Every kernel has sliding windows."""
     if kernel == "sdpa":
         return ""
-    if demand.capability is None or demand.capability < _FLASH_CAPABILITY:
-        found = "a CPU" if demand.capability is None else f"compute capability {'.'.join(map(str, demand.capability))}"
+    if capability is None or capability < _FLASH_CAPABILITY:
+        found = "a CPU" if capability is None else f"compute capability {'.'.join(map(str, capability))}"
         return f"a GPU of compute capability 8.0 or later, not {found}"
-    if demand.dtype not in (torch.bfloat16, torch.float16):
-        return f"a 16-bit dtype, not {str(demand.dtype).removeprefix('torch.')}"
-    if demand.head_width > _FLASH_WIDEST:
-        return f"heads of at most {_FLASH_WIDEST} numbers, not {demand.head_width}"
-    if kernel == "torch-flash" and demand.softcap:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"a 16-bit dtype, not {str(dtype).removeprefix('torch.')}"
+    if head_width > _FLASH_WIDEST:
+        return f"heads of at most {_FLASH_WIDEST} numbers, not {head_width}"
+    if kernel == "torch-flash" and softcap:
         return "a model without soft-capping of attention"
-    if kernel == "flash-attn" and not demand.package:
+    if kernel == "flash-attn" and not package:
         return "the flash-attn package"
     return ""
 
@@ -226,13 +208,14 @@ def choose_kernel(asked: Kernel | Literal["auto"], device: torch.device, dtype: 
     Raises:
         AttentionError: if the kernel asked for can't serve this model on this device.
     """
-    demand = Demand.of(config, device, dtype)
-    if asked == "auto":
-        order: tuple[Kernel, ...] = ("torch-flash", "flash-attn", "sdpa")
-        return next(kernel for kernel in order if not kernel_lacks(kernel, demand))
-    if lacks := kernel_lacks(asked, demand):
-        raise AttentionError(f"the attention kernel {asked} needs {lacks}: set LLM2VEC_ATTENTION=auto")
-    return asked
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    softcap, package = getattr(config, "attn_logit_softcapping", None) is not None, _has_flash_attn()
+    order: tuple[Kernel, ...] = ("torch-flash", "flash-attn", "sdpa") if asked == "auto" else (asked,)
+    for kernel in order:
+        if not (lacks := kernel_lacks(kernel, capability, dtype, head_width, softcap, package)):
+            return kernel
+    raise AttentionError(f"the attention kernel {asked} needs {lacks}: set LLM2VEC_ATTENTION=auto")
 
 
 def _has_flash_attn() -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor
 from model_store.architectures import ARCHITECTURES
 from model_store.encoder.attention import (
     AttentionError,
-    Demand,
     Kernel,
     Layout,
     choose_kernel,
@@ -163,10 +162,10 @@ def test_which_kernels_can_serve() -> None:
     dtypes, widths = (torch.bfloat16, torch.float16, torch.float32), (20, 64, 128, 256, 264, 320)
     both = (False, True)
     for capability, dtype, width, softcap, package in itertools.product(capabilities, dtypes, widths, both, both):
-        demand = Demand(capability, dtype, width, softcap, package)
+        demand = (capability, dtype, width, softcap, package)
         flash = capability is not None and capability >= (8, 0) and dtype != torch.float32 and width <= 256
         can: dict[Kernel, bool] = {"torch-flash": flash and not softcap, "flash-attn": flash and package, "sdpa": True}
-        assert {kernel: not kernel_lacks(kernel, demand) for kernel in can} == can, demand
+        assert {kernel: not kernel_lacks(kernel, *demand) for kernel in can} == can, demand
 
 
 @pytest.mark.parametrize("causal", [False, True])
