@@ -37,16 +37,13 @@ OWN_MODULE = "model_store.sentence_transformers_module.StoredEncoderModule"
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 
 # sentence-transformers' poolings, by the name of their old flag and by their new name → ours.
-_POOLINGS = {
+POOLING_FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_weightedmean_tokens": "weighted_mean",
     "pooling_mode_lasttoken": "last_token",
     "pooling_mode_cls_token": "bos_token",
-    "mean": "mean",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last_token",
-    "cls": "bos_token",
 }
+_POOLINGS = {"mean": "mean", "weightedmean": "weighted_mean", "lasttoken": "last_token", "cls": "bos_token"}
 
 # Poolings from which the prompt can be left out; sentence-transformers' others number its tokens all the same.
 _WITHOUT_PROMPT = ("mean", "last_token")
@@ -72,10 +69,10 @@ _POOLING: dict[str, tuple[Any, ...] | None] = {
     "word_embedding_dimension": _ANY,
     "embedding_dimension": _ANY,
     "include_prompt": (True, False),
-    "pooling_mode": tuple(name for name in _POOLINGS if not name.startswith("pooling_mode_")),
+    "pooling_mode": tuple(_POOLINGS),
     "pooling_mode_max_tokens": (False,),
     "pooling_mode_mean_sqrt_len_tokens": (False,),
-    **{name: (True, False) for name in _POOLINGS if name.startswith("pooling_mode_")},
+    **dict.fromkeys(POOLING_FLAGS, (True, False)),
 }
 _DENSE: dict[str, tuple[Any, ...] | None] = {
     "in_features": _ANY,
@@ -242,7 +239,7 @@ def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> d
 def _pooling(path: Path) -> dict[str, Any]:
     """The manifest's pooling and span."""
     settings = _settings(path, _POOLING)
-    asked = {_POOLINGS[name] for name in _POOLINGS if settings.get(name) is True}
+    asked = {mode for flag, mode in POOLING_FLAGS.items() if settings.get(flag) is True}
     if mode := settings.get("pooling_mode"):
         asked.add(_POOLINGS[mode])
     if len(asked) != 1:

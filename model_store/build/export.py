@@ -13,20 +13,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from model_store.build.description import MODULES_FILE, POOLING_FLAGS
 from model_store.encoder.head import Head
 from model_store.errors import UserError
 from model_store.json_text import read_json_object
 from model_store.manifest import CONFIG_FILE, TOKENIZER_FILE, Manifest, StoreError, changed_files, read_manifest
 from model_store.text.tokenizer import special_tokens_around
 
-_PACKAGE = "sentence_transformers.models"
-_FLAGS = {
-    "mean": "pooling_mode_mean_tokens",
-    "weighted_mean": "pooling_mode_weightedmean_tokens",
-    "last_token": "pooling_mode_lasttoken",
-    "eos_token": "pooling_mode_lasttoken",
-    "bos_token": "pooling_mode_cls_token",
-}
 _OF_ONE_TOKEN = ("last_token", "eos_token", "bos_token")
 
 
@@ -51,29 +44,38 @@ def export_encoder(folder: Path, out: Path) -> None:
         raise ExportError(f"{out} is there already and not empty: choose another place or remove it")
     out.mkdir(parents=True, exist_ok=True)
     for name in manifest.files:
-        if (name.startswith("model") and name != "modules.json") or name in (CONFIG_FILE, TOKENIZER_FILE):
+        if (name.startswith("model") and name != MODULES_FILE) or name in (CONFIG_FILE, TOKENIZER_FILE):
             shutil.copyfile(folder / name, out / name)
-    width = read_json_object(folder / CONFIG_FILE)["hidden_size"]
     _write(out / "tokenizer_config.json", _tokenizer_settings(folder, manifest, tokenizer))
     _write(out / "sentence_bert_config.json", {"max_seq_length": manifest.max_positions, "do_lower_case": False})
-    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-    include = manifest.pooling in _OF_ONE_TOKEN or not manifest.skip_instruction
-    pooling = {flag: flag == _FLAGS[manifest.pooling] for flag in _FLAGS.values()}
-    _write(out / "1_Pooling" / "config.json", {"word_embedding_dimension": width, **pooling, "include_prompt": include})
-    if head := Head.read(folder):
-        kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
-        identity = "torch.nn.modules.linear.Identity"
-        sizes = {"in_features": width, "out_features": manifest.width}
-        _write(out / "2_Dense" / "config.json", {**sizes, "bias": True, "activation_function": identity})
-        save_file({"linear.weight": head.weight, "linear.bias": head.bias}, out / "2_Dense" / "model.safetensors")
-    for place in list(kinds)[1:]:
-        (out / place).mkdir(exist_ok=True)
-    modules = [
-        {"idx": number, "name": str(number), "path": place, "type": f"{_PACKAGE}.{kind}"}
-        for number, (place, kind) in enumerate(kinds.items())
-    ]
-    (out / "modules.json").write_text(json.dumps(modules, indent=2) + "\n")
     _write(out / "config_sentence_transformers.json", _prompts(manifest))
+    width = read_json_object(folder / CONFIG_FILE)["hidden_size"]
+    pooling = "last_token" if manifest.pooling == "eos_token" else manifest.pooling
+    behind: dict[str, dict[str, object]] = {
+        "Pooling": {
+            "word_embedding_dimension": width,
+            **{flag: mode == pooling for flag, mode in POOLING_FLAGS.items()},
+            "include_prompt": pooling in _OF_ONE_TOKEN or not manifest.skip_instruction,
+        }
+    }
+    head = Head.read(folder)
+    if head:
+        sizes = {"in_features": width, "out_features": manifest.width, "bias": True}
+        behind["Dense"] = {**sizes, "activation_function": "torch.nn.modules.linear.Identity"}
+    behind["Normalize"] = {}
+    places = {"Transformer": "", **{kind: f"{number}_{kind}" for number, kind in enumerate(behind, 1)}}
+    for kind, settings in behind.items():
+        (out / places[kind]).mkdir()
+        if settings:
+            _write(out / places[kind] / "config.json", settings)
+    if head:
+        tensors = {"linear.weight": head.weight, "linear.bias": head.bias}
+        save_file(tensors, out / places["Dense"] / "model.safetensors")
+    modules = [
+        {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, place) in enumerate(places.items())
+    ]
+    _write(out / MODULES_FILE, modules)
 
 
 def _lacks(manifest: Manifest, tokenizer: Tokenizer) -> str:
@@ -119,6 +121,5 @@ def _tokenizer_settings(folder: Path, manifest: Manifest, tokenizer: Tokenizer) 
     }
 
 
-def _write(path: Path, content: dict[str, object]) -> None:
-    path.parent.mkdir(exist_ok=True)
+def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
