@@ -72,21 +72,14 @@ def resolve(reference: str) -> Iterator[Source]:
     elif match := _GGUF_FILE.fullmatch(reference):
         with _alone(reference, match["where"], match["file"]) as source:
             yield source
-    elif Path(reference).expanduser().is_dir():
-        yield Source(reference, Path(reference).expanduser())
-    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
-        yield _fetch(reference)
     else:
-        raise SourceError(
-            f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
-        )
+        yield _found(reference)
 
 
 @contextmanager
 def _alone(reference: str, where: str, file: str) -> Iterator[Source]:
     """A folder of links to one GGUF file and to the settings and tokenizer beside it."""
-    folder = Path(where).expanduser()
-    source = Source(where, folder) if folder.is_dir() else _fetch(where, gguf=file)
+    source = _found(where, gguf=file)
     if not (source.folder / file).is_file():
         raise _no_such_gguf(where, file, [path.name for path in source.folder.glob("*.gguf")])
     with tempfile.TemporaryDirectory(prefix="llm2vec-gguf-") as links:
@@ -99,21 +92,16 @@ def _no_such_gguf(where: str, file: str, found: list[str]) -> SourceError:
     return SourceError(f"{where} has no {file}: its GGUF files are {', '.join(sorted(found)) or 'none'}")
 
 
-def config_folder(reference: str) -> Path:
-    """The folder that holds the config.json of a folder or a hub id; nothing else is fetched from the hub.
-
-    Raises:
-        SourceError: as `resolve` does, and if there is no config.json.
-    """
-    if Path(reference).expanduser().is_dir():
-        folder = Path(reference).expanduser()
-    elif _HUB_ID.fullmatch(reference) and not reference.startswith("."):
-        folder = _fetch(reference, only="config.json").folder
-    else:
-        raise SourceError(f"{reference!r} is no folder and no hub id: use a path that exists, or org/name[@revision]")
-    if not (folder / "config.json").is_file():
-        raise SourceError(f"there is no config.json in {reference}: give a stored encoder, or a checkpoint")
-    return folder
+def _found(reference: str, only: str = "", gguf: str = "") -> Source:
+    """A folder, or a hub repository, of which `_fetch` fetches what is asked for."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return Source(reference, folder)
+    if not _HUB_ID.fullmatch(reference) or reference.startswith("."):
+        raise SourceError(
+            f"{reference!r} is no folder and no hub id: use a path that exists, org/name[@revision], or {DEMO}"
+        )
+    return _fetch(reference, only, gguf)
 
 
 def _write_demo(folder: Path) -> Path:
@@ -132,7 +120,8 @@ def _demo_adapter(name: str) -> Path:
     return found[name]
 
 
-def _fetch(reference: str, only: str = "", gguf: str = "") -> Source:
+def _fetch(reference: str, only: str, gguf: str) -> Source:
+    """A repository's files: `only` the one of this name, or as `wanted_files` says."""
     repository, _, revision = reference.partition("@")
     endpoint = os.environ.get("HF_ENDPOINT")
     try:
@@ -204,15 +193,15 @@ def shape_of(reference: str) -> Shape:
     """The shape of a packaged recipe's base, found without the hub; of a folder with a config.json; or of a hub id.
 
     Raises:
-        SourceError: if no config.json can be found.
-        CheckpointError: if the config.json describes no decoder.
-        UnsupportedArchitectureError: for a family that can't become an encoder.
+        SourceError, CheckpointError, UnsupportedArchitectureError: if no config.json describes a decoder there.
     """
     if config := known_configs().get(reference):
         return Shape.read(config)
     from transformers import AutoConfig
 
-    path = config_folder(reference) / "config.json"
+    path = _found(reference, only="config.json").folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"there is no config.json in {reference}: give a stored encoder, or a checkpoint")
     model_type = str(read_json_object(path).get("model_type", ""))
     architecture_of(TEXT_MODEL_OF.get(model_type, model_type))
     with reading(path, f"describes no {model_type} decoder"):

@@ -32,7 +32,10 @@ def verify_encoder(folder: Path) -> list[Check]:
     except StoreError as error:
         return [Check("manifest", "not usable", (str(error),))]
     changed = tuple(changed_files(folder, manifest))
-    sealed = () if changed else _resealed(folder, manifest)
+    # The ids of earlier formats were made otherwise, and stay as they are.
+    checked = manifest.format == FORMAT and not changed
+    stale = checked and manifest.sealed(folder).embedding_space != manifest.embedding_space
+    sealed = ("the embedding-space id does not belong to these files",) if stale else ()
     checks = [
         Check("manifest", f"{manifest.name}, embedding space {manifest.embedding_space}", sealed),
         Check("files", f"{len(manifest.files)} files", changed),
@@ -41,13 +44,6 @@ def verify_encoder(folder: Path) -> list[Check]:
     if not any(check.problems for check in checks):
         checks.append(_check_self_test(folder))
     return checks
-
-
-def _resealed(folder: Path, manifest: Manifest) -> tuple[str, ...]:
-    # The ids of earlier formats were made otherwise, and stay as they are.
-    if manifest.format == FORMAT and manifest.sealed(folder).embedding_space != manifest.embedding_space:
-        return ("the embedding-space id does not belong to these files",)
-    return ()
 
 
 def _check_tensors(folder: Path, manifest: Manifest) -> Check:

@@ -53,9 +53,6 @@ def decode(encoding: OpenAIEncoding, token_ids: Sequence[int]) -> str:
 
     A piece that was cut out of a longer text can begin or end inside a character: the bytes of such a character become
     U+FFFD. The first call for an encoding loads it: some 20 ms and 1 MB for cl100k_base, twice that for o200k_base.
-
-    Raises:
-        UnknownTokenId: at the first id that the encoding has no token for.
     """
     return decode_bytes(encoding, token_ids).decode(errors="replace")
 

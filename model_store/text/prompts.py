@@ -97,11 +97,9 @@ def find_prompt(prompts: Mapping[str, Prompt], name: str) -> Prompt:
     """
     if name in prompts:
         return prompts[name]
-    if len(name) > _MOST_CHARACTERS:
-        raise UnknownPrompt(name, [])
+    names = {known.casefold(): known for known in reversed(list(prompts))}  # of names that are alike the first counts
     folded = name.casefold()
-    for known in prompts:
-        if known.casefold() == folded:
-            return prompts[known]
-    names = {known.casefold(): known for known in prompts}
-    raise UnknownPrompt(name, [names[close] for close in get_close_matches(folded, names)])
+    if folded in names:
+        return prompts[names[folded]]
+    close = get_close_matches(folded, names) if len(name) <= _MOST_CHARACTERS else []
+    raise UnknownPrompt(name, [names[found] for found in close])

@@ -42,6 +42,8 @@ class TokenizedText:
     `head` tokens (special ones, template, instruction) stand before the text's own tokens, and `tail` tokens after
     them. `cut` says that the text lost tokens because it had more than the row has room for, and `emptied` that it lost
     all of them. If there are `spans`, ranges of tokens, each of these is pooled to a vector instead.
+
+    What cuts a row raises ValueError if it has no room for a token of the text.
     """
 
     token_ids: list[int]
@@ -65,11 +67,7 @@ class TokenizedText:
         return most - self.head - self.tail
 
     def shortened(self, most: int, keep: Literal["start", "end"] = "start") -> TokenizedText:
-        """The same row with at most `most` tokens: only the text's own are cut, and `keep` says which of them stay.
-
-        Raises:
-            ValueError: if no token of the text would be left.
-        """
+        """The same row with at most `most` tokens: only the text's own are cut, and `keep` says which of them stay."""
         if len(self) <= most:
             return self
         room, end = self._chunk_starts(most).step, len(self) - self.tail
@@ -77,22 +75,14 @@ class TokenizedText:
         return self._of(self.token_ids[kept], cut=True)
 
     def chunks(self, most: int) -> list[TokenizedText]:
-        """The text in rows of at most `most` tokens, all full but the last; each has all the tokens around the text.
-
-        Raises:
-            ValueError: if there is no room for the text.
-        """
+        """The text in rows of at most `most` tokens, all full but the last; each has all the tokens around the text."""
         if len(self) <= most:
             return [self]
         starts, end = self._chunk_starts(most), len(self) - self.tail
         return [self._of(self.token_ids[start : min(start + starts.step, end)], self.cut) for start in starts]
 
     def chunk_tokens(self, most: int) -> int:
-        """The number of tokens in all `chunks` together, counted without making them.
-
-        Raises:
-            ValueError: if there is no room for the text.
-        """
+        """The number of tokens in all `chunks` together, counted without making them."""
         if len(self) <= most:
             return len(self)
         around = self.head + self.tail
@@ -192,9 +182,6 @@ class TextTokenizer:
         """The row of a text, and for each of its tokens the range [start, end) of the text's characters.
 
         The range is empty for a token that stands for no character of the text. Nothing is cut.
-
-        Raises:
-            TokenizationError: as `encode_batch` does.
         """
         lead, body = self._lead(instruction), self._body(text, instruction)
         encoding = self._tokenizer.encode(lead + body, add_special_tokens=False)
