@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,16 +32,9 @@ ENCODER_DEFAULTS = {
     "doc_max_length": 400,
 }
 
-# Keys of a recipe that the first version did not have, with the value that asks for nothing.
-_LATER: dict[str, Any] = {
-    "attention": None,
-    "document_instruction": "",
-    "span_count": None,
-    "head_tensor": "",
-    "widths": [],
-    "ignored_config_keys": [],
-}
-_LATER_IN_TEMPLATES = {"lead": Template().lead, "bare_lead": "", "trail": ""}
+# Keys of a recipe, and of its template, that the first version did not have. Their defaults ask for nothing.
+_LATER = ("attention", "document_instruction", "span_count", "head_tensor", "widths", "ignored_config_keys")
+_LATER_IN_TEMPLATES = ("lead", "bare_lead", "trail")
 
 # Stages of LLM2Vec's training → what a recipe that ends with them says, and the end of the second adapter's name.
 _STAGES = {
@@ -117,12 +109,12 @@ class Recipe(BaseModel):
     @property
     def fingerprint(self) -> str:
         """A sha256 over everything that changes a vector; encoders of different recipes have different fingerprints."""
-        asked = self.model_dump(mode="json", exclude=_MOVES_NOTHING)
         # What recipes could not ask for when the first encoders were built is left out while it is not asked for.
-        for values, later in ((asked, _LATER), (asked["template"] or {}, _LATER_IN_TEMPLATES)):
-            for key, unasked in later.items():
-                if values.get(key) == unasked:
-                    values.pop(key, None)
+        unasked = {key for key in _LATER if getattr(self, key) == Recipe.model_fields[key].default}
+        asked = self.model_dump(mode="json", exclude=_MOVES_NOTHING | unasked)
+        for key in _LATER_IN_TEMPLATES if self.template else ():
+            if asked["template"][key] == getattr(Template(), key):
+                del asked["template"][key]
         return hashlib.sha256(json.dumps(asked, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 
@@ -140,8 +132,8 @@ def read_recipe(text: str, name: str) -> Recipe:
 
 def packaged_recipes() -> dict[str, Recipe]:
     """Every recipe that ships with the package, by name. Those with adapters, which are LLM2Vec's, come first."""
-    recipes = dict(_packaged("others.toml"))
-    for family, row in _packaged("llm2vec.toml"):
+    recipes = packaged_tables("recipes/others.toml")
+    for family, row in packaged_tables("recipes/llm2vec.toml").items():
         [mntp] = row["adapters"]
         for stage in row.pop("stages"):
             told, second = _STAGES[stage]
@@ -155,11 +147,18 @@ def packaged_recipes() -> dict[str, Recipe]:
     return {name: recipe_from(name, **recipes[name]) for name in ordered}
 
 
-def _packaged(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The tables of a packaged file with their names; what stands before the first table holds for all of them."""
-    content = tomllib.loads((files("model_store") / "recipes" / file).read_text())
+def packaged_tables(file: str) -> dict[str, dict[str, Any]]:
+    """The tables of a packaged TOML file, by name.
+
+    Keys before the first table hold for all of them, and those of a table above for one that is `like` it.
+    """
+    content = tomllib.loads((files("model_store") / file).read_text())
     common = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    return ((name, {**common, **own}) for name, own in content.items() if isinstance(own, dict))
+    tables: dict[str, dict[str, Any]] = {}
+    for name, own in content.items():
+        if isinstance(own, dict):
+            tables[name] = {**common, **tables.get(own.pop("like", ""), {}), **own}
+    return tables
 
 
 def load_recipe(name_or_file: str) -> Recipe:

@@ -5,13 +5,12 @@ Only arithmetic: no torch and no weights. Norms and biases, less than a thousand
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
+from model_store.recipe import packaged_tables
 from model_store.rope import readable_positions
 
 # Bytes of a weight, by the arithmetic that it is multiplied in.
@@ -110,9 +109,8 @@ class Shape:
 
 def known_configs() -> dict[str, dict[str, Any]]:
     """The config.json of the packaged recipes' bases, by their references."""
-    configs: dict[str, dict[str, Any]] = {}
-    for base, sizes in tomllib.loads((files("model_store") / "shapes.toml").read_text()).items():
-        config = configs[base] = {**configs.get(sizes.pop("like", ""), {}), **sizes}
+    configs = packaged_tables("shapes.toml")
+    for config in configs.values():
         if every := config.pop("sliding_window_pattern", None):  # one layer of so many attends to the whole text
             kinds = [*["sliding_attention"] * (every - 1), "full_attention"]
             config["layer_types"] = [kinds[layer % every] for layer in range(config["num_hidden_layers"])]
