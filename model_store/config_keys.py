@@ -12,91 +12,56 @@ from typing import Any
 
 # Keys that move vectors → the value that means the same as a missing key.
 MOVING: dict[str, Any] = {
-    "model_type": None,
-    "hidden_size": None,
-    "intermediate_size": None,
-    "num_hidden_layers": None,
-    "num_attention_heads": None,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "max_position_embeddings": None,
-    "original_max_position_embeddings": None,
-    "hidden_act": None,
-    "hidden_activation": None,
-    "rms_norm_eps": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "query_pre_attn_scalar": None,
-    "attn_logit_softcapping": None,
-    "layer_types": None,
-    "sliding_window": None,
-    "use_bidirectional_attention": False,
-    "rope_parameters": None,
+    **dict.fromkeys(("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation")),
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "rope_parameters")),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "layer_types", "sliding_window")),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_bidirectional_attention"), False),
 }
 
 # The same for the keys within `rope_parameters`, and for those of a type of layer within it.
 MOVING_ROPE: dict[str, Any] = {
+    **dict.fromkeys(("rope_theta", "factor", "original_max_position_embeddings", "attention_factor")),
+    **dict.fromkeys(("mscale", "mscale_all_dim", "short_factor", "long_factor", "llama_4_scaling_beta")),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor")),
     "rope_type": "default",
-    "rope_theta": None,
     "partial_rotary_factor": 1,
-    "factor": None,
-    "original_max_position_embeddings": None,
-    "attention_factor": None,
     "beta_fast": 32,
     "beta_slow": 1,
-    "mscale": None,
-    "mscale_all_dim": None,
     "truncate": True,
-    "short_factor": None,
-    "long_factor": None,
-    "low_freq_factor": None,
-    "high_freq_factor": None,
-    "llama_4_scaling_beta": None,
 }
 
 # Keys that transformers' classes turn into some of those above; and `is_causal`, for which a manifest has `attention`.
 LAYOUT = (
-    "is_causal",
-    "rope_theta",
-    "rope_scaling",
-    "rope_local_base_freq",
-    "partial_rotary_factor",
-    "sliding_window_pattern",
-    "use_sliding_window",
+    *("is_causal", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"),
+    *("sliding_window_pattern", "use_sliding_window"),
 )
 
-# Keys that move no vector → the values for which that is so; None stands for any value. Beside them are the keys that
-# transformers has for all models, and those of text generation.
-_ANY = None
-UNMOVING: dict[str, tuple[Any, ...] | None] = {
-    # where the checkpoint comes from, and the code and kernels that it was run with
-    **dict.fromkeys(("name_or_path", "_name_or_path", "_model_name_or_path", "_commit_hash", "auto_map")),
-    **dict.fromkeys(("attn_implementation", "_attn_implementation", "_attn_implementation_autoset")),
-    **dict.fromkeys(("_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention", "experts_implementation")),
-    **dict.fromkeys(
-        ("base_model_tp_plan", "base_model_pp_plan", "transformers.js_config", "use_bfloat16", "torch_dtype")
-    ),
-    **dict.fromkeys(("unsloth_fixed", "unsloth_version", "tf_legacy_loss", "output_past", "torchscript")),
-    # training
-    **dict.fromkeys(("initializer_range", "gradient_checkpointing", "neftune_noise_alpha")),
-    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "classifier_dropout")),
+# Keys that move no vector. Beside them are the keys that transformers has for all models, and those of text generation.
+UNMOVING = frozenset(
+    {
+        # where the checkpoint comes from, and the code and kernels that it was run with
+        *("name_or_path", "_name_or_path", "_model_name_or_path", "_commit_hash", "auto_map", "torch_dtype"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation"),
+        *("_flash_attn_2_enabled", "use_flash_attn", "use_flash_attention", "use_bfloat16", "transformers.js_config"),
+        *("base_model_tp_plan", "base_model_pp_plan", "unsloth_fixed", "unsloth_version"),
+        *("tf_legacy_loss", "output_past", "torchscript"),
+        # training
+        *("initializer_range", "gradient_checkpointing", "neftune_noise_alpha"),
+        *("attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout", "classifier_dropout"),
+        # tokens, limits and other heads; tensors say how large the vocabulary is
+        *("vocab_size", "tokenizer_class", "model_max_length", "max_sequence_length", "seq_length"),
+        *("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "padding_side", "prefix"),
+        *("tie_word_embeddings", "tie_encoder_decoder", "final_logit_softcapping", "lm_head_bias", "is_decoder"),
+        *("matryoshka_dimensions", "is_matryoshka", "num_labels", "finetuning_task", "task_specific_params"),
+        # which layers have a window, before `use_sliding_window` or `layer_types` say that any has one
+        "max_window_layers",
+    }
+)
+
+# Keys that move no vector as long as they have one of these values.
+UNMOVING_VALUES = {
     "pretraining_tp": (1,),
-    # tokens, limits and other heads; tensors say how large the vocabulary is
-    **dict.fromkeys(("vocab_size", "tokenizer_class", "model_max_length", "max_sequence_length", "seq_length")),
-    **dict.fromkeys(("unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "padding_side", "prefix")),
-    **dict.fromkeys(("tie_word_embeddings", "tie_encoder_decoder", "final_logit_softcapping", "lm_head_bias")),
-    **dict.fromkeys(
-        (
-            "matryoshka_dimensions",
-            "is_matryoshka",
-            "num_labels",
-            "finetuning_task",
-            "task_specific_params",
-            "is_decoder",
-        )
-    ),
-    # which layers have a window, before `use_sliding_window` or `layer_types` say that any has one
-    "max_window_layers": _ANY,
     # Phi-4: every layer attends, and RoPE is not interpolated
     "full_attn_mod": (1,),
     "interpolate_factor": (1,),

@@ -48,6 +48,10 @@ class LowRankUpdate:
     b: Tensor
     scale: float
 
+    def add_to(self, weight: Tensor) -> Tensor:
+        """W + (alpha/r)·B·A, computed in place; `weight` must be float32, so that its caller rounds only once."""
+        return weight.addmm_(self.b.float(), self.a.float(), alpha=self.scale)
+
     def shape(self) -> tuple[int, int]:
         """(out, in): the shape of the weight that the update is added to."""
         return self.b.shape[0], self.a.shape[1]
@@ -107,11 +111,6 @@ def check_fit(adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"adapter {adapter.reference}: its update of {name} has shape {update.shape()}, "
                 f"the base's weight {shapes[name]}: it was trained for another base"
             )
-
-
-def merge_adapter(weight: Tensor, update: LowRankUpdate) -> Tensor:
-    """W + (alpha/r)·B·A, computed in place; `weight` must be float32, so that its caller rounds only once."""
-    return weight.addmm_(update.b.float(), update.a.float(), alpha=update.scale)
 
 
 def _scale(config: LoraConfig, module: str, rank: int) -> float:

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from model_store.architectures import Attention, architecture_of, direct
-from model_store.build.adapters import Adapter, check_fit, load_adapter, merge_adapter
+from model_store.build.adapters import Adapter, check_fit, load_adapter
 from model_store.build.checkpoints import Checkpoint, decoder_on_meta, open_checkpoint, read_raw_config
 from model_store.build.description import MODULES_FILE, OWN_MODULE, Description, description_of, folded
 from model_store.build.self_test import write_self_test
@@ -299,7 +299,7 @@ def merged_tensor(
     if updates:
         weight = weight.to(torch.float32, copy=True)
         for update in updates:
-            weight = merge_adapter(weight, update)
+            update.add_to(weight)
     weight = weight.to(dtype).contiguous()
     if not weight.isfinite().all():
         raise BuildError(f"{name} holds NaN or infinite values after merging")

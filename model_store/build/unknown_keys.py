@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from model_store.config_keys import LAYOUT, MOVING, MOVING_ROPE, UNMOVING, UNMOVING_ROPE
+from model_store.config_keys import LAYOUT, MOVING, MOVING_ROPE, UNMOVING, UNMOVING_ROPE, UNMOVING_VALUES
 from model_store.errors import CheckpointError
 
 # Keys that a class or this package reads although the class declares no such field.
@@ -86,9 +86,10 @@ def _asks_nothing(value: Any) -> bool:
 
 
 def _moves_nothing(key: str, value: Any, raw: Mapping[str, Any], config: Any, usual: Any) -> bool:
+    if key in UNMOVING_VALUES:
+        return value in UNMOVING_VALUES[key]
     if key in UNMOVING:
-        values = UNMOVING[key]
-        return values is None or value in values
+        return True
     if key == "layer_types":
         return set(value) == {"full_attention"}
     if key == "_sliding_window_pattern" and raw.get("layer_types"):
