@@ -13,15 +13,6 @@ from typing import Any
 _FREQUENCIES, _SHORT, _LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = (_FREQUENCIES, _SHORT, _LONG)
 
-# Metadata that changes nothing in llama.cpp as long as it has this value (None: any value).
-_WITHOUT_EFFECT = {
-    "scaling.finetuned": None,
-    "scaling.alpha": 0,
-    "scaling.yarn_log_multiplier": 0,
-    "scaling.yarn_ext_factor": 1,
-    "scaling.yarn_attn_factor": 1,
-}
-
 
 def gguf_architecture(reader: Any) -> str:
     """llama.cpp's name for the model's family."""
@@ -34,6 +25,8 @@ def set_rope(config: Any, reader: Any) -> None:
     Raises:
         ValueError: naming the metadata that can't be reproduced.
     """
+    from gguf import dequantize
+
     prefix = f"{gguf_architecture(reader)}.rope."
     given = {
         name.removeprefix(prefix): field.contents() for name, field in reader.fields.items() if name.startswith(prefix)
@@ -45,13 +38,20 @@ def set_rope(config: Any, reader: Any) -> None:
     base = given.pop("freq_base", parameters["rope_theta"])
     if by_layer:
         within_window["rope_theta"] = given.pop("freq_base_swa", within_window["rope_theta"])
+    # Metadata that changes nothing in llama.cpp as long as it has this value (None: any value).
     expected = {
-        **_WITHOUT_EFFECT,
+        "scaling.finetuned": None,
+        "scaling.alpha": 0,
+        "scaling.yarn_log_multiplier": 0,
+        "scaling.yarn_ext_factor": 1,
+        "scaling.yarn_attn_factor": 1,
         "dimension_count": head_width,
         "dimension_count_swa": head_width,
         "freq_base_swa": base,
     }
-    scaled = _scaled(given, _divisors(reader), config.max_position_embeddings)
+    found = [tensor for tensor in reader.tensors if tensor.name in ROPE_TENSORS]
+    divisors = {tensor.name: dequantize(tensor.data, tensor.tensor_type).tolist() for tensor in found}
+    scaled = _scaled(given, divisors, config.max_position_embeddings)
     for name, value in given.items():
         if name not in expected or expected[name] not in (None, value):
             raise ValueError(f"its metadata {prefix}{name}, {value!r}, moves RoPE in a way that is not reproduced")
@@ -59,13 +59,6 @@ def set_rope(config: Any, reader: Any) -> None:
     parameters.update(rope_theta=base, **scaled)
     if "original_max_position_embeddings" in scaled and hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = scaled["original_max_position_embeddings"]
-
-
-def _divisors(reader: Any) -> dict[str, list[float]]:
-    from gguf import dequantize
-
-    found = [tensor for tensor in reader.tensors if tensor.name in ROPE_TENSORS]
-    return {tensor.name: dequantize(tensor.data, tensor.tensor_type).tolist() for tensor in found}
 
 
 def _scaled(given: dict[str, Any], divisors: dict[str, list[float]], positions: int) -> dict[str, Any]:
