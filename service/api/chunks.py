@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from service.api.openai import ERRORS, EmbedFields, write_answer
-from service.embedding.requests import ChunkRequest, EmbedInput
+from service.api.openai import ERRORS, EmbedFields, Usage, write_answer
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import InvalidRequest
 from service.http.call import Call
 from service.http.common import Text
@@ -41,15 +41,10 @@ class ChunkEmbeddingsAnswer(BaseModel):
         tokens: int
         embedding: list[float] | str
 
-    class _Usage(BaseModel):
-        prompt_tokens: int
-        total_tokens: int
-        truncated_inputs: int
-
     object: Literal["list"]
     data: list[_Chunk]
     model: str
-    usage: _Usage
+    usage: Usage
 
 
 @router.post(
@@ -70,20 +65,17 @@ async def create_chunk_embeddings(request: Request) -> Response:
     call.ignore(body.model_extra)
     if (body.chunk_size is None) == (body.spans is None):
         raise InvalidRequest("send either chunk_size or spans", "invalid_value", "chunk_size")
-    asked = ChunkRequest(
-        body.input,
-        call.choose(body.instruction, body.names(), alias),
-        body.chunk_size or 0,
-        body.spans or (),
+    asked = EmbedRequest(
+        [EmbedInput(body.input, call.choose(body.instruction, body.names(), alias))],
         body.dimensions,
-        body.normalize is not False,
-        body.priority,
-        body.timeout_seconds(),
+        normalize=body.normalize is not False,
+        lane=body.priority,
+        timeout_seconds=body.timeout_seconds(),
     )
-    result = await call.embed_chunks(asked)
+    result = await call.embed_chunks(asked, body.chunk_size or 0, body.spans or ())
 
     def place_of(chunk: int) -> bytes:
         return b'"start":%d,"end":%d,"tokens":%d,' % (*result.spans[chunk], result.tokens[chunk])
 
     slices = write_answer(result.embedded, call.parts.served_name, body, place_of)
-    return call.answer(slices, [EmbedInput(asked.text, asked.instruction)], result.embedded)
+    return call.answer(slices, asked.inputs, result.embedded)

@@ -112,7 +112,7 @@ class _Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class _Usage(BaseModel):
+class Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     truncated_inputs: int
@@ -124,7 +124,7 @@ class EmbeddingsAnswer(BaseModel):
     object: Literal["list"]
     data: list[_Embedding]
     model: str
-    usage: _Usage
+    usage: Usage
 
 
 class ModelAnswer(BaseModel):

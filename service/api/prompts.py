@@ -11,9 +11,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from model_store.manifest import ROLES
-from model_store.text.tokenizer import Part
 from service.api.openai import ERRORS, EmbeddingsBody, to_embed_request
-from service.embedding.requests import EmbedInput, Preview
+from service.embedding.requests import EmbedInput, PreviewToken
 from service.http.answers import json_answer
 from service.http.call import Call
 from service.http.openapi import documented
@@ -39,18 +38,10 @@ class PreviewAnswer(BaseModel):
     """The tokens of each input: those that the model would read, and those that are cut."""
 
     class _Row(BaseModel):
-        class _Token(BaseModel):
-            id: int
-            token: str
-            text: str
-            part: Part
-            pooled: bool
-            cut: bool
-
         index: int
         instruction: str
         source: str
-        tokens: list[_Token]
+        tokens: list[PreviewToken]
         token_count: int
         pooled_count: int
         cut_count: int
@@ -94,19 +85,19 @@ async def preview(request: Request) -> Response:
     return Response(content, 200, call.headers, "application/json")
 
 
-def _write_previews(inputs: Sequence[EmbedInput], previews: Sequence[Preview], limit: int) -> bytes:
+def _write_previews(inputs: Sequence[EmbedInput], previews: Sequence[Sequence[PreviewToken]], limit: int) -> bytes:
     rows: list[dict[str, Any]] = []
-    for index, (item, preview) in enumerate(zip(inputs, previews, strict=True)):
-        cut_count = sum(token.cut for token in preview.tokens)
-        token_count = len(preview.tokens) - cut_count
+    for index, (item, tokens) in enumerate(zip(inputs, previews, strict=True)):
+        cut_count = sum(token.cut for token in tokens)
+        token_count = len(tokens) - cut_count
         rows.append(
             {
                 "index": index,
                 "instruction": item.instruction.text,
                 "source": item.instruction.source,
-                "tokens": [token._asdict() for token in preview.tokens],
+                "tokens": tokens,
                 "token_count": token_count,
-                "pooled_count": sum(token.pooled for token in preview.tokens),
+                "pooled_count": sum(token.pooled for token in tokens),
                 "cut_count": cut_count,
                 "over_limit": max(token_count - limit, 0),
             }

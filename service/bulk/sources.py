@@ -15,7 +15,7 @@ from service.bulk.pipeline import Embedded
 from service.device import watchdog
 from service.embedding.choices import Overflow
 from service.embedding.embedder import Embedder
-from service.embedding.instructions import Asked, Chosen, load_instructions
+from service.embedding.instructions import Chosen, load_instructions
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import DeviceLost, ServiceError
 from service.logs import log
@@ -77,8 +77,8 @@ class LocalVectors:
         prepared = prepare(settings, progress)
         if settings.batch_tokens is None:
             prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a single batch
-        names = {"input_type": wanted.input_type} if wanted.input_type else {}
-        chosen = load_instructions(settings, prepared.manifest).choose(Asked(wanted.instruction, names))
+        instructions = load_instructions(settings, prepared.manifest)
+        chosen = instructions.choose(wanted.instruction, {"input_type": wanted.input_type})
         return cls(prepared, wanted, chosen.text)
 
     @property

@@ -22,13 +22,12 @@ from service.embedding.admission import Admission, Patience, Size
 from service.embedding.in_flight import hold_tokens, hold_vectors
 from service.embedding.instructions import Source
 from service.embedding.requests import (
-    ChunkRequest,
     ChunkResult,
     EmbedInput,
     EmbedRequest,
     EmbedResult,
     LocatedTokens,
-    Preview,
+    PreviewToken,
 )
 from service.embedding.rows import EmbedRow, Vector
 from service.embedding.tokenizer_pool import TokenizerPool
@@ -92,10 +91,17 @@ class Embedder:
             await tokenizing.run_aside(self._pool, guess.lane, fitted, record)
             return result
 
-    async def embed_chunks(self, request: ChunkRequest, on_lane: OnLane = lambda lane: None) -> ChunkResult:
+    async def embed_chunks(
+        self,
+        request: EmbedRequest,
+        chunk_tokens: int = 0,
+        chunk_spans: Sequence[spans.Span] = (),
+        on_lane: OnLane = lambda lane: None,
+    ) -> ChunkResult:
         """Late chunking (Günther et al. 2024): each chunk's vector is pooled from token vectors that saw all the text.
 
-        `on_lane` is told the lane that the request is queued in.
+        The request has one text. Its chunks are `chunk_spans`, ranges of characters [start, end), or else consecutive
+        runs of `chunk_tokens` tokens.
 
         Raises:
             InvalidRequest: for a text that is too long or empty, or a chunk that holds no token of it.
@@ -103,37 +109,37 @@ class Embedder:
         """
         with self._counted_as_running():
             patience = Patience(time.perf_counter(), request.timeout_seconds)
-            whole = EmbedRequest([EmbedInput(request.text, request.instruction)], request.dimensions, lane=request.lane)
-            self._check(whole)
-            self._check_context(whole)
-            guess = self._admission.guess(whole)
+            self._check(request)
+            self._check_context(request)
+            guess = self._admission.guess(request)
+            ((given, instruction),) = request.inputs
             async with self._admission.tokenizing(guess, patience):
-                read = partial(self.tokenizer.locate, request.text, request.instruction.text)
+                read = partial(self.tokenizer.locate, str(given), instruction.text)
                 try:
                     text, characters = await self._pool.run(guess.lane, read)
                 except TokenizationError as error:
                     raise InvalidRequest(str(error), "invalid_input", "input") from error
             bounds.check_length(len(text), self.limits.max_input_tokens, 0)
             own = range(text.head, len(text) - text.tail)
-            if request.spans:
-                chunks = spans.tokens_of_spans(request.spans, own, characters)
+            if chunk_spans:
+                chunks = spans.tokens_of_spans(chunk_spans, own, characters)
                 bounds.check_coverage(chunks, len(text))
             else:
-                chunks = spans.runs_of_tokens(own, request.chunk_tokens)
+                chunks = spans.runs_of_tokens(own, chunk_tokens)
             width = request.dimensions or self.manifest.width
             bounds.check_numbers(len(chunks) * width)
             rows = [EmbedRow(replace(text, spans=tuple(chunks)), width, request.normalize)]
             tokenized = time.perf_counter()
             computed = await self._compute(rows, request.lane, patience, on_lane)
             result = EmbedResult.of(rows, computed, 0, tokenized - patience.began)
-            self._record([request.instruction.source], rows, result)
+            self._record([instruction.source], rows, result)
             return ChunkResult(
-                request.spans or [spans.characters_of_span(chunk, characters) for chunk in chunks],
+                chunk_spans or [spans.characters_of_span(chunk, characters) for chunk in chunks],
                 [end - start for start, end in chunks],
                 replace(result, vectors=list(result.vectors[0])),
             )
 
-    async def preview(self, request: EmbedRequest) -> list[Preview]:
+    async def preview(self, request: EmbedRequest) -> list[list[PreviewToken]]:
         """The tokens of each input; nothing is computed, and an input that is too long for `embed` is shown whole.
 
         Raises:

@@ -29,17 +29,6 @@ NONE = Chosen()
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The instruction that a request names for all its inputs, level by level; the first level that names one wins."""
-
-    instruction: str | None = None
-    names: Mapping[str, str] = field(default_factory=dict)  # input_type, prompt_name, task: field → name
-    alias: str | None = None  # the role or prompt that the model's name asks for
-    header_instruction: str | None = None
-    header_name: str | None = None
-
-
-@dataclass(frozen=True)
 class Instructions:
     """The server's instructions and prompts.
 
@@ -55,20 +44,30 @@ class Instructions:
     any_model: bool = False
     lead: str = Template().lead
 
-    def choose(self, asked: Asked) -> Chosen:
-        """The instruction for the inputs of a request that have none of their own.
+    def choose(
+        self,
+        instruction: str | None = None,
+        names: Mapping[str, str | None] = {},
+        alias: str = "",
+        header_instruction: str | None = None,
+        header_name: str | None = None,
+    ) -> Chosen:
+        """The instruction for the inputs of a request that have none of their own: the first argument to name one wins.
+
+        `names` are the request's input_type, prompt_name and task, and `alias` is the role or prompt that the model's
+        name asks for.
 
         Raises:
             InvalidRequest: for an unknown name, or two that contradict each other at one level.
         """
-        if asked.instruction is not None:
-            return Chosen(asked.instruction, "request")
-        if asked.names:
-            return Chosen(self.named(asked.names), "input_type")
-        if asked.alias:
-            return Chosen(self.named({"model": asked.alias}), "alias")
-        if asked.header_instruction is not None or asked.header_name is not None:
-            return Chosen(self._from_headers(asked.header_instruction, asked.header_name), "header")
+        if instruction is not None:
+            return Chosen(instruction, "request")
+        if given := {field: name for field, name in names.items() if name}:
+            return Chosen(self.named(given), "input_type")
+        if alias:
+            return Chosen(self.named({"model": alias}), "alias")
+        if header_instruction is not None or header_name is not None:
+            return Chosen(self._from_headers(header_instruction, header_name), "header")
         if self.default_name:
             return Chosen(self.named({"default_input_type": self.default_name}), "default")
         return NONE

@@ -106,23 +106,6 @@ class EmbedResult:
 
 
 @dataclass(frozen=True)
-class ChunkRequest:
-    """One text that is embedded once, with all of its context, and gets a vector for each of its chunks.
-
-    The chunks are the given `spans`, character ranges [start, end), or else consecutive runs of `chunk_tokens` tokens.
-    """
-
-    text: str
-    instruction: Chosen = NONE
-    chunk_tokens: int = 0
-    spans: Sequence[tuple[int, int]] = ()
-    dimensions: int | None = None
-    normalize: bool = True
-    lane: Lane | None = None
-    timeout_seconds: float | None = None
-
-
-@dataclass(frozen=True)
 class ChunkResult:
     """The characters, the number of tokens and the vector of each chunk, and the cost of all chunks together."""
 
@@ -131,7 +114,8 @@ class ChunkResult:
     embedded: EmbedResult
 
 
-class PreviewToken(NamedTuple):
+@dataclass(frozen=True)
+class PreviewToken:
     """A token: how the vocabulary spells it, its text, its origin, and whether it is pooled or cut off."""
 
     id: int
@@ -140,13 +124,6 @@ class PreviewToken(NamedTuple):
     part: Part
     pooled: bool
     cut: bool
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The tokens of an input in order: those that the model would read, and those that are cut off."""
-
-    tokens: Sequence[PreviewToken]
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 
 from model_store.pooling_modes import PoolingMode
 from model_store.text.tokenizer import Part, TokenizationError, TokenizedText
-from service.embedding.requests import EmbedInput, EmbedRequest, LocatedTokens, Preview, PreviewToken, is_empty
+from service.embedding.requests import EmbedInput, EmbedRequest, LocatedTokens, PreviewToken, is_empty
 from service.embedding.tokenizing import Tokenizes
 from service.errors import InvalidRequest
 
 
 def preview(
     tokenizer: Tokenizes, item: EmbedInput, row: TokenizedText, request: EmbedRequest, most: int, pooling: PoolingMode
-) -> Preview:
-    """The tokens of an input's row, cut to `most` tokens as the request says, or by the tokenizer itself."""
+) -> list[PreviewToken]:
+    """The tokens of an input's row in order, cut to `most` tokens as the request says, or by the tokenizer itself."""
     whole, keep = row, request.keep
     if row.cut and isinstance(item.text, str):
         whole, _ = tokenizer.locate(item.text, item.instruction.text)
@@ -33,7 +33,7 @@ def preview(
     lost = slice(place, place + max(len(whole) - len(row), 0))
     lost_ids, lost_parts = whole.token_ids[lost], tokenizer.parts(whole, instruction)[lost]
     tokens[place:place] = describe(lost_ids, lost_parts, [False] * len(lost_ids), True)
-    return Preview(tokens)
+    return tokens
 
 
 def locate(tokenizer: Tokenizes, item: EmbedInput, allow_empty: bool) -> LocatedTokens:

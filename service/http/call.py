@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 from fastapi import Request, Response
 from pydantic import BaseModel
 
-from service.embedding.instructions import Asked, Chosen
-from service.embedding.requests import ChunkRequest, ChunkResult, EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.instructions import Chosen
+from service.embedding.requests import ChunkResult, EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import ClientGone, InvalidRequest
 from service.http.answers import json_answer
@@ -84,23 +84,13 @@ class Call(Generic[Body]):
         self.parts.metrics.ignored_fields.inc(len(ignored))
         self.headers["x-ignored-fields"] = ignored_header(ignored)
 
-    def choose(
-        self, instruction: str | None = None, names: Mapping[str, str | None] | None = None, alias: str = ""
-    ) -> Chosen:
-        """The instruction of inputs without one of their own: from fields, the model's alias, headers or settings.
-
-        Raises:
-            InvalidRequest: for a name that there is not, or two that contradict each other.
-        """
+    def choose(self, instruction: str | None = None, names: Mapping[str, str | None] = {}, alias: str = "") -> Chosen:
+        """As `Instructions.choose`, with the request's headers."""
         headers = self.request.headers
-        asked = Asked(
-            instruction,
-            {field: name for field, name in (names or {}).items() if name},
-            alias,
-            _utf8(headers.get("x-instruction")),
-            headers.get("x-input-type"),
+        header_instruction = _utf8(headers.get("x-instruction"))
+        return self.parts.instructions.choose(
+            instruction, names, alias, header_instruction, headers.get("x-input-type")
         )
-        return self.parts.instructions.choose(asked)
 
     def inputs(self, texts: Iterable[str | Sequence[int]], chosen: Chosen) -> list[EmbedInput]:
         """Inputs with one instruction. A text that holds the separator of the settings brings its own."""
@@ -118,9 +108,11 @@ class Call(Generic[Body]):
         outcome_of(self.request.scope).timings = result.timings
         return result
 
-    async def embed_chunks(self, asked: ChunkRequest) -> ChunkResult:
+    async def embed_chunks(
+        self, asked: EmbedRequest, chunk_tokens: int, spans: Sequence[tuple[int, int]]
+    ) -> ChunkResult:
         """The vectors of one text's chunks, as `embed` gives those of texts."""
-        result = await self.while_connected(self.embedder.embed_chunks(asked, self._note_lane))
+        result = await self.while_connected(self.embedder.embed_chunks(asked, chunk_tokens, spans, self._note_lane))
         outcome_of(self.request.scope).timings = result.embedded.timings
         return result
 

@@ -13,7 +13,7 @@ from model_store.text.tokenizer import TokenizedText
 from service.batching.batcher import MicroBatcher
 from service.batching.limits import Limits
 from service.embedding.embedder import Embedder
-from service.embedding.requests import ChunkRequest, EmbedInput, EmbedRequest
+from service.embedding.requests import EmbedInput, EmbedRequest
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import InvalidRequest, Overloaded
 from service.metrics import Metrics
@@ -87,7 +87,7 @@ async def test_what_is_only_tokenized_is_admitted_like_what_is_embedded(
         embedder.preview(asked("y" * 200)),
         embedder.locate(asked("y" * 200)),
         embedder.decode([[65] * 20]),
-        embedder.embed_chunks(ChunkRequest("y" * 200, chunk_tokens=8, lane="bulk")),
+        embedder.embed_chunks(EmbedRequest([EmbedInput("y" * 200)], lane="bulk"), 8),
     ):
         with pytest.raises(Overloaded):
             await large
@@ -139,7 +139,7 @@ async def test_the_lane_is_not_chosen_by_a_priority_that_the_tokens_are_too_many
             await embedder.embed(request)
         assert (refused.value.code, refused.value.param) == ("request_too_large", "priority")
     with pytest.raises(InvalidRequest, match="leave priority out"):
-        await embedder.embed_chunks(ChunkRequest("x" * 30, chunk_tokens=8, lane="interactive"))
+        await embedder.embed_chunks(EmbedRequest([EmbedInput("x" * 30)], lane="interactive"), 8)
     computing.cancel()
     await asyncio.wait({computing})
 

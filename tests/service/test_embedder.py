@@ -71,10 +71,10 @@ async def test_a_preview_has_what_the_tokenizer_cut_by_itself() -> None:
     async with embedder(FakeWorker()) as one:
         one.tokenizer = CutsItself()
         long, short = await one.preview(request("abcdefg", "abcd"))
-        assert [token.text for token in long.tokens if not token.cut] == ["", *"abcd"]
-        assert [token.text for token in long.tokens if token.cut] == [*"efg"]
-        assert [token.pooled for token in long.tokens] == [False, *[True] * 4, *[False] * 3]
-        assert not any(token.cut for token in short.tokens)
+        assert [token.text for token in long if not token.cut] == ["", *"abcd"]
+        assert [token.text for token in long if token.cut] == [*"efg"]
+        assert [token.pooled for token in long] == [False, *[True] * 4, *[False] * 3]
+        assert not any(token.cut for token in short)
 
 
 async def test_a_text_that_reference_truncation_leaves_nothing_of_is_refused() -> None:
@@ -100,9 +100,9 @@ async def test_a_preview_has_a_template_that_was_cut_off_with_the_text(keep: Lit
     async with embedder(FakeWorker()) as one:
         one.tokenizer = TextTokenizer(tiny_tokenizer(), template, True, VOCABULARY, ReferenceLimits(10, 400))
         (found,) = await one.preview(request("the river ran past the mill", keep=keep))
-    assert "".join(token.text for token in found.tokens) == "<bos>[INST] the river ran past the mill [/INST]"
-    assert [token.cut for token in found.tokens] == [False] * 10 + [True] * (len(found.tokens) - 10)
-    cut = [token.part for token in found.tokens if token.cut]
+    assert "".join(token.text for token in found) == "<bos>[INST] the river ran past the mill [/INST]"
+    assert [token.cut for token in found] == [False] * 10 + [True] * (len(found) - 10)
+    cut = [token.part for token in found if token.cut]
     assert cut == sorted(cut, reverse=True)
     assert set(cut) == {"text", "template"}
 
