@@ -6,19 +6,19 @@ ServiceError
 │   ├── ContextLengthExceeded
 │   ├── RequestTooLarge
 │   ├── TooManyInputs
-│   ├── UnsupportedEncoding
+│   ├── UnsupportedEncoding    the body is compressed: its unpacked size is unknown until memory is spent on it
 │   ├── RequestTimeout         the request itself took too long to arrive
 │   └── ModelNotFound
 ├── Unauthorized               no key, or one that is not valid
 ├── Overloaded                 too much is queued; try again in retry_after_seconds
 │   └── TooMuchInFlight        or all requests together hold too much memory
 ├── Unavailable                loading, draining, or the device thread is gone
-│   └── DeviceLost             the device can't compute any more: the process has to end
+│   └── DeviceLost             the device hangs or fails for good: its process must end, so that another can start
 ├── DeadlineExceeded           the caller's time was over before its turn came
 ├── ClientGone                 nobody waits for the answer any more
 └── EncodingError              the device could not give this input a vector
-    ├── NonFiniteEmbedding
-    └── OutOfMemory
+    ├── NonFiniteEmbedding     it holds NaN or infinity, which is never sent
+    └── OutOfMemory            even alone
 """
 
 from __future__ import annotations
@@ -34,14 +34,10 @@ class ServiceError(Exception):
 
 
 class StartupError(ServiceError):
-    """The server refuses to start with this configuration."""
-
     code = "startup"
 
 
 class InvalidRequest(ServiceError):
-    """The request can't be served as it is; sending it again unchanged won't help."""
-
     def __init__(self, message: str, code: str = "invalid_request", param: str | None = None) -> None:
         super().__init__(message)
         self.code = code
@@ -49,8 +45,6 @@ class InvalidRequest(ServiceError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """An input has more tokens than the server reads."""
-
     def __init__(self, limit: int, tokens: int, index: int, param: str = "input", at_least: bool = False) -> None:
         requested = f"at least {tokens}" if at_least else str(tokens)
         super().__init__(
@@ -62,8 +56,6 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class RequestTooLarge(InvalidRequest):
-    """The body is larger than the server reads."""
-
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(
             f"the request body is larger than {limit_bytes} bytes: send fewer inputs at once", "request_too_large"
@@ -71,23 +63,19 @@ class RequestTooLarge(InvalidRequest):
 
 
 class TooManyInputs(InvalidRequest):
-    """A request has more inputs than the server takes at once."""
-
     def __init__(self, inputs: int, most: int, param: str) -> None:
         super().__init__(f"{inputs} inputs in one request: at most {most} are taken", "too_many_inputs", param)
 
 
 class UnsupportedEncoding(InvalidRequest):
-    """The body is compressed: its unpacked size is unknown until memory is spent on it."""
+    pass
 
 
 class RequestTimeout(InvalidRequest):
-    """The client took too long to send its request."""
+    pass
 
 
 class ModelNotFound(InvalidRequest):
-    """The request names a model that is not served here."""
-
     def __init__(self, asked: str, served: str) -> None:
         super().__init__(
             f"the model {asked[:100]!r} does not exist here; this server serves {served!r}", "model_not_found", "model"
@@ -95,14 +83,10 @@ class ModelNotFound(InvalidRequest):
 
 
 class Unauthorized(ServiceError):
-    """The caller sent no key, or one that is not valid."""
-
     code = "invalid_api_key"
 
 
 class Overloaded(ServiceError):
-    """More tokens are queued than the server accepts."""
-
     code = "overloaded"
 
     def __init__(self, queued_tokens: int, retry_after_seconds: float) -> None:
@@ -112,8 +96,6 @@ class Overloaded(ServiceError):
 
 
 class TooMuchInFlight(Overloaded):
-    """All requests and answers together hold as much memory as they may."""
-
     def __init__(self, held_bytes: int, most_bytes: int) -> None:
         ServiceError.__init__(
             self,
@@ -124,19 +106,15 @@ class TooMuchInFlight(Overloaded):
 
 
 class Unavailable(ServiceError):
-    """The server takes no requests now."""
-
     code = "server_unavailable"
     retry_after_seconds = 5.0
 
 
 class DeviceLost(Unavailable):
-    """The device hangs or fails for good. Its process must end, so that another can start."""
+    pass
 
 
 class DeadlineExceeded(ServiceError):
-    """The caller's deadline passed while the request still waited; nothing was computed."""
-
     code = "timeout"
 
     def __init__(
@@ -146,8 +124,6 @@ class DeadlineExceeded(ServiceError):
 
 
 class ClientGone(ServiceError):
-    """The client hung up; its work is dropped."""
-
     code = "client_gone"
 
 
@@ -165,12 +141,8 @@ class EncodingError(ServiceError):
 
 
 class NonFiniteEmbedding(EncodingError):
-    """The vector holds NaN or infinity, which is never sent."""
-
     code = "non_finite_embedding"
 
 
 class OutOfMemory(EncodingError):
-    """The device has too little memory for this input, even alone."""
-
     code = "out_of_memory"

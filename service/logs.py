@@ -23,7 +23,6 @@ class JsonFormatter(logging.Formatter):
     """One JSON object for each record. The entries of extra={"fields": {...}} become its keys."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line of JSON."""
         fields = getattr(record, "fields", {})
         if record.exc_info:
             fields = {**fields, "exception": self.formatException(record.exc_info)}

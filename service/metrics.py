@@ -177,11 +177,9 @@ class Metrics:
         return self.requests.labels(route, status, code), self.request_seconds.labels(route, lane)
 
     def page(self) -> bytes:
-        """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def samples(self) -> Samples:
-        """Every series' value now."""
         return [
             (metric.name, sample.name, dict(sample.labels), float(sample.value))
             for metric in self.registry.collect()

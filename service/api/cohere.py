@@ -218,7 +218,6 @@ async def _embed(request: Request, version: Version) -> Response:
 def _to_embed_request(
     call: Call[CohereEmbedBody], alias: str, texts: Sequence[str], param: str, version: Version
 ) -> EmbedRequest:
-    """The request in the service's own terms."""
     body, most = call.body, call.parts.limits.max_input_tokens
     if body.max_tokens is not None and body.max_tokens < most:
         raise InvalidRequest(

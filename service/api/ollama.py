@@ -253,7 +253,6 @@ def _write_answer(result: EmbedResult, model: str, seconds: float) -> Iterator[b
 
 
 def _texts(given: Any, settings: Settings) -> Sequence[str]:
-    """The texts of `input`."""
     if given is None or (given == "" and settings.empty_text == "error"):
         # Clients ask so to load a model: ollama-python sends an empty text if it is given none.
         return []

@@ -80,11 +80,9 @@ class EmbedFields(RequestBody):
     user: Any = Field(None, description="accepted and not used")
 
     def names(self) -> Mapping[str, str | None]:
-        """The roles and prompts that the request names."""
         return {"input_type": self.input_type, "prompt_name": self.prompt_name, "task": self.task}
 
     def timeout_seconds(self) -> float | None:
-        """The deadline, from now."""
         return None if self.timeout_ms is None else self.timeout_ms / 1000
 
 
@@ -289,7 +287,6 @@ def write_answer(
 
 
 def _input(parts: Parts, index: int, item: Any, chosen: Chosen, separator: str) -> EmbedInput:
-    """One input in any of its forms."""
     if isinstance(item, str) or item == [] or are_ids(item):
         return split_text(item, chosen, separator)
     if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item):
@@ -321,7 +318,6 @@ def _item_instruction(parts: Parts, index: int, item: dict[str, Any]) -> Chosen 
 
 
 def _token_ids(call: Call[EmbeddingsBody], inputs: Sequence[EmbedInput]) -> TokenIds:
-    """Whose ids the inputs hold."""
     given = {index: item.text for index, item in enumerate(inputs) if not isinstance(item.text, str)}
     if not given:
         return "model"

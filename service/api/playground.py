@@ -61,7 +61,6 @@ def load_pages() -> dict[str, Page]:
 
 
 def router_of(pages: Mapping[str, Page]) -> APIRouter:
-    """The routes of these pages."""
     router = APIRouter(include_in_schema=False)
 
     async def page(request: Request) -> Response:

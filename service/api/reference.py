@@ -41,7 +41,6 @@ async def show(request: Request) -> Response:
 
 
 def write_page(document: Mapping[str, Any]) -> str:
-    """The page of an OpenAPI document."""
     groups: dict[str, list[str]] = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():

@@ -168,7 +168,6 @@ class MicroBatcher(Generic[Row, Vector]):
             raise self.overloaded(lane)
 
     def overloaded(self, lane: Lane) -> Overloaded:
-        """The refusal of a request that a lane has no room for."""
         return Overloaded(self.queued_in(lane), self.retry_seconds())
 
     def retry_seconds(self) -> float:
@@ -183,11 +182,9 @@ class MicroBatcher(Generic[Row, Vector]):
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that wait for a batch."""
         return sum(map(self.queued_in, LANES))
 
     def queued_in(self, lane: Lane) -> int:
-        """Tokens that wait in one lane."""
         return self._queued[lane][1] + self._arriving[lane]
 
     def backlog_seconds(self) -> float:

@@ -30,7 +30,6 @@ class CostModel:
     per_token: float
 
     def seconds(self, tokens: int) -> float:
-        """How long a batch of this many tokens takes."""
         return max(self.floor, self.base + tokens * self.per_token)
 
     @property

@@ -27,7 +27,6 @@ class Request(Generic[Vector]):
         return [answer for answer in self._answers if answer is not None]
 
     def set(self, index: int, computed: Computed[Vector]) -> None:
-        """Set the answer of one of its rows."""
         self._answers[index] = computed
         self._missing -= 1
         if not self._missing and not self.done.done():

@@ -95,15 +95,12 @@ class Turns(Generic[Item]):
         return None
 
     def pass_on(self) -> None:
-        """Give the turn to the next flow."""
         self._flows.rotate(-1)
 
     def heads(self) -> list[Item]:
-        """The first input of each flow."""
         return [flow.items[0] for flow in self._flows if flow.items]
 
     def forget_unwanted(self) -> None:
-        """Keep only the inputs that are wanted."""
         for flow in self._flows:
             flow.items = deque(item for item in flow.items if item.wanted)
 
@@ -124,7 +121,6 @@ class Queue(Generic[Item]):
     _unwanted: int = 0
 
     def add(self, items: list[Item], lane: Lane, caller: int = 0) -> None:
-        """Queue inputs of one request."""
         if lane == "interactive":
             self.interactive.add(items, caller)
         else:

@@ -112,7 +112,6 @@ class JobFolder:
         return self._save(manifest.model_copy(update=done))
 
     def finish(self) -> Manifest:
-        """Mark the job as complete."""
         assert self.manifest is not None, "begin comes first"
         return self._save(self.manifest.model_copy(update={"complete": True}))
 

@@ -106,7 +106,6 @@ class Job(_Frozen):
 
     @property
     def columns(self) -> Columns:
-        """The columns that are read of each row."""
         return Columns(self.text_column, self.id_column, self.carried)
 
     @property

@@ -95,5 +95,4 @@ class LocalBackend:
             self._worker.stop()
 
     async def metrics_page(self) -> bytes:
-        """The metrics of this process, which is the whole server."""
         return self._metrics.page()

@@ -88,7 +88,6 @@ class Admission:
         return self._batcher.batch_tokens // 2
 
     def guess(self, request: EmbedRequest) -> Size:
-        """A guess of a request's size, before it is tokenized."""
         inputs = len(request.inputs)
         guessed = round(request.characters * self.tokens_per_character) + request.ids
         return self.size(inputs, max(guessed, inputs), request.lane)

@@ -26,7 +26,6 @@ def check_count(inputs: int, most: int, param: str) -> None:
 
 
 def check_not_empty(inputs: Sequence[EmbedInput], param: str) -> None:
-    """Refuse inputs without text."""
     for index, item in enumerate(inputs):
         if is_empty(item.text):
             raise InvalidRequest(
@@ -38,7 +37,6 @@ def check_not_empty(inputs: Sequence[EmbedInput], param: str) -> None:
 
 
 def check_characters(inputs: Sequence[EmbedInput], most: int, param: str) -> None:
-    """Refuse a text or an instruction of more than `most` characters."""
     for index, item in enumerate(inputs):
         for text, where in ((item.text, param), (item.instruction.text, "instruction")):
             if isinstance(text, str) and len(text) > most:
@@ -69,7 +67,6 @@ def check_dimensions(dimensions: int | None, width: int, param: str, widths: Seq
 
 
 def check_length(tokens: int, most: int, index: int, param: str = "input") -> None:
-    """Refuse an input of more than `most` tokens."""
     if tokens > most:
         raise ContextLengthExceeded(most, tokens, index, param)
 
@@ -92,7 +89,6 @@ def check_context(
 
 
 def check_tokens(tokens: int, most: int) -> None:
-    """Refuse a request whose inputs have more than `most` tokens together."""
     if tokens > most:
         raise InvalidRequest(
             f"{tokens} tokens in one request: at most {most} are taken, send fewer inputs at once",
@@ -113,7 +109,6 @@ def check_interactive(tokens: int, most: int) -> None:
 
 
 def check_numbers(numbers: int) -> None:
-    """Refuse an answer of more numbers than `MAX_NUMBERS`."""
     if numbers > MAX_NUMBERS:
         raise InvalidRequest(
             f"the answer would have {numbers} numbers, of at most {MAX_NUMBERS}: send less text at once, or ask "

@@ -197,7 +197,6 @@ class Embedder:
         await self.batcher.probe(EmbedRow(TokenizedText([0], 0), self.manifest.width))
 
     def close(self) -> None:
-        """End the tokenizer threads."""
         self._pool.close()
 
     @property

@@ -131,7 +131,6 @@ class Instructions:
         raise ModelNotFound(model, served)
 
     def knows(self, name: str) -> bool:
-        """Whether there is a role or prompt of this name."""
         try:
             self.named({"name": name})
         except InvalidRequest:

@@ -69,7 +69,6 @@ def embed_rows(fitted: Sequence[Sequence[TokenizedText]], request: EmbedRequest,
 
 
 def count_tokens(fitted: Iterable[Iterable[TokenizedText]]) -> int:
-    """Tokens of all rows together."""
     return sum(len(row) for rows in fitted for row in rows)
 
 

@@ -70,7 +70,6 @@ class Timings:
     inference_seconds: float = 0.0  # of the slowest batch that held one of the inputs
 
     def steps(self) -> list[tuple[str, float]]:
-        """The stages in their order."""
         return [
             ("tokenize", self.tokenize_seconds),
             ("queue", self.queue_seconds),
@@ -98,7 +97,6 @@ class EmbedResult:
         truncated_inputs: int,
         tokenize_seconds: float,
     ) -> EmbedResult:
-        """The rows' vectors, with the cost of all of them together."""
         queue = max(item.queue_seconds for item in computed)
         inference = max(item.inference_seconds for item in computed)
         timings = Timings(tokenize_seconds, queue, inference)

@@ -25,7 +25,6 @@ class TokenizerPool:
         self._waiting: dict[Lane, deque[asyncio.Future[None]]] = {lane: deque() for lane in LANES}
 
     async def run(self, lane: Lane, work: Callable[[], T]) -> T:
-        """The result of `work`, done in a thread."""
         loop = asyncio.get_running_loop()
         if self._free:
             self._free -= 1

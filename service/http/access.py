@@ -61,7 +61,6 @@ class Access:
         return caller_number(repr(client).encode())
 
     def close(self) -> None:
-        """Stop watching the file of keys."""
         self._keys.close()
 
 
@@ -91,7 +90,6 @@ class ApiKeys:
         return found
 
     def close(self) -> None:
-        """Stop watching the file."""
         self._stopped.set()
 
     def look(self) -> None:

@@ -56,7 +56,6 @@ class Call(Generic[Body]):
 
     @property
     def seconds(self) -> float:
-        """Seconds since the request came."""
         return time.perf_counter() - self._began
 
     def alias(self, model: str | None) -> str:

@@ -48,7 +48,6 @@ class Dialect:
     status_of_code: Mapping[str, int] = field(default_factory=dict)
 
     def status_for(self, error: errors.ServiceError) -> int:
-        """The HTTP status of an error."""
         table = {**STATUS, **self.status}
         by_class = next(table[kind] for kind in type(error).__mro__ if kind in table)
         return self.status_of_code.get(error.code, by_class)

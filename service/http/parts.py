@@ -51,7 +51,6 @@ class Parts:
     life: Life = field(default_factory=Life)
 
     def model_names(self) -> list[str]:
-        """The names by which clients may ask for the model."""
         served = self.served_name
         return [served, f"{served}:query", f"{served}:document", *self.instructions.aliases]
 
@@ -66,7 +65,6 @@ class Parts:
 
 
 def parts_of(connection: HTTPConnection) -> Parts:
-    """The parts of the application that answers this request."""
     parts: Parts = connection.app.state.parts
     return parts
 
@@ -86,6 +84,5 @@ class Outcome:
 
 
 def outcome_of(scope: MutableMapping[str, Any]) -> Outcome:
-    """The outcome of the request with this ASGI scope."""
     outcome: Outcome = scope.setdefault("state", {}).setdefault("outcome", Outcome())
     return outcome

@@ -79,7 +79,6 @@ class RequestContext:
         self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -156,7 +155,6 @@ class RequestContext:
         await response(request.scope, request.receive, send)
 
     def _finish(self, outcome: Outcome, method: str, status: int, seconds: float) -> None:
-        """Count and log a request."""
         route, code = outcome.route, outcome.code
         count, duration = self._parts.metrics.of_request(route, str(status), code, outcome.lane)
         count.inc()

@@ -42,7 +42,6 @@ class Gpu:
 
 
 def gpus() -> dict[str, Gpu]:
-    """The known kinds of GPU, by key."""
     table = tomllib.loads((files("service.planning") / "gpus.toml").read_text())
     return {
         key: Gpu(

@@ -111,7 +111,6 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The value for people."""
         return readable(self.value, self.unit)
 
 
@@ -145,7 +144,6 @@ class Plan:
 
     @property
     def basis(self) -> Basis:
-        """The basis of the plan's speeds."""
         return "measured" if self.asked.timed else "given" if self.asked.efficiency else "assumed"
 
     @property
@@ -238,7 +236,6 @@ class Plan:
 
     @property
     def bulk_gpu_seconds(self) -> float:
-        """GPU-seconds of the whole bulk job."""
         bulk = self.asked.bulk
         return bulk.texts * bulk.tokens / self.tokens_per_second if bulk else 0.0
 
@@ -261,7 +258,6 @@ class Plan:
         return serving.per_second * serving.tokens * self.cost.per_token / self.gpus if serving else 0.0
 
     def figures(self) -> list[Figure]:
-        """The whole plan, line by line."""
         shape, cost, basis = self.shape, self.cost, self.basis
         found = [
             Figure("parameters", shape.parameters, "", "counted"),

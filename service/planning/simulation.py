@@ -105,7 +105,6 @@ class Outcome:
 
     @property
     def queries(self) -> list[float]:
-        """The seconds that each query took."""
         return [request.seconds for request in self.requests if request.client == QUERY]
 
     @property
@@ -115,7 +114,6 @@ class Outcome:
         return sum(shares) ** 2 / len(shares) / sum(share**2 for share in shares) if shares else None
 
     def count(self, batch: list[Input], ended: float) -> None:
-        """Count a batch that the device has done."""
         self.seconds = max(self.seconds, ended)
         self.batches.append(sum(item.tokens for item in batch))
         for item in batch:

@@ -40,13 +40,11 @@ class Assignment(BaseModel):
 
     @property
     def sockets(self) -> list[int]:
-        """All sockets of this child."""
         own = [] if self.listener is None else [self.listener]
         return [*own, *self.engines, *self.front_ends]
 
     @property
     def limits(self) -> Limits:
-        """The token limits of this model on these devices."""
         return Limits(self.settings, self.manifest, self.device_type)
 
 
@@ -74,7 +72,6 @@ class Child:
             act()
 
     def say_ready(self) -> None:
-        """Tell the supervisor that this child is ready."""
         self._supervisor.sendall(READY)
 
     def _watch(self) -> None:
@@ -87,5 +84,4 @@ class Child:
 
 
 def inherited(descriptors: list[int]) -> list[socket.socket]:
-    """The inherited sockets of these file descriptors."""
     return [socket.socket(fileno=descriptor) for descriptor in descriptors]

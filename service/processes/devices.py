@@ -38,7 +38,6 @@ def find_devices(asked: str) -> list[str]:
 
 
 def device_type(name: str) -> str:
-    """The type of a device: cpu or cuda."""
     return name.partition(":")[0]
 
 

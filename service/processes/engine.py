@@ -169,14 +169,12 @@ async def serve(child: Child, make_worker: MakeWorker) -> int:
 
 
 def encoder_worker(assignment: Assignment, metrics: Metrics) -> Worker:
-    """The worker of the assigned encoder."""
     from service.device.worker import EncoderWorker  # torch, from here on
 
     return EncoderWorker(assignment.folder, assignment.settings, metrics)
 
 
 def main(make_worker: MakeWorker = encoder_worker) -> int:
-    """Run the process; returns its exit status."""
     child = Child()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -25,7 +25,6 @@ def silence_seconds(stuck_batch_seconds: float | None) -> float:
 
 
 def main() -> int:
-    """Run the process; returns its exit status."""
     child = Child()
     assignment, metrics = child.assignment, Metrics()
     settings, manifest = assignment.settings, assignment.manifest

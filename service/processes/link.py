@@ -47,7 +47,6 @@ class Link(asyncio.Protocol):
         self._asked: dict[int, asyncio.Future[Samples]] = {}
 
     async def connect(self) -> None:
-        """Begin to send and receive."""
         await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=self._end)
 
     def send(self, message: Message) -> None:

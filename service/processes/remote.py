@@ -136,7 +136,6 @@ class RemoteBatcher:
 
     @property
     def last_batch_failed(self) -> bool:
-        """Whether any engine's last batch failed."""
         return any(engine.state.last_batch_failed for engine in self._engines)
 
     def admit(self, tokens: int, lane: Lane, ahead: int = 0) -> None:
@@ -150,7 +149,6 @@ class RemoteBatcher:
             raise self.overloaded(lane)
 
     def overloaded(self, lane: Lane) -> Overloaded:
-        """The refusal of a request that no engine has room for."""
         queued = sum(engine.load for engine in self._engines)
         return Overloaded(queued, min(engine.state.retry_seconds for engine in self._engines))
 
@@ -256,7 +254,6 @@ class RemoteBackend:
         engine.link.give_up()
 
     def stop(self) -> None:
-        """Close the connections."""
         for link in self.links:
             link.close()
 

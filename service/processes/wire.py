@@ -99,14 +99,12 @@ class Failed(_Message, frozen=True):
 
     @classmethod
     def of(cls, number: int, error: ServiceError) -> Failed:
-        """A message of an error."""
         index = error.index if isinstance(error, EncodingError) else None
         told = (error.queued_tokens, error.retry_after_seconds) if isinstance(error, Overloaded) else ()
         return cls(number, type(error).__name__, str(error), index, *told)
 
     @property
     def error(self) -> ServiceError:
-        """The error again."""
         if self.kind == Overloaded.__name__:
             return Overloaded(self.queued_tokens, self.retry_after_seconds)
         error = _ERRORS.get(self.kind, ServiceError)(self.message)
@@ -147,7 +145,6 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
-    """A message as a frame."""
     content = _encoder.encode(message)
     return _LENGTH.pack(len(content)) + content
 

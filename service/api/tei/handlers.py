@@ -225,7 +225,6 @@ DIRECT = {("POST", "/embed"): embed, ("POST", "/"): embed_at_root}
 
 
 async def _embed_texts(call: Call[EmbedBody]) -> Response:
-    """The answer to `/embed`."""
     body = call.body
     call.ignore(body.model_extra)
     normalize = body.normalize is not False
@@ -246,7 +245,6 @@ def _write_token_vectors(texts: Sequence[Vector]) -> Iterator[bytes]:
 
 
 def _inputs(call: Call[Any]) -> list[EmbedInput]:
-    """The inputs, each with its instruction."""
     body: EmbedAllBody = call.body
     given = [body.inputs] if isinstance(body.inputs, str) or are_ids(body.inputs) else body.inputs
     if not isinstance(given, list):
@@ -281,7 +279,6 @@ def _to_embed_request(
 
 
 async def _compare(call: Call[SimilarityBody]) -> Response:
-    """The answer to `/similarity`."""
     body = call.body
     parameters = body.parameters or SimilarityParameters()
     call.ignore([*(body.model_extra or {}), *(parameters.model_extra or {})])
