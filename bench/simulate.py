@@ -31,7 +31,7 @@ from service.batching.cost_model import CostModel
 from service.batching.scheduling import Lane
 from service.planning.gpus import gpu_named
 from service.planning.plan import Asked, Bulk, Plan, Serving, spread
-from service.planning.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Policy, percentile, simulate
+from service.planning.simulation import LEAD_SECONDS, QUERY, Client, Input, Lanes, Outcome, Policy, percentile, simulate
 from service.settings import TOKEN_BUDGET
 
 _8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -112,7 +112,7 @@ def main() -> None:
         for name, policy in policies(cost).items():
             outcome = simulate(policy(), cost, _QUERIES_PER_SECOND, clients, options.seconds, _SEED)
             assert all(request.missing == 0 for request in outcome.requests), f"{name} lost or doubled an input"
-            loads[load][name] = outcome.summary()
+            loads[load][name] = summary(outcome)
             tell(f"{load}: {name}", loads[load][name])
     plans = {
         name: held_to_it(Plan(shape_of(base), gpu_named(gpu), asked), options.seconds)
@@ -121,6 +121,24 @@ def main() -> None:
     print(plans_table(plans))
     about = {"seconds": options.seconds, "queries_per_second": _QUERIES_PER_SECOND, "seed": _SEED}
     finish("simulate", {"model": {"name": "8B", **vars(cost)}, **about, "loads": loads, "plans": plans}, options.save)
+
+
+def summary(outcome: Outcome) -> dict[str, float | None]:
+    """A policy's figures. `jain` is Jain's fairness index: 1 if all clients got equal tokens, 1/n if one got all."""
+    queries, batches = outcome.queries, outcome.batches
+    bulk = [request.seconds for request in outcome.requests if request.client != QUERY]
+    shares = [tokens for client, tokens in outcome.tokens.items() if client != QUERY]
+    jain = sum(shares) ** 2 / len(shares) / sum(share**2 for share in shares) if shares else None
+    return {
+        "interactive_p50_ms": percentile(queries, 50, 1000),
+        "interactive_p99_ms": percentile(queries, 99, 1000),
+        "bulk_p50_s": percentile(bulk, 50),
+        "bulk_p99_s": percentile(bulk, 99),
+        "bulk_longest_s": percentile(bulk, 100),
+        "tokens_per_second": round(sum(batches) / outcome.seconds),
+        "mean_batch_tokens": round(sum(batches) / max(len(batches), 1)),
+        "jain": jain and round(jain, 3),
+    }
 
 
 def held_to_it(plan: Plan, seconds: float) -> dict[str, float]:

@@ -107,32 +107,12 @@ class Outcome:
     def queries(self) -> list[float]:
         return [request.seconds for request in self.requests if request.client == QUERY]
 
-    @property
-    def jain(self) -> float | None:
-        """Jain's fairness index of the clients: 1 if they got equal tokens, 1/n if one of n got all."""
-        shares = [tokens for client, tokens in self.tokens.items() if client != QUERY]
-        return sum(shares) ** 2 / len(shares) / sum(share**2 for share in shares) if shares else None
-
     def count(self, batch: list[Input], ended: float) -> None:
         self.seconds = max(self.seconds, ended)
         self.batches.append(sum(item.tokens for item in batch))
         for item in batch:
             client = item.request.client
             self.tokens[client] = self.tokens.get(client, 0) + item.tokens
-
-    def summary(self) -> dict[str, float | None]:
-        """The figures of a report."""
-        bulk = [request.seconds for request in self.requests if request.client != QUERY]
-        return {
-            "interactive_p50_ms": percentile(self.queries, 50, 1000),
-            "interactive_p99_ms": percentile(self.queries, 99, 1000),
-            "bulk_p50_s": percentile(bulk, 50),
-            "bulk_p99_s": percentile(bulk, 99),
-            "bulk_longest_s": percentile(bulk, 100),
-            "tokens_per_second": round(sum(self.batches) / self.seconds),
-            "mean_batch_tokens": round(sum(self.batches) / max(len(self.batches), 1)),
-            "jain": self.jain and round(self.jain, 3),
-        }
 
 
 def simulate(
