@@ -6,14 +6,11 @@ import socket
 import sys
 
 from service.batching.pace import LEAST_STUCK_SECONDS
-from service.logs import log
 from service.metrics import Metrics
 from service.processes.child import Child, inherited
 from service.processes.remote import RemoteBackend
-from service.server.app import create_app
-from service.server.process import answer
-from service.server.startup import Served, load_tokenizer, settle
-from service.tracing import start_traces
+from service.server.process import answer, make_app
+from service.server.startup import Served, load_tokenizer
 
 # An engine says every second that it is alive; a few seconds of delay do not count as silence.
 _LEAST_SILENCE_SECONDS = 10.0
@@ -36,24 +33,11 @@ def main() -> int:
         silence_seconds(settings.stuck_batch_seconds),
         settings.max_queued_tokens,
     )
-
-    def on_ready(facts: dict[str, object]) -> None:
-        settle()
-        log.info("%s ready", assignment.name, extra={"fields": facts})
-        child.say_ready()
-
+    served = Served(settings, manifest, tokenizer, assignment.limits, backend, metrics)
+    then, message = (lambda facts: child.say_ready()), f"{assignment.name} ready"
     assert assignment.listener is not None
     with socket.socket(fileno=assignment.listener) as listener:
-        return answer(
-            settings,
-            listener,
-            lambda on_fatal: create_app(
-                Served(settings, manifest, tokenizer, assignment.limits, backend, metrics),
-                on_fatal,
-                on_ready,
-                start_traces(),
-            ),
-        )
+        return answer(settings, listener, lambda on_fatal: make_app(served, on_fatal, then, message))
 
 
 if __name__ == "__main__":

@@ -57,15 +57,15 @@ def serve(settings: Settings, progress: Progress) -> int:
         return answer(settings, listener, partial(make_app, prepared))
 
 
-def make_app(prepared: Served, on_fatal: OnFatal, then: OnReady = lambda facts: None) -> FastAPI:
-    """The application, whose lifespan begins with warming up; `then` is called once it is ready."""
+def make_app(served: Served, on_fatal: OnFatal, then: OnReady = lambda facts: None, message: str = "ready") -> FastAPI:
+    """The application. Its lifespan begins with warming up; once it is ready, it logs the message and calls `then`."""
 
     def on_ready(facts: dict[str, object]) -> None:
         settle()
-        log.info("ready", extra={"fields": facts})
+        log.info(message, extra={"fields": facts})
         then(facts)
 
-    return create_app(prepared, on_fatal, on_ready, start_traces())
+    return create_app(served, on_fatal, on_ready, start_traces())
 
 
 def answer(settings: Settings, listener: socket.socket, make: MakeApp) -> int:
