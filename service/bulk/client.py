@@ -72,6 +72,8 @@ PATIENCE = Patience()
 class ServerClient:
     """Asks one server, within an `async with` block. Several requests may be on their way at once.
 
+    Every method raises a ServiceError if the server can't be reached, or is no server of this kind.
+
     `reached` says that another client has had an answer from this server. Then even the first request is tried again
     after a failure.
     """
@@ -101,11 +103,7 @@ class ServerClient:
         await self._http.aclose()
 
     async def served_model(self) -> VectorSource:
-        """The model that the server serves, by its own description.
-
-        Raises:
-            ServiceError: if the server can't be reached, or is no server of this kind.
-        """
+        """The model that the server serves, by its own description."""
         _, found = await self._ask("GET", "/v1/models")
         try:
             model = found["data"][0]
@@ -120,11 +118,7 @@ class ServerClient:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error
 
     async def prompts(self) -> EncoderPrompts:
-        """The server's prompts by name.
-
-        Raises:
-            ServiceError: if the server can't be reached, or is no server of this kind.
-        """
+        """The server's prompts by name."""
         _, found = await self._ask("GET", "/v1/prompts")
         try:
             return EncoderPrompts({name: Prompt(**sides) for name, sides in found["prompts"].items()}, found["lead"])
@@ -132,11 +126,7 @@ class ServerClient:
             raise ServiceError(f"{self.url} is not this service: its /v1/prompts has no prompts ({error})") from error
 
     async def instruction(self, given: str | None, input_type: str | None) -> str:
-        """The instruction that the server puts before a text whose request says this, and nothing more if it is None.
-
-        Raises:
-            ServiceError: if the server can't be reached, or is no server of this kind, or has no such prompt.
-        """
+        """The instruction that the server puts before a text whose request says this, and no more if it is None."""
         if given is not None:
             return given
         body = orjson.dumps({"input": "a", **({"input_type": input_type} if input_type else {})})
@@ -249,9 +239,6 @@ def embed_texts(
     """(n, D) vectors of the texts, in order, from a server's `/v1/embeddings`. Texts that are too long are cut.
 
     Without an `instruction` the server chooses that of the `role`, or its default.
-
-    Raises:
-        ServiceError: if the server can't be reached or refuses.
     """
     given = list(texts)
     asked = {"input_type": role} if instruction is None else {"instruction": instruction}

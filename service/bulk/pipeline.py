@@ -201,11 +201,7 @@ async def embed_window(
     on_done: OnDone,
     sizes: Sizes = SIZES,
 ) -> Vectors:
-    """A window's vectors; no more than `at_once` requests are on their way.
-
-    Raises:
-        ServiceError: if the vectors can't be computed.
-    """
+    """A window's vectors; no more than `at_once` requests are on their way."""
     texts = window.texts
     vectors = Vectors(np.empty((len(window.rows), dimensions), np.float32))
 
@@ -255,11 +251,7 @@ def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[in
 def _fill(
     shard: ShardRows, window: Window, vectors: Vectors, job: Job, inputs: Sequence[Input], on_error: OnError
 ) -> None:
-    """Add a window to a shard.
-
-    Raises:
-        InputError: for a bad row, if bad rows stop the job.
-    """
+    """Add a window to a shard."""
     good = []
     for place, (number, row) in enumerate(window.rows):
         row_number = shard.first_row + shard.read

@@ -106,11 +106,7 @@ class Input:
         return _files_in(self.path) if self.path.is_dir() else [self.path]
 
     def names(self, columns: Columns) -> Sequence[str] | None:
-        """The columns of every row; None if rows may differ in them.
-
-        Raises:
-            InputError: if the start of the file can't be read.
-        """
+        """The columns of every row; None if rows may differ in them."""
         with _readable(self.path):
             if self.kind == "parquet":
                 return cast(Sequence[str], _parquet(self.path).schema_arrow.names)
@@ -129,11 +125,7 @@ class Input:
         return found.value_type if pyarrow.types.is_dictionary(found) else found
 
     def read(self, columns: Columns, after: int = 0) -> Iterator[Row | BadRow]:
-        """The rows after line `after`, in order.
-
-        Raises:
-            InputError: if the input can't be read to its end.
-        """
+        """The rows after line `after`, in order."""
         readers: dict[Kind, Callable[[], Iterator[tuple[int, Any]]]] = {
             "jsonl": lambda: _json_lines(self, after),
             "csv": lambda: _tables(self, after),

@@ -150,12 +150,7 @@ class ServerVectors:
     async def reach(
         cls, url: str, wanted: Wanted, requests_at_once: int, patience: Patience = PATIENCE
     ) -> ServerVectors:
-        """Ask the server what it serves.
-
-        Raises:
-            ServiceError: if the server can't be reached, or is no server of this kind.
-            InvalidRequest: if it has no such prompt.
-        """
+        """Ask the server what it serves."""
         async with ServerClient(url) as client:
             source = await client.served_model()
             instruction = await client.instruction(wanted.instruction, wanted.input_type)

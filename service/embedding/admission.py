@@ -137,12 +137,7 @@ class Admission:
             self._lines[lane].call()
 
     async def submit(self, rows: Sequence[EmbedRow], size: Size, patience: Patience) -> list[Computed[Vector]]:
-        """The rows' vectors, once there is room for their tokens.
-
-        Raises:
-            Overloaded, DeadlineExceeded, Unavailable: as `tokenizing`.
-            EncodingError: if the device failed on one of the rows; `index` is its place.
-        """
+        """The rows' vectors, once there is room for their tokens."""
         admit = partial(self._batcher.admit, size.tokens, size.lane)
         refused = False
         while True:

@@ -43,7 +43,10 @@ OnLane = Callable[[Lane], None]
 
 @dataclass
 class Embedder:
-    """Checks, tokenizes and submits. `running` counts the requests for vectors that are not answered yet."""
+    """Checks, tokenizes and submits. Every method refuses requests as `embed` does.
+
+    `running` counts the requests for vectors that are not answered yet.
+    """
 
     manifest: Manifest
     tokenizer: Tokenizes
@@ -102,10 +105,6 @@ class Embedder:
 
         The request has one text. Its chunks are `chunk_spans`, ranges of characters [start, end), or else consecutive
         runs of `chunk_tokens` tokens.
-
-        Raises:
-            InvalidRequest: for a text that is too long or empty, or a chunk that holds no token of it.
-            Overloaded, DeadlineExceeded, EncodingError: as `embed`.
         """
         with self._counted_as_running():
             patience = Patience(time.perf_counter(), request.timeout_seconds)
@@ -140,23 +139,14 @@ class Embedder:
             )
 
     async def preview(self, request: EmbedRequest) -> list[list[PreviewToken]]:
-        """The tokens of each input; nothing is computed, and an input that is too long for `embed` is shown whole.
-
-        Raises:
-            InvalidRequest: for inputs that can't be tokenized, or that have too many tokens together.
-            Overloaded, DeadlineExceeded: as `embed`.
-        """
+        """The tokens of each input; nothing is computed, and an input that is too long for `embed` is shown whole."""
         most, pooling = self.limits.max_input_tokens, self.manifest.pooling
         return await self._view(
             request, lambda item, row: token_views.preview(self.tokenizer, item, row, request, most, pooling)
         )
 
     async def locate(self, request: EmbedRequest) -> list[LocatedTokens]:
-        """The place of each token in its input or instruction; all inputs are texts, and nothing is computed.
-
-        Raises:
-            InvalidRequest, Overloaded, DeadlineExceeded: as `preview`.
-        """
+        """The place of each token in its input or instruction; all inputs are texts, and nothing is computed."""
         allow_empty = self._allow_empty
         return await self._view(request, lambda item, _: token_views.locate(self.tokenizer, item, allow_empty))
 
@@ -167,12 +157,7 @@ class Embedder:
         param: str = "ids",
         wait_seconds: float = 0.0,
     ) -> list[str]:
-        """The texts of this model's own token ids. `param` is the caller's own name for them, for error messages.
-
-        Raises:
-            InvalidRequest: for ids that the model does not have, or too many lists of them.
-            Overloaded: as `embed`.
-        """
+        """The texts of this model's own token ids. `param` is the caller's own name for them, for error messages."""
         patience = Patience(time.perf_counter(), wait_seconds=wait_seconds)
         bounds.check_count(len(token_ids), self.settings.max_inputs_per_request, param)
         tokens = sum(map(len, token_ids))
@@ -189,11 +174,7 @@ class Embedder:
             )
 
     async def probe(self) -> None:
-        """Encode one token, to see that the device still does.
-
-        Raises:
-            EncodingError, Unavailable: if it does not.
-        """
+        """Encode one token, to see that the device still does."""
         await self.batcher.probe(EmbedRow(TokenizedText([0], 0), self.manifest.width))
 
     def close(self) -> None:

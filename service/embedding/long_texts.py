@@ -53,11 +53,7 @@ def fit(
 
 
 def embed_rows(fitted: Sequence[Sequence[TokenizedText]], request: EmbedRequest, model_width: int) -> list[EmbedRow]:
-    """The rows of all inputs in order, as they are queued.
-
-    Raises:
-        InvalidRequest: if a vector for each token is more than an answer may hold.
-    """
+    """The rows of all inputs in order, as they are queued."""
     width = request.dimensions or model_width
     if request.each_token:
         check_numbers(count_tokens(fitted) * width)

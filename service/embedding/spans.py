@@ -16,11 +16,7 @@ def runs_of_tokens(own: range, tokens: int) -> list[Span]:
 
 
 def tokens_of_spans(spans: Sequence[Span], own: range, characters: Sequence[Span]) -> list[Span]:
-    """For each span of characters the range of the text's own tokens that stand for any of them, by binary search.
-
-    Raises:
-        InvalidRequest: for a span that holds no token.
-    """
+    """For each span of characters the range of the text's own tokens that stand for any of them, by binary search."""
     starts, ends = ([bounds[side] for bounds in characters[own.start : own.stop]] for side in (0, 1))
     found = []
     for number, (start, end) in enumerate(spans):

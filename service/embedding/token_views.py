@@ -50,11 +50,7 @@ def locate(tokenizer: Tokenizes, item: EmbedInput, allow_empty: bool) -> Located
 
 
 def decode(tokenizer: Tokenizes, token_ids: Sequence[int], skip_special_tokens: bool, index: int, param: str) -> str:
-    """The text of token ids.
-
-    Raises:
-        InvalidRequest: for an id that the model does not have; `index` and `param` name the list in the message.
-    """
+    """The text of token ids."""
     try:
         return tokenizer.decode(token_ids, skip_special_tokens)
     except TokenizationError as error:

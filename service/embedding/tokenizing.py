@@ -50,11 +50,7 @@ class Tokenizes(Protocol):
 def encode(
     tokenizer: Tokenizes, request: EmbedRequest, start: int, stop: int, allow_empty: bool
 ) -> list[TokenizedText]:
-    """A row for each input of a slice of the request; if they are allowed, empty texts get the special tokens alone.
-
-    Raises:
-        InvalidRequest: for an input that can't be tokenized, naming it.
-    """
+    """A row for each input of a slice of the request; if they are allowed, empty texts get the special tokens alone."""
     inputs = request.inputs[start:stop]
     try:
         texts = [_as_this_model_reads(text, request.token_ids, index) for index, (text, _) in enumerate(inputs)]

@@ -59,11 +59,7 @@ class Call(Generic[Body]):
         return time.perf_counter() - self._began
 
     def alias(self, model: str | None) -> str:
-        """The role or prompt that the model's name asks for. If that is not the served name, a header repeats it.
-
-        Raises:
-            ModelNotFound: if no model here has that name.
-        """
+        """The role or prompt that the model's name asks for. If that is not the served name, a header repeats it."""
         alias = self.parts.instructions.alias_of(model, self.parts.served_name)
         if model is not None and model != self.parts.served_name:
             self.headers["x-requested-model"] = header_text(model[:_NAME_CHARACTERS])
@@ -97,12 +93,7 @@ class Call(Generic[Body]):
         return [split_text(text, chosen, separator) for text in texts]
 
     async def embed(self, asked: EmbedRequest) -> EmbedResult:
-        """The vectors. Once the client has hung up, nothing more is computed.
-
-        Raises:
-            ServiceError: as `Embedder.embed`.
-            ClientGone: if the client hung up.
-        """
+        """The vectors. Once the client has hung up, nothing more is computed."""
         result = await self.while_connected(self.embedder.embed(asked, self._note_lane))
         outcome_of(self.request.scope).timings = result.timings
         return result

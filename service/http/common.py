@@ -38,11 +38,7 @@ def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> Emb
 
 
 def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
-    """The part of a too long text that stays, by the dialect's word for the part that goes; None if nothing may be cut.
-
-    Raises:
-        InvalidRequest: for a word that is not NONE, START or END.
-    """
+    """The part of a too long text that stays, by the dialect's word for the part that goes; None if none may go."""
     if truncate is None or truncate is False:
         return None
     if truncate is True:

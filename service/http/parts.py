@@ -55,11 +55,7 @@ class Parts:
         return [served, f"{served}:query", f"{served}:document", *self.instructions.aliases]
 
     def check_model(self, model: str, alias: str) -> None:
-        """Check a model's name where no instruction is asked for.
-
-        Raises:
-            ModelNotFound: if the role or prompt in the name does not exist.
-        """
+        """Check a model's name where no instruction is asked for."""
         if alias and not self.instructions.knows(alias):
             raise ModelNotFound(model, self.served_name)
 

@@ -28,11 +28,7 @@ class Gpu:
     source: str
 
     def arithmetic(self, quantization: Literal["none", "fp8"]) -> Arithmetic:
-        """The arithmetic that the server would multiply in.
-
-        Raises:
-            PlanError: if the GPU has no fp8.
-        """
+        """The arithmetic that the server would multiply in."""
         if quantization == "fp8":
             if "fp8" not in self.peaks:
                 have = ", ".join(gpu.key for gpu in gpus().values() if "fp8" in gpu.peaks)
@@ -57,11 +53,7 @@ def gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(key: str) -> Gpu:
-    """The kind of GPU with this key.
-
-    Raises:
-        PlanError: if the key is not known, naming the known ones.
-    """
+    """The kind of GPU with this key."""
     known = gpus()
     if key.lower() not in known:
         raise PlanError(f"no GPU {key!r} is known: use one of {', '.join(known)}")

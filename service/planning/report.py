@@ -19,11 +19,7 @@ _SECONDS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def seconds_of(text: str) -> float:
-    """A duration such as 50ms, 90s, 30m, 24h or 7d.
-
-    Raises:
-        PlanError: for anything else.
-    """
+    """A duration such as 50ms, 90s, 30m, 24h or 7d."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
     if not found or not float(found[1]):
         raise PlanError(f"{text!r} is no duration: write 50ms, 90s, 30m, 24h or 7d")

@@ -66,11 +66,7 @@ class Link(asyncio.Protocol):
         await self._writable.wait()
 
     async def samples(self) -> Samples:
-        """The other end's metrics.
-
-        Raises:
-            Unavailable: if the connection is lost.
-        """
+        """The other end's metrics."""
         if self.lost:
             raise self.gone()
         number = next(self._numbers)

@@ -67,12 +67,7 @@ class RemoteEngine:
         caller: int = 0,
         probe: bool = False,
     ) -> list[Computed[Vector]]:
-        """The rows' vectors, in order. Cancelling this also cancels the work in the engine.
-
-        Raises:
-            Overloaded, DeadlineExceeded, EncodingError: if the engine raises it.
-            Unavailable: if the engine is lost.
-        """
+        """The rows' vectors, in order. Cancelling this also cancels the work in the engine."""
         if self.link.lost:
             raise self.link.gone()
         number, tokens = next(self._numbers), sum(map(len, rows))
@@ -215,11 +210,7 @@ class RemoteBackend:
         ]
 
     async def start(self) -> dict[str, object]:
-        """Connect, and wait until every engine is ready.
-
-        Raises:
-            Unavailable: if an engine is lost before it is ready.
-        """
+        """Connect, and wait until every engine is ready."""
         for link in self.links:
             await link.connect()
         for engine in self.engines:

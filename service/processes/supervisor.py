@@ -88,11 +88,7 @@ def supervise(settings: Settings, progress: Progress, engine: str = ENGINE) -> i
 
 
 def listen_together(settings: Settings) -> list[socket.socket]:
-    """A socket for each front end, all on the one address.
-
-    Raises:
-        StartupError: if the address is taken or is not this machine's.
-    """
+    """A socket for each front end, all on the one address."""
     if settings.frontends == 1:
         return [listen(settings.host, settings.port)]
     # Shared sockets would also share the address with another server, so this one checks that it is free.
