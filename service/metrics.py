@@ -15,7 +15,7 @@ Series with the label `device` are of one device each, such as cuda:1; engines o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from statistics import mean
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -72,16 +72,12 @@ class Metrics:
     """The series of one server, in a registry of its own so that several servers fit in one process."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-
-        def counter(name: str, about: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"llm2vec_{name}", about, labels, registry=registry)
-
-        def gauge(name: str, about: str, labels: tuple[str, ...] = ()) -> Gauge:
-            return Gauge(f"llm2vec_{name}", about, labels, registry=registry)
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, namespace="llm2vec", registry=self.registry)
+        gauge = partial(Gauge, namespace="llm2vec", registry=self.registry)
 
         def histogram(name: str, about: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
-            return Histogram(f"llm2vec_{name}", about, labels, buckets=buckets, registry=registry)
+            return Histogram(name, about, labels, "llm2vec", buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "Requests answered", ("route", "status", "code"))
         self.request_seconds = histogram(
