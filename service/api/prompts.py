@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from model_store.manifest import ROLES
+from model_store.text.prompts import Prompt
 from service.api.openai import ERRORS, EmbeddingsBody, to_embed_request
 from service.embedding.requests import EmbedInput, PreviewToken
 from service.http.answers import json_answer
@@ -24,12 +25,8 @@ router = APIRouter(tags=["prompts"], responses={401: ERRORS[401]})
 class PromptsAnswer(BaseModel):
     """The roles and the named prompts; `lead` is what stands between template and text if there is an instruction."""
 
-    class _Sides(BaseModel):
-        query: str
-        document: str
-
     roles: dict[str, str]
-    prompts: dict[str, _Sides]
+    prompts: dict[str, Prompt]
     default: str
     lead: str
 
@@ -57,9 +54,7 @@ async def list_prompts(request: Request) -> Response:
     known = parts_of(request).instructions
     answer = {
         "roles": {name: known.of(role) for name, role in ROLES.items()},
-        "prompts": {
-            name: {"query": prompt.query, "document": prompt.document} for name, prompt in known.prompts.items()
-        },
+        "prompts": known.prompts,
         "default": known.default_name,
         "lead": known.lead,
     }

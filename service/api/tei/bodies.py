@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
@@ -28,12 +29,10 @@ _IDS_SCHEMA = {
 }
 
 
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
 Inputs = Annotated[Any, WithJsonSchema(_INPUTS_SCHEMA)]
-Direction = Annotated[Literal["left", "right"] | None, BeforeValidator(_lower)]
+Direction = Annotated[
+    Literal["left", "right"] | None, BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+]
 Flag = Annotated[bool | None, Field(strict=True)]
 
 
@@ -115,7 +114,8 @@ class TEIRank(BaseModel):
     text: str | None = None
 
 
-class TEIToken(BaseModel):
+@dataclass(frozen=True)
+class TEIToken:
     """One of a text's tokens: the bytes [start, stop) of prompt and text that it stands for."""
 
     id: int

@@ -306,18 +306,14 @@ def _write_tokens(embedder: Embedder, rows: Iterable[LocatedTokens], around: boo
     for row in rows:
         bytes_before = list(accumulate((len(character.encode()) for character in row.text), initial=0))
         spelled = embedder.tokenizer.tokens(row.token_ids)
-        tokens: list[dict[str, Any]] = []
+        tokens: list[TEIToken] = []
         for place in range(len(row.token_ids)) if around else row.own:
-            start, stop = row.characters[place]
-            own = place in row.own and start < stop
-            tokens.append(
-                {
-                    "id": row.token_ids[place],
-                    "text": row.text[start:stop] if own else spelled[place],
-                    "special": place not in row.own and row.token_ids[place] in special,
-                    "start": bytes_before[start] if own else None,
-                    "stop": bytes_before[stop] if own else None,
-                }
-            )
+            token_id, (start, stop) = row.token_ids[place], row.characters[place]
+            if place in row.own and start < stop:
+                text = row.text[start:stop]
+                tokens.append(TEIToken(token_id, text, False, bytes_before[start], bytes_before[stop]))
+            else:
+                is_special = place not in row.own and token_id in special
+                tokens.append(TEIToken(token_id, spelled[place], is_special, None, None))
         parts.append(orjson.dumps(tokens))
     return b"[%b]" % b",".join(parts)
