@@ -72,10 +72,11 @@ async def create_chunk_embeddings(request: Request) -> Response:
         lane=body.priority,
         timeout_seconds=body.timeout_seconds(),
     )
-    result = await call.embed_chunks(asked, body.chunk_size or 0, body.spans or ())
+    work = call.embedder.embed_chunks(asked, body.chunk_size or 0, body.spans or (), call.note_lane)
+    result = await call.measured(work)
 
     def place_of(chunk: int) -> bytes:
         return b'"start":%d,"end":%d,"tokens":%d,' % (*result.spans[chunk], result.tokens[chunk])
 
-    slices = write_answer(result.embedded, call.parts.served_name, body, place_of)
-    return call.answer(slices, asked.inputs, result.embedded)
+    slices = write_answer(result, call.parts.served_name, body, place_of)
+    return call.answer(slices, asked.inputs, result)

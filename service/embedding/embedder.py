@@ -133,9 +133,12 @@ class Embedder:
             result = EmbedResult.of(rows, computed, 0, tokenized - patience.began)
             self._record([instruction.source], rows, result)
             return ChunkResult(
+                list(result.vectors[0]),
+                result.prompt_tokens,
+                0,
+                result.timings,
                 chunk_spans or [spans.characters_of_span(chunk, characters) for chunk in chunks],
                 [end - start for start, end in chunks],
-                replace(result, vectors=list(result.vectors[0])),
             )
 
     async def preview(self, request: EmbedRequest) -> list[list[PreviewToken]]:

@@ -104,12 +104,11 @@ class EmbedResult:
 
 
 @dataclass(frozen=True)
-class ChunkResult:
-    """The characters, the number of tokens and the vector of each chunk, and the cost of all chunks together."""
+class ChunkResult(EmbedResult):
+    """As `EmbedResult`, with the characters and the number of tokens of each chunk."""
 
     spans: Sequence[tuple[int, int]]
     tokens: Sequence[int]
-    embedded: EmbedResult
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from service.embedding.instructions import Chosen
-from service.embedding.requests import ChunkResult, EmbedInput, EmbedRequest, EmbedResult
+from service.embedding.requests import EmbedInput, EmbedRequest, EmbedResult
 from service.embedding.rows import Vector
 from service.errors import ClientGone, InvalidRequest
 from service.http.answers import json_answer
@@ -21,6 +21,7 @@ from service.http.parts import outcome_of, parts_of
 from service.http.requests import parse, read_document, require_ready
 
 Body = TypeVar("Body", bound=BaseModel)
+Result = TypeVar("Result", bound=EmbedResult)
 T = TypeVar("T")
 
 # Characters of a model's name in a header.
@@ -94,16 +95,12 @@ class Call(Generic[Body]):
 
     async def embed(self, asked: EmbedRequest) -> EmbedResult:
         """The vectors. Once the client has hung up, nothing more is computed."""
-        result = await self.while_connected(self.embedder.embed(asked, self._note_lane))
-        outcome_of(self.request.scope).timings = result.timings
-        return result
+        return await self.measured(self.embedder.embed(asked, self.note_lane))
 
-    async def embed_chunks(
-        self, asked: EmbedRequest, chunk_tokens: int, spans: Sequence[tuple[int, int]]
-    ) -> ChunkResult:
-        """The vectors of one text's chunks, as `embed` gives those of texts."""
-        result = await self.while_connected(self.embedder.embed_chunks(asked, chunk_tokens, spans, self._note_lane))
-        outcome_of(self.request.scope).timings = result.embedded.timings
+    async def measured(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, as `embed` gives it."""
+        result = await self.while_connected(work)
+        outcome_of(self.request.scope).timings = result.timings
         return result
 
     async def while_connected(self, work: Coroutine[Any, Any, T]) -> T:
@@ -157,7 +154,7 @@ class Call(Generic[Body]):
         """A small answer that was computed from vectors."""
         return json_answer(content, self._headers(inputs, result))
 
-    def _note_lane(self, lane: str) -> None:
+    def note_lane(self, lane: str) -> None:
         outcome_of(self.request.scope).lane = lane
 
     def _headers(self, inputs: Sequence[EmbedInput], result: EmbedResult) -> dict[str, str]:
