@@ -171,7 +171,6 @@ class MicroBatcher(Generic[Row, Vector]):
         return Overloaded(self.queued_in(lane), self.retry_seconds())
 
     def retry_seconds(self) -> float:
-        """How long a refused client is told to wait."""
         least, most = _RETRY_SECONDS
         return min(max(self.backlog_seconds(), least), most)
 

@@ -33,7 +33,6 @@ class Request(Generic[Vector]):
             self.done.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """End the request with an error, unless it is done."""
         if not self.done.done():
             self.done.set_exception(error)
 
@@ -57,7 +56,6 @@ class Input(Generic[Row, Vector]):
 
     @property
     def awaited(self) -> bool:
-        """Whether any request still waits for it."""
         return any(not request.done.done() for request, _ in self.waiting)
 
     def set(self, vector: Vector, given: float, ended: float) -> None:
@@ -67,6 +65,5 @@ class Input(Generic[Row, Vector]):
             request.set(index, Computed(vector, begun - request.since, ended - begun))
 
     def fail(self, error: Exception) -> None:
-        """End all waiting requests with the input's error."""
         for request, index in self.waiting:
             request.fail(error.at(index) if isinstance(error, EncodingError) else error)

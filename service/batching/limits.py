@@ -39,6 +39,5 @@ class Limits:
         self._batch_seconds = settings.batch_seconds or BATCH_SECONDS[device_type]
 
     def for_batches(self, cost: CostModel) -> BatchLimits:
-        """The limits of a batch on a device with this cost model."""
         full = self.batch_tokens or cost.batch_tokens(self._batch_seconds, self.token_budget)
         return BatchLimits(full, self.token_budget)

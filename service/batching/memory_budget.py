@@ -39,7 +39,6 @@ class MemoryBudget:
             self.tokens = max(tokens // 2, min(LEAST_TOKENS, self.most))
 
     def went_well(self) -> None:
-        """Note that a batch had enough memory."""
         if self.tokens == self.most:
             return
         self._clean += 1

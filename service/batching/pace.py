@@ -48,7 +48,6 @@ class Pace:
         return max(self.seconds_to_free(), 0.0) + queued_tokens * cost.per_token * self._slowness
 
     def give(self, cost: CostModel, tokens: int) -> Given:
-        """Note that the device gets a batch of this many tokens."""
         now = time.perf_counter()
         expected = cost.seconds(tokens) * self._slowness
         self._free_at = max(now, self._free_at) + expected
@@ -64,5 +63,4 @@ class Pace:
         return ended, seconds
 
     def fail(self) -> None:
-        """Note that a batch failed: the device is free."""
         self._free_at = time.perf_counter()

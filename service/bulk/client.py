@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from model_store.manifest import Role
 from model_store.text.prompts import EncoderPrompts, Prompt
-from service.bulk.gather import gather_all
 from service.bulk.job import VectorSource
+from service.bulk.pipeline import Embedded, gather_all
 from service.errors import EncodingError, InvalidRequest, ServiceError
 from service.logs import log
 from service.settings import KEY_VARIABLE
@@ -45,11 +45,7 @@ _REQUESTS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class Answer:
-    """(n, D) float32 vectors in the texts' order, the tokens computed for them, and their embedding space."""
-
-    vectors: NDArray[np.float32]
-    tokens: int
+class Answer(Embedded):
     embedding_space: str
 
 
@@ -103,7 +99,6 @@ class ServerClient:
         await self._http.aclose()
 
     async def served_model(self) -> VectorSource:
-        """The model that the server serves, by its own description."""
         _, found = await self._ask("GET", "/v1/models")
         try:
             model = found["data"][0]
@@ -118,7 +113,6 @@ class ServerClient:
             raise ServiceError(f"{self.url} is not this service: its /v1/models does not name {error}") from error
 
     async def prompts(self) -> EncoderPrompts:
-        """The server's prompts by name."""
         _, found = await self._ask("GET", "/v1/prompts")
         try:
             return EncoderPrompts({name: Prompt(**sides) for name, sides in found["prompts"].items()}, found["lead"])
@@ -224,8 +218,6 @@ def _retry_after(answer: httpx.Response) -> float | None:
 
 
 def served_prompts(url: str) -> EncoderPrompts:
-    """See `ServerClient.prompts`."""
-
     async def ask() -> EncoderPrompts:
         async with ServerClient(url) as client:
             return await client.prompts()

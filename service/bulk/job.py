@@ -240,7 +240,6 @@ def _count(one: Input, columns: Columns, on_error: OnError) -> int:
 
 
 def bad_row(one: Input, row: BadRow) -> InputError:
-    """The error of a job that stops at a bad row."""
     return InputError(
         f"{one.where(row.line)}: {row.reason.rstrip('.')}. Mend it, or give --on-error skip, which leaves such rows "
         "out and lists them"

@@ -10,21 +10,22 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.bulk.folder import JobFolder
-from service.bulk.gather import gather_all
 from service.bulk.job import Job, JobError, OnError, Shard, VectorSource, bad_row, state_of
 from service.bulk.reading import BadRow, Columns, Input, Row
 from service.bulk.shards import ShardRows, ShardWriter
 from service.embedding.vector_dtypes import quantize_vectors
 from service.errors import EncodingError, InvalidRequest
+
+T = TypeVar("T")
 
 # B texts, D dimensions
 
@@ -228,6 +229,20 @@ async def embed_window(
     return vectors
 
 
+async def gather_all(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """The coroutines' results, in order. If one raises, or this is cancelled, the others are cancelled too.
+
+    Unlike a TaskGroup, it raises the error itself and not a group of errors.
+    """
+    tasks = [asyncio.create_task(one) for one in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def reason_of(error: Exception) -> str:
     """The error message of a request's only text, without its index there, which is not its row number."""
     return _THE_ONLY_ONE.sub("", str(error))
@@ -251,7 +266,6 @@ def requests_of(texts: dict[int, str], sizes: Sizes = SIZES) -> Iterator[list[in
 def _fill(
     shard: ShardRows, window: Window, vectors: Vectors, job: Job, inputs: Sequence[Input], on_error: OnError
 ) -> None:
-    """Add a window to a shard."""
     good = []
     for place, (number, row) in enumerate(window.rows):
         row_number = shard.first_row + shard.read

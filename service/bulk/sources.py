@@ -83,7 +83,6 @@ class LocalVectors:
 
     @property
     def source(self) -> VectorSource:
-        """The source as the manifest and the settings describe it."""
         manifest, settings = self.prepared.manifest, self.prepared.settings
         return VectorSource(
             model=manifest.name,
@@ -124,7 +123,6 @@ class LocalVectors:
             backend.stop()
 
     async def embed(self, texts: Sequence[str]) -> Embedded:
-        """Embed the texts through the embedder, in the bulk lane."""
         wanted = self.wanted
         chosen = Chosen(self.instruction, "request")
         inputs = [EmbedInput(text, chosen) for text in texts]
@@ -181,4 +179,4 @@ class ServerVectors:
                 f"{self.url} has another encoder than before: its embedding space was {self.source.embedding_space} "
                 f"and is {answer.embedding_space or 'not known'}"
             )
-        return Embedded(answer.vectors, answer.tokens)
+        return answer

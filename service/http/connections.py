@@ -51,7 +51,6 @@ class Guard:
         self._metrics = metrics
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that the server ends."""
         self._metrics.dropped_connections.labels(reason).inc()
 
     def look(self, connections: Iterable[Any]) -> None:

@@ -313,7 +313,6 @@ def missing(field: str, given: Collection[str]) -> InvalidRequest:
 
 
 def require_ready(request: Request) -> None:
-    """Let work in only while the server is ready."""
     parts = parts_of(request)
     if parts.life.phase != "ready":
         parts.metrics.rejected.labels(parts.life.phase).inc()

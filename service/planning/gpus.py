@@ -53,7 +53,6 @@ def gpus() -> dict[str, Gpu]:
 
 
 def gpu_named(key: str) -> Gpu:
-    """The kind of GPU with this key."""
     known = gpus()
     if key.lower() not in known:
         raise PlanError(f"no GPU {key!r} is known: use one of {', '.join(known)}")

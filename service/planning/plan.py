@@ -307,7 +307,6 @@ class Plan:
         ]
 
     def assumptions(self) -> list[str]:
-        """The assumptions behind the figures, in sentences."""
         speed = {
             "assumed": f"{self.share_of_peak:.0%} of the data sheet's peak in large batches, {_BANDWIDTH_SHARE:.0%} of "
             f"its bandwidth for weights, {_LAYER_SECONDS * 1e6:.0f} µs a layer besides: estimates, as no GPU has been "

@@ -170,7 +170,6 @@ class _Crowd:
         return self._arrivals[0][0] if self._arrivals else inf
 
     def send(self) -> list[Input]:
-        """The next request's inputs."""
         now, number = heapq.heappop(self._arrivals)
         client, dice = self._clients[number], self._dice[number]
         if number == QUERY:

@@ -66,7 +66,6 @@ class Link(asyncio.Protocol):
         await self._writable.wait()
 
     async def samples(self) -> Samples:
-        """The other end's metrics."""
         if self.lost:
             raise self.gone()
         number = next(self._numbers)
@@ -98,7 +97,6 @@ class Link(asyncio.Protocol):
         self._unsent_bytes = 0
 
     def gone(self) -> Unavailable:
-        """The error of those who wait for the other end when it is lost."""
         return Unavailable(f"the server has lost its {self.name}")
 
     # asyncio calls the methods from here on.

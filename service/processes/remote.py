@@ -210,7 +210,6 @@ class RemoteBackend:
         ]
 
     async def start(self) -> dict[str, object]:
-        """Connect, and wait until every engine is ready."""
         for link in self.links:
             await link.connect()
         for engine in self.engines:

@@ -75,7 +75,6 @@ class Vectors(_Message, frozen=True):
 
     @classmethod
     def of(cls, number: int, first: int, computed: Sequence[Computed[Vector]]) -> Vectors:
-        """A message of vectors that have one shape."""
         times = [(item.queue_seconds, item.inference_seconds) for item in computed]
         numbers = b"".join([item.vector.astype(np.float32, copy=False).tobytes() for item in computed])
         return cls(number, first, computed[0].vector.shape, times, numbers)

@@ -135,7 +135,6 @@ class _Application(FastAPI):
         self.entry: ASGIApp = super().__call__
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by the server."""
         scope["app"] = self
         await self.entry(scope, receive, send)
 
