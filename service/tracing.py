@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from service.logs import log, request_id
 from service.version import VERSION
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _CARRIED = ("traceparent", "tracestate")
 _NAME = "llm2vec-service"
-
-
-class Moments(NamedTuple):
-    """When a request came, when its answer began and when the answer was sent, by `time.perf_counter`."""
-
-    began: float
-    answered: float
-    ended: float
 
 
 class Traces:
@@ -50,12 +42,15 @@ class Traces:
         status: int,
         code: str,
         steps: Sequence[tuple[str, float]],
-        moments: Moments,
+        began: float,
+        answered: float,
+        ended: float,
     ) -> None:
         """Record the spans of one request, under the caller's `traceparent` if it sent one.
 
         `steps` are names and seconds, in order. If a request took several batches, each step is as long as the longest
-        of them.
+        of them. The request came at `began`, its answer began at `answered` and was sent at `ended`, by
+        `time.perf_counter`.
         """
         carrier = {name: headers[name.encode()].decode("latin-1") for name in _CARRIED if name.encode() in headers}
         attributes: dict[str, Any] = {
@@ -76,22 +71,22 @@ class Traces:
             context=self._propagator.extract(carrier),
             kind=self._trace.SpanKind.SERVER,
             attributes=attributes,
-            start_time=unix_nanoseconds(moments.began),
+            start_time=unix_nanoseconds(began),
         )
         if status >= 500:
             span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code))
-        at = moments.began
+        at = began
         parts = []
         for name, seconds in steps:
             parts.append((name, at, at + seconds))
             at += seconds
         if parts:
-            parts.append(("serialize", moments.answered, moments.ended))
+            parts.append(("serialize", answered, ended))
         own = self._trace.set_span_in_context(span)
         for name, start, end in parts:
             part = self._tracer.start_span(name, context=own, start_time=unix_nanoseconds(start))
             part.end(unix_nanoseconds(end))
-        span.end(unix_nanoseconds(moments.ended))
+        span.end(unix_nanoseconds(ended))
 
     def close(self) -> None:
         """Send the spans that are left."""

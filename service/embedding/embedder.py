@@ -157,12 +157,11 @@ class Embedder:
         self,
         token_ids: Sequence[Sequence[int]],
         skip_special_tokens: bool = True,
-        param: str = "ids",
         wait_seconds: float = 0.0,
     ) -> list[str]:
-        """The texts of this model's own token ids. `param` is the caller's own name for them, for error messages."""
+        """The texts of this model's own token ids."""
         patience = Patience(time.perf_counter(), wait_seconds=wait_seconds)
-        bounds.check_count(len(token_ids), self.settings.max_inputs_per_request, param)
+        bounds.check_count(len(token_ids), self.settings.max_inputs_per_request, "ids")
         tokens = sum(map(len, token_ids))
         bounds.check_tokens(tokens, self.settings.max_tokens_per_request)
         hold_tokens(tokens)
@@ -171,7 +170,7 @@ class Embedder:
             return await self._pool.run(
                 lane,
                 lambda: [
-                    token_views.decode(self.tokenizer, ids, skip_special_tokens, index, param)
+                    token_views.decode(self.tokenizer, ids, skip_special_tokens, index)
                     for index, ids in enumerate(token_ids)
                 ],
             )

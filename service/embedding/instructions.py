@@ -130,13 +130,6 @@ class Instructions:
             return ""
         raise ModelNotFound(model, served)
 
-    def knows(self, name: str) -> bool:
-        try:
-            self.named({"name": name})
-        except InvalidRequest:
-            return False
-        return True
-
     def _from_headers(self, instruction: str | None, name: str | None) -> str:
         by_name = None if name is None else self.named({"x-input-type": name})
         if instruction is None or by_name is None or instruction == by_name:

@@ -49,12 +49,12 @@ def locate(tokenizer: Tokenizes, item: EmbedInput, allow_empty: bool) -> Located
     return LocatedTokens(whole, row.token_ids, characters, own)
 
 
-def decode(tokenizer: Tokenizes, token_ids: Sequence[int], skip_special_tokens: bool, index: int, param: str) -> str:
+def decode(tokenizer: Tokenizes, token_ids: Sequence[int], skip_special_tokens: bool, index: int) -> str:
     """The text of token ids."""
     try:
         return tokenizer.decode(token_ids, skip_special_tokens)
     except TokenizationError as error:
-        raise InvalidRequest(f"{param} index {index}: {error}", "invalid_token_ids", param) from error
+        raise InvalidRequest(f"ids index {index}: {error}", "invalid_token_ids", "ids") from error
 
 
 def _is_pooled(row: TokenizedText, place: int, pooling: PoolingMode) -> bool:

@@ -39,10 +39,8 @@ def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> Emb
 
 def truncation(truncate: bool | str | None) -> Literal["start", "end"] | None:
     """The part of a too long text that stays, by the dialect's word for the part that goes; None if none may go."""
-    if truncate is None or truncate is False:
-        return None
-    if truncate is True:
-        return "start"
+    if not isinstance(truncate, str):
+        return "start" if truncate else None
     keep: dict[str, Literal["start", "end"] | None] = {"NONE": None, "END": "start", "START": "end"}
     if truncate.upper() not in keep:
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import httptools
@@ -40,18 +41,16 @@ class _HeaderTooLarge(Exception):
     pass
 
 
+@dataclass(frozen=True)
 class Guard:
     """The limits, and the search for connections that break them."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, in_flight: InFlight) -> None:
-        self.most = settings.max_connections
-        self._in_flight = in_flight
-        self._read_seconds = settings.request_read_seconds
-        self._write_seconds = settings.answer_write_seconds
-        self._metrics = metrics
+    settings: Settings
+    metrics: Metrics
+    in_flight: InFlight
 
     def dropped(self, reason: str) -> None:
-        self._metrics.dropped_connections.labels(reason).inc()
+        self.metrics.dropped_connections.labels(reason).inc()
 
     def look(self, connections: Iterable[Any]) -> None:
         """End the connections that take too long, and add up the bytes that clients have not taken."""
@@ -59,8 +58,8 @@ class Guard:
         unsent = 0
         for connection in list(connections):
             if isinstance(connection, Connection):
-                unsent += connection.look(now, self._read_seconds, self._write_seconds)
-        self._in_flight.unsent_bytes = unsent
+                unsent += connection.look(now, self.settings)
+        self.in_flight.unsent_bytes = unsent
 
 
 class Unsent:
@@ -144,7 +143,7 @@ class Connection(HttpToolsProtocol):
         self._unparsed_bytes = 0  # since the last whole piece of a request
 
     def connection_made(self, transport: Any) -> None:
-        self._one_too_many = len(self.connections) >= self._guard.most
+        self._one_too_many = len(self.connections) >= self._guard.settings.max_connections
         super().connection_made(transport)
         self._reading_since = time.monotonic()
 
@@ -242,13 +241,13 @@ class Connection(HttpToolsProtocol):
         elif not self._asking:
             self.loop.call_later(_FIRST_REQUEST_SECONDS, self._end_unasked)
 
-    def look(self, now: float, read_seconds: float, write_seconds: float) -> int:
+    def look(self, now: float, settings: Settings) -> int:
         """End the connection if it takes too long, with an answer if there is none yet. Returns the bytes not taken."""
         unsent = self.transport.get_write_buffer_size()
         if self._ends_at is not None and now > self._ends_at:
             self.transport.abort()
             return 0
-        if self._unsent.idle_seconds(now, unsent) > write_seconds:
+        if self._unsent.idle_seconds(now, unsent) > settings.answer_write_seconds:
             self._guard.dropped("slow_reader")
             self.transport.abort()
             return 0
@@ -256,7 +255,7 @@ class Connection(HttpToolsProtocol):
             return unsent
         if self.flow.read_paused or (self._in_header and self._answering):  # it is not the client that is slow
             self._reading_since = now
-        elif now - self._reading_since > read_seconds:
+        elif now - self._reading_since > settings.request_read_seconds:
             self._too_late(now)
         return unsent
 

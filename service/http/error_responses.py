@@ -63,16 +63,16 @@ def openai_error_body(message: str, status: int, code: str, param: str | None = 
 OPENAI = Dialect(openai_error_body)
 
 
+@dataclass(frozen=True)
 class ErrorResponses:
     """Errors → answers, in the words of the API that the path belongs to, or in OpenAI's.
 
     The error for a path that does not exist names the known path that it ends with.
     """
 
-    def __init__(self, dialects: Mapping[str, Dialect], metrics: Metrics, known_paths: Sequence[str]) -> None:
-        self._known_paths = known_paths
-        self._dialects = dialects
-        self._metrics = metrics
+    dialects: Mapping[str, Dialect]
+    metrics: Metrics
+    known_paths: Sequence[str]
 
     def install(self, app: FastAPI) -> None:
         """Answer every failure of a route so; FastAPI's `{"detail": …}` never leaves the server."""
@@ -86,7 +86,7 @@ class ErrorResponses:
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             outcome_of(request.scope).code = code
             path = request.scope["path"]
-            message = f"{request.method} {path[:200]}: {error.detail}{_way_out(path, error, self._known_paths)}"
+            message = f"{request.method} {path[:200]}: {error.detail}{_way_out(path, error, self.known_paths)}"
             return self._answer(path, message, error.status_code, code, None, dict(error.headers or {}))
 
         async def bug(request: Request, error: Exception) -> Response:
@@ -114,7 +114,7 @@ class ErrorResponses:
         return self._answer(path, "the server failed on this request", 500, "internal_error", None, {})
 
     def _dialect(self, path: str) -> Dialect:
-        return self._dialects.get(path, OPENAI)
+        return self.dialects.get(path, OPENAI)
 
     def _answer(
         self, path: str, message: str, status: int, code: str, param: str | None, headers: dict[str, str]
@@ -125,9 +125,9 @@ class ErrorResponses:
         return Response(body, status, headers, "application/json")
 
     def _count_rejection(self, error: errors.ServiceError) -> None:
-        rejected = self._metrics.rejected
+        rejected = self.metrics.rejected
         if isinstance(error, errors.ClientGone):
-            self._metrics.cancelled.labels("request").inc()
+            self.metrics.cancelled.labels("request").inc()
         elif isinstance(error, errors.InvalidRequest):
             rejected.labels(error.code if error.code in _KNOWN_REFUSALS else "invalid").inc()
         elif isinstance(error, (errors.Overloaded, errors.DeadlineExceeded, errors.Unauthorized)):

@@ -16,7 +16,7 @@ from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import Instructions
 from service.embedding.requests import Timings
-from service.errors import ModelNotFound
+from service.errors import InvalidRequest, ModelNotFound
 from service.http.access import Access
 from service.http.answers import AnswerWriter
 from service.metrics import Metrics
@@ -56,8 +56,10 @@ class Parts:
 
     def check_model(self, model: str, alias: str) -> None:
         """Check a model's name where no instruction is asked for."""
-        if alias and not self.instructions.knows(alias):
-            raise ModelNotFound(model, self.served_name)
+        try:
+            self.instructions.named({"name": alias} if alias else {})
+        except InvalidRequest as error:
+            raise ModelNotFound(model, self.served_name) from error
 
 
 def parts_of(connection: HTTPConnection) -> Parts:

@@ -9,6 +9,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import orjson
@@ -34,7 +35,7 @@ from service.http.json_size import JSONSize, json_size
 from service.http.parts import Outcome, Parts, outcome_of, parts_of
 from service.logs import log, log_request, request_id
 from service.settings import Settings
-from service.tracing import Moments, Traces
+from service.tracing import Traces
 
 Body = TypeVar("Body", bound=BaseModel)
 Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -61,6 +62,7 @@ _ID_FIELDS = frozenset({"input", "inputs", "ids"})
 LATE = "late"
 
 
+@dataclass(frozen=True)
 class RequestContext:
     """ASGI middleware around all of FastAPI. It gives each request an id and asks for its key. After the answer it
     measures, counts, logs and traces the request.
@@ -69,20 +71,17 @@ class RequestContext:
     short request.
     """
 
-    def __init__(
-        self, app: ASGIApp, parts: Parts, errors: ErrorResponses, direct: Direct, traces: Traces | None
-    ) -> None:
-        self._app = app
-        self._parts = parts
-        self._errors = errors
-        self._direct = direct
-        self._traces = traces
+    app: ASGIApp
+    parts: Parts
+    errors: ErrorResponses
+    direct: Direct
+    traces: Traces | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
-        with self._parts.in_flight.request():
+        with self.parts.in_flight.request():
             await self._serve(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +94,7 @@ class RequestContext:
         asked = headers.get(b"x-request-id", b"").decode("latin-1")
         own_id = asked if _SANE_ID.fullmatch(asked) else f"{random.getrandbits(128):032x}"
         token = request_id.set(own_id)
-        caller_of_request.set(self._parts.access.caller(headers, scope.get("client")))
+        caller_of_request.set(self.parts.access.caller(headers, scope.get("client")))
         outcome = outcome_of(scope)
         status, started, whole = 0, 0.0, False
 
@@ -111,22 +110,22 @@ class RequestContext:
                 started = time.perf_counter()
             await send(message)
 
-        self._parts.metrics.inflight.inc()
+        self.parts.metrics.inflight.inc()
         try:
-            endpoint = self._direct.get((scope["method"], scope["path"]))
-            if (refusal := self._parts.access.refusal(scope["method"], scope["path"], headers)) is not None:
+            endpoint = self.direct.get((scope["method"], scope["path"]))
+            if (refusal := self.parts.access.refusal(scope["method"], scope["path"], headers)) is not None:
                 outcome.route = scope["path"] if endpoint else ""
-                await self._errors.of(Request(scope), refusal)(scope, receive, send_with_id)
+                await self.errors.of(Request(scope), refusal)(scope, receive, send_with_id)
             elif endpoint is None:
-                await self._app(scope, receive, send_with_id)
+                await self.app(scope, receive, send_with_id)
             else:
                 await self._call(endpoint, Request(scope, receive), send_with_id)
         except asyncio.CancelledError:
-            if status or self._parts.life.phase != "draining":
+            if status or self.parts.life.phase != "draining":
                 raise
             # The server has waited for the grace period, which is over.
             stopped = Unavailable("the server stopped before it could answer: try again later")
-            await self._errors.of(Request(scope), stopped)(scope, receive, send_with_id)
+            await self.errors.of(Request(scope), stopped)(scope, receive, send_with_id)
         except Exception as error:
             # The place and the kind of the error, without its message, which may hold a piece of the input.
             outcome.code, outcome.reason = "internal_error", f"unexpected {type(error).__name__}"
@@ -134,16 +133,16 @@ class RequestContext:
             if status and not whole:
                 raise RuntimeError("an answer broke off: see the line before") from None
             if not status:
-                await self._errors.unexpected(scope["path"])(scope, receive, send_with_id)
+                await self.errors.unexpected(scope["path"])(scope, receive, send_with_id)
         finally:
-            self._parts.metrics.inflight.dec()
+            self.parts.metrics.inflight.dec()
             ended = time.perf_counter()
             outcome.route = outcome.route or getattr(scope.get("route"), "path", "unmatched")
             self._finish(outcome, method, status, ended - began)
-            if self._traces:
-                moments = Moments(began, started or ended, ended)
+            if self.traces:
                 steps = outcome.timings.steps() if outcome.timings else ()
-                self._traces.record(headers, method, outcome.route, status, outcome.code, steps, moments)
+                moments = began, started or ended, ended
+                self.traces.record(headers, method, outcome.route, status, outcome.code, steps, *moments)
             request_id.reset(token)
 
     async def _call(self, endpoint: Endpoint, request: Request, send: Send) -> None:
@@ -151,12 +150,12 @@ class RequestContext:
         try:
             response = await endpoint(request)
         except ServiceError as error:
-            response = self._errors.of(request, error)
+            response = self.errors.of(request, error)
         await response(request.scope, request.receive, send)
 
     def _finish(self, outcome: Outcome, method: str, status: int, seconds: float) -> None:
         route, code = outcome.route, outcome.code
-        count, duration = self._parts.metrics.of_request(route, str(status), code, outcome.lane)
+        count, duration = self.parts.metrics.of_request(route, str(status), code, outcome.lane)
         count.inc()
         duration.observe(seconds)
         fields = {"method": method, "route": route, "status": status, "seconds": round(seconds, 4)}

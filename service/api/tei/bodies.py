@@ -177,7 +177,7 @@ _TYPE_OF_STATUS: dict[int, ErrorType] = {
 }
 
 
-def _error_body(message: str, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+def _error_body(message: str, status: int, code: str, param: str | None) -> dict[str, Any]:
     kind = _TYPE_OF_CODE.get(code) or _TYPE_OF_STATUS.get(status, "Validation")
     return {"error": message, "error_type": kind}
 

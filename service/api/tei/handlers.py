@@ -177,7 +177,7 @@ async def decode(request: Request) -> Response:
     if not isinstance(ids, list) or not all(item == [] or are_ids(item) for item in ids):
         raise InvalidRequest("ids must be a list of token ids, or a list of such lists", "invalid_value", "ids")
     skip, wait_seconds = body.skip_special_tokens is not False, call.settings.overload_wait_seconds
-    texts = await call.while_connected(call.embedder.decode(ids, skip, wait_seconds=wait_seconds))
+    texts = await call.while_connected(call.embedder.decode(ids, skip, wait_seconds))
     return json_answer(texts, call.headers)
 
 
