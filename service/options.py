@@ -16,7 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from service.settings import SECRETS, Settings
+from service.settings import SECRETS, Settings, meaning_of
 
 # The headings of `serve --help` with their settings. Settings that none of them names come last, under `_OTHERS`.
 _GROUPS = {
@@ -72,7 +72,7 @@ def _option_of(name: str, field: FieldInfo, group: str) -> Parameter:
     shown = "|".join(choices) or types.get(kind, "str")
     default = None if field.default in (None, "", ()) else str(field.default)
     made = typer.Option(
-        help=field.description,
+        help=meaning_of(field),
         metavar=_narrow(f"<{shown}> [{', '.join(bounds)}]" if bounds else f"<{shown}>"),
         autocompletion=offered(choices),
         rich_help_panel=group,

@@ -22,12 +22,14 @@ _Place = Annotated[int, Field(strict=True, ge=0, le=1 << 31)]
 class ChunkEmbeddingsBody(EmbedFields):
     """The body of `POST /v1/chunk_embeddings`; null means absent."""
 
-    input: Text = Field(description="one text, no longer than the model reads")
-    chunk_size: int | None = Field(None, ge=1, strict=True, description="tokens of a chunk; the last has the rest")
-    spans: list[tuple[_Place, _Place]] | None = Field(
-        None, min_length=1, description="the chunks instead: characters [start, end) of each; they may overlap"
-    )
-    instruction: Text | None = Field(None, description="put before the text and not pooled into any chunk")
+    input: Text
+    """one text, no longer than the model reads"""
+    chunk_size: int | None = Field(None, ge=1, strict=True)
+    """tokens of a chunk; the last has the rest"""
+    spans: list[tuple[_Place, _Place]] | None = Field(None, min_length=1)
+    """the chunks instead: characters [start, end) of each; they may overlap"""
+    instruction: Text | None = None
+    """put before the text and not pooled into any chunk"""
 
 
 class ChunkEmbeddingsAnswer(BaseModel):

@@ -64,35 +64,27 @@ class CohereEmbedBody(RequestBody):
     """The body of `POST /v1/embed` and `POST /v2/embed`; null means absent."""
 
     model: ModelName = None
-    texts: list[Text] | None = Field(None, description="the texts")
-    inputs: Annotated[list[_Input] | None, WithJsonSchema(_INPUTS_SCHEMA)] = Field(
-        None, description="or texts in parts, which are joined by line breaks"
-    )
-    images: list[Any] | None = Field(None, description="not taken: the model reads text only")
-    input_type: Name | None = Field(
-        None,
-        description="search_query, search_document, classification, clustering, or a prompt's name; v2 requires it, "
-        "unless the instruction is said otherwise",
-    )
-    instruction: Text | None = Field(
-        None, description="not Cohere's: LLM2Vec instruction, put before each text and not pooled"
-    )
-    embedding_types: list[EmbeddingType] | None = Field(
-        None,
-        description="float by default, which v1 then gives as a plain list. int8 is scaled by each vector's largest "
-        "number, uint8 is that and 128; ubinary and binary are signs, eight to a number; base64 is of little-endian "
-        "float32",
-    )
+    texts: list[Text] | None = None
+    """the texts"""
+    inputs: Annotated[list[_Input] | None, WithJsonSchema(_INPUTS_SCHEMA)] = None
+    """or texts in parts, which are joined by line breaks"""
+    images: list[Any] | None = None
+    """not taken: the model reads text only"""
+    input_type: Name | None = None
+    """search_query, search_document, classification, clustering, or a prompt's name; v2 requires it, unless the
+    instruction is said otherwise"""
+    instruction: Text | None = None
+    """not Cohere's: LLM2Vec instruction, put before each text and not pooled"""
+    embedding_types: list[EmbeddingType] | None = None
+    """float by default, which v1 then gives as a plain list. int8 is scaled by each vector's largest number, uint8 is
+    that and 128; ubinary and binary are signs, eight to a number; base64 is of little-endian float32"""
     output_dimension: Dimensions = None
-    max_tokens: int | None = Field(
-        None, ge=1, strict=True, description="no fewer than the server reads: texts are not cut before"
-    )
-    truncate: str | None = Field(
-        None, description="the part of a too long text that is cut: END (the default) or START; NONE refuses the text"
-    )
-    priority: int | None = Field(
-        None, ge=0, le=999, strict=True, description="above 0, the request yields to small ones whatever its size"
-    )
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    """no fewer than the server reads: texts are not cut before"""
+    truncate: str | None = None
+    """the part of a too long text that is cut: END (the default) or START; NONE refuses the text"""
+    priority: int | None = Field(None, ge=0, le=999, strict=True)
+    """above 0, the request yields to small ones whatever its size"""
 
 
 class _Meta(BaseModel):

@@ -40,24 +40,26 @@ class _Body(RequestBody):
     """The fields that the embedding endpoints share."""
 
     model: ModelName = None
-    options: dict[str, Any] | None = Field(None, description="accepted and not used: those with a value are named")
-    keep_alive: Any = Field(None, description="accepted and not used: the model stays loaded")
+    options: dict[str, Any] | None = None
+    """accepted and not used: those with a value are named"""
+    keep_alive: Any = None
+    """accepted and not used: the model stays loaded"""
 
 
 class OllamaEmbedBody(_Body):
     """The body of `POST /api/embed`; null means absent."""
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
-    truncate: bool | None = Field(
-        None, strict=True, description="cut the end of a text that is too long, the default; or refuse the text"
-    )
+    truncate: bool | None = Field(None, strict=True)
+    """cut the end of a text that is too long, the default; or refuse the text"""
     dimensions: Dimensions = None
 
 
 class OllamaEmbeddingsBody(_Body):
     """The body of `POST /api/embeddings`; null means absent."""
 
-    prompt: Text | None = Field(None, description="the text; none gives no vector")
+    prompt: Text | None = None
+    """the text; none gives no vector"""
 
 
 class OllamaShowBody(BaseModel):

@@ -58,26 +58,24 @@ class EmbedFields(RequestBody):
 
     model: ModelName = None
     dimensions: Dimensions = None
-    encoding_format: EncodingFormat | None = Field(
-        None, description="base64 is of little-endian numbers; float is the default"
-    )
-    embed_dtype: EmbedDtype | None = Field(
-        None,
-        description="float32 by default; int8 is scaled by each vector's largest number, uint8 is that and 128; "
-        "ubinary and binary are signs, eight to a number",
-    )
-    normalize: bool | None = Field(None, description="vectors of length 1, the default, or as the model gives them")
+    encoding_format: EncodingFormat | None = None
+    """base64 is of little-endian numbers; float is the default"""
+    embed_dtype: EmbedDtype | None = None
+    """float32 by default; int8 is scaled by each vector's largest number, uint8 is that and 128; ubinary and binary are
+    signs, eight to a number"""
+    normalize: bool | None = None
+    """vectors of length 1, the default, or as the model gives them"""
     input_type: Name | None = Field(None, description=f"one of {', '.join(ROLES)}, or a prompt's name")
-    prompt_name: Name | None = Field(None, description="as input_type; beside one, it says which of its sides counts")
-    task: Name | None = Field(None, description="as prompt_name")
-    priority: Lane | None = Field(
-        None,
-        description="by default by the number of inputs and tokens; interactive with half a batch of tokens at most",
-    )
-    timeout_ms: float | None = Field(
-        None, gt=0, strict=True, allow_inf_nan=False, description="a request still queued after this is dropped"
-    )
-    user: Any = Field(None, description="accepted and not used")
+    prompt_name: Name | None = None
+    """as input_type; beside one, it says which of its sides counts"""
+    task: Name | None = None
+    """as prompt_name"""
+    priority: Lane | None = None
+    """by default by the number of inputs and tokens; interactive with half a batch of tokens at most"""
+    timeout_ms: float | None = Field(None, gt=0, strict=True, allow_inf_nan=False)
+    """a request still queued after this is dropped"""
+    user: Any = None
+    """accepted and not used"""
 
     def names(self) -> Mapping[str, str | None]:
         return {"input_type": self.input_type, "prompt_name": self.prompt_name, "task": self.task}
@@ -92,16 +90,14 @@ class EmbeddingsBody(EmbedFields):
     model_config = ConfigDict(json_schema_extra={"required": ["input"]})
 
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)] = None
-    instruction: Text | list[Text | None] | None = Field(
-        None, description="LLM2Vec instruction, put before the text and not pooled; or one for each input"
-    )
-    truncate: bool | str | None = Field(None, description="cut what is too long: true or END, START; false or NONE")
-    overflow: Overflow | None = Field(
-        None, description="for an input that is too long: error refuses it, truncate cuts it, mean averages its chunks"
-    )
-    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] | None = Field(
-        None, description="whose ids an input of token ids holds; by default the server's setting decides"
-    )
+    instruction: Text | list[Text | None] | None = None
+    """LLM2Vec instruction, put before the text and not pooled; or one for each input"""
+    truncate: bool | str | None = None
+    """cut what is too long: true or END, START; false or NONE"""
+    overflow: Overflow | None = None
+    """for an input that is too long: error refuses it, truncate cuts it, mean averages its chunks"""
+    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] | None = None
+    """whose ids an input of token ids holds; by default the server's setting decides"""
 
 
 class _Embedding(BaseModel):

@@ -26,7 +26,7 @@ Dimensions = Annotated[
 class RequestBody(BaseModel):
     """A body that keeps its unknown fields, for `Call.ignore`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
 
 def split_text(text: str | Sequence[int], chosen: Chosen, separator: str) -> EmbedInput:

@@ -39,7 +39,11 @@ def described(shape: type[BaseModel], meanings: Mapping[int, str] = MEANINGS) ->
 
 def documented(errors: Responses, body: type[BaseModel], answer: Any, *examples: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a route: its body, its answers and examples of requests."""
-    content: dict[str, Any] = {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    for field in schema["properties"].values():
+        if "description" in field:  # it may stand on several lines
+            field["description"] = " ".join(field["description"].split())
+    content: dict[str, Any] = {"schema": schema}
     content["examples"] = {f"example {number}": {"value": value} for number, value in enumerate(examples, 1)}
     return {
         "responses": {200: {"model": answer}, **errors},

@@ -39,23 +39,25 @@ Flag = Annotated[bool | None, Field(strict=True)]
 class TruncateFields(RequestBody):
     """The fields for texts that are too long; null means absent."""
 
-    truncate: Flag = Field(None, description="cut a text that is too long; by default it is an error")
-    truncation_direction: Direction = Field(
-        None, description="the side that is cut, right by default; capitals do not matter"
-    )
+    truncate: Flag = None
+    """cut a text that is too long; by default it is an error"""
+    truncation_direction: Direction = None
+    """the side that is cut, right by default; capitals do not matter"""
 
 
 class EmbedAllBody(TruncateFields):
     """The body of `POST /embed_all`; null means absent."""
 
     inputs: Inputs
-    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+    prompt_name: Name | None = None
+    """a prompt's name, or query or document"""
 
 
 class EmbedBody(EmbedAllBody):
     """The body of `POST /embed`; null means absent."""
 
-    normalize: Flag = Field(None, description="vectors of length 1, the default, or as the model gives them")
+    normalize: Flag = None
+    """vectors of length 1, the default, or as the model gives them"""
     dimensions: Dimensions = None
 
 
@@ -65,7 +67,8 @@ class _Sentences(BaseModel):
 
 
 class SimilarityParameters(TruncateFields):
-    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document, for all sentences")
+    prompt_name: Name | None = None
+    """a prompt's name, or query or document, for all sentences"""
 
 
 class SimilarityBody(RequestBody):
@@ -83,27 +86,28 @@ class RerankBody(TruncateFields):
 
     query: Text
     texts: list[Text]
-    raw_scores: Flag = Field(
-        None, description="the cosine, -1 to 1; by default it is moved to 0 to 1: (1 + cosine) / 2"
-    )
-    return_text: Flag = Field(None, description="give each text again beside its score")
+    raw_scores: Flag = None
+    """the cosine, -1 to 1; by default it is moved to 0 to 1: (1 + cosine) / 2"""
+    return_text: Flag = None
+    """give each text again beside its score"""
 
 
 class TokenizeBody(RequestBody):
     """The body of `POST /tokenize`; null means absent."""
 
     inputs: Text | list[Text]
-    add_special_tokens: Flag = Field(
-        None, description="with the special tokens around each text, the default, or without them"
-    )
-    prompt_name: Name | None = Field(None, description="a prompt's name, or query or document")
+    add_special_tokens: Flag = None
+    """with the special tokens around each text, the default, or without them"""
+    prompt_name: Name | None = None
+    """a prompt's name, or query or document"""
 
 
 class DecodeBody(RequestBody):
     """The body of `POST /decode`; null means absent."""
 
     ids: Annotated[Any, WithJsonSchema(_IDS_SCHEMA)]
-    skip_special_tokens: Flag = Field(None, description="leave special tokens out, the default")
+    skip_special_tokens: Flag = None
+    """leave special tokens out, the default"""
 
 
 class TEIRank(BaseModel):
