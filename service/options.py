@@ -18,26 +18,14 @@ from typer.core import TyperCommand
 
 from service.settings import SECRETS, Settings, meaning_of
 
-# The headings of `serve --help` with their settings. Settings that none of them names come last, under `_OTHERS`.
-_GROUPS = {
-    "Model and texts": (
-        *("model", "models_dir", "served_name", "model_aliases", "any_model", "query_instruction", "prompts_file"),
-        *("default_input_type", "instruction_separator", "max_input_tokens", "truncation", "token_ids", "empty_text"),
-        "other_widths",
-    ),
-    "Device and batches": (
-        *("device", "dtype", "quantization", "equal_bits", "attention", "compile", "cuda_graphs", "token_budget"),
-        *("batch_tokens", "batch_seconds", "interactive_inputs", "max_queued_tokens", "cache_bytes"),
-        *("tokenizer_threads",),
-    ),
-    "HTTP and limits": (
-        *("host", "port", "frontends", "max_inputs_per_request", "max_tokens_per_request", "max_input_characters"),
-        *("max_body_bytes", "max_bytes_in_flight", "max_connections", "keep_alive_seconds", "request_read_seconds"),
-        *("answer_write_seconds", "overload_wait_seconds", "reject_unknown_fields"),
-    ),
-    "Security": ("api_keys_file", "cors_origins"),
+# The headings of `serve --help`, each by the first setting below it.
+_HEADINGS = {
+    "model": "Model and texts",
+    "device": "Device and batches",
+    "host": "HTTP and limits",
+    "api_keys": "Security",
+    "playground": "Operations",
 }
-_OTHERS = "Operations"
 
 # Options that take several values after one name, and how many at most.
 _SEVERAL = {"--gpu": sys.maxsize, "--words": 2, "--classification": 2}
@@ -45,13 +33,11 @@ _SEVERAL = {"--gpu": sys.maxsize, "--words": 2, "--classification": 2}
 
 def signature_of_settings() -> Signature:
     """The signature of `serve`, from which typer makes the options: one for each setting that is no secret."""
-    grouped = {name: group for group, names in _GROUPS.items() for name in names}
-    ordered = dict.fromkeys([*grouped, *Settings.model_fields])
-    options = [
-        _option_of(name, Settings.model_fields[name], grouped.get(name, _OTHERS))
-        for name in ordered
-        if name not in SECRETS
-    ]
+    options, heading = [], ""
+    for name, field in Settings.model_fields.items():
+        heading = _HEADINGS.get(name, heading)
+        if name not in SECRETS:
+            options.append(_option_of(name, field, heading))
     return Signature([Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context), *options])
 
 

@@ -73,7 +73,10 @@ def hash_keys(given: str | Iterable[str]) -> tuple[str, ...]:
 
 
 class Settings(BaseSettings):
-    """How the server runs. A value comes from the command line, else the environment, else its default."""
+    """How the server runs. A value comes from the command line, else the environment, else its default.
+
+    The settings stand in the order of `serve --help`, whose headings options.py names.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -90,25 +93,41 @@ class Settings(BaseSettings):
     """folder in which recipes are built and found again"""
     served_name: str = ""
     """the model's name in the API; by default the recipe's name"""
-    host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 for every interface, :: for IPv6 as well"""
-    port: int = Field(8000, ge=0, le=65535)
-    """port to listen on; 0 picks a free one"""
-    api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
-    """keys, separated by commas, of which every request must send one; a key may be given as `sha256:` and the hex
-    digits of its hash. Without keys every request is accepted"""
-    api_keys_file: Path | None = None
-    """file with one such key on each line; it is read again within seconds when it changes"""
-    metrics_key: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
-    """key that `/metrics` needs; by default it needs none"""
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
-    """origins whose pages may read answers, such as https://app.example.org, separated by commas, or *; by default
-    none"""
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description='further names of the model, each with the input type or prompt it stands for, or "" for none: '
+        f"`{_ALIASES}`",
+    )
+    any_model: bool = False
+    """accept every model name in requests, and serve this model"""
+    query_instruction: str | None = None
+    """instruction put before inputs of type query; by default the model's own"""
+    prompts_file: Path | None = None
+    """TOML file of further named prompts: `name = "instruction"` for every text, `name = { query = "…" }` for queries
+    alone"""
+    default_input_type: str = ""
+    """input type or prompt of requests that name none; by default they get no instruction"""
+    instruction_separator: str = ""
+    """the part of a text before this string is the text's instruction; for clients that can only put text in front"""
+    max_input_tokens: int | None = Field(None, ge=8)
+    """longest input, instruction and template included; by default the model's own limit, at most 8192"""
+    truncation: Literal["token", "reference"] = "token"
+    """token refuses a text that is too long; reference cuts it as the official library does, to the model's own limits
+    (512 tokens, 400 of them text), and says so; a text that is empty after the cut, such as a longer one without
+    spaces, is refused unless empty_text is bos"""
+    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = "auto"
+    """how inputs of token ids are read: as this model's own, as OpenAI's (decoded and tokenized again), or not at all;
+    auto reads ids from OpenAI's SDKs as cl100k_base, as LangChain sends them, unless cl100k_base lacks one of them, and
+    all others as the model's own"""
+    empty_text: Literal["error", "bos"] = "error"
+    """error refuses an empty text; bos embeds it as the special tokens alone, and gives a text that is empty after
+    reference truncation the official library's vector"""
+    other_widths: Literal["warn", "refuse"] = "warn"
+    """the answer to `dimensions` that are none of the encoder's widths, where it names any: warn gives the vectors and
+    names the widths in a header, refuse gives an error"""
     device: str = "auto"
     """auto (CUDA where there is a GPU), cpu, cuda or cuda:N; several of them separated by commas, or cuda:all for every
     GPU. Each of several devices gets its own engine process"""
-    frontends: int = Field(1, ge=1)
-    """number of processes that speak HTTP; more than one helps if a fast device waits for its input"""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """arithmetic: auto is bfloat16 on GPUs of compute capability 8.0 and later and on CPUs with bf16 instructions; on
     older GPUs float16 for the families whose numbers fit into it; else float32"""
@@ -121,8 +140,11 @@ class Settings(BaseSettings):
     the reason on a device that can't do it"""
     attention: Literal["auto", "sdpa", "torch-flash", "flash-attn"] = "auto"
     """attention kernel; auto takes the fastest one that supports the model on the device"""
-    max_input_tokens: int | None = Field(None, ge=8)
-    """longest input, instruction and template included; by default the model's own limit, at most 8192"""
+    compile: Switch = "auto"
+    """compile the model's layers with torch.compile at the start, which takes half a minute the first time and seconds
+    later; auto does it if there is a C++ compiler"""
+    cuda_graphs: Switch = "auto"
+    """capture the forward pass of small batches as CUDA graphs; auto does it where graphs work and save time"""
     token_budget: int | None = Field(None, ge=8)
     """most tokens in one batch, tried out at the start on CUDA; by default 16384, on the CPU 8192"""
     batch_tokens: int | None = Field(None, ge=1)
@@ -133,24 +155,29 @@ class Settings(BaseSettings):
     interactive_inputs: int = Field(4, ge=0)
     """most inputs of an interactive request, which goes before bulk; a request of more than half a batch's tokens is
     always bulk"""
-    compile: Switch = "auto"
-    """compile the model's layers with torch.compile at the start, which takes half a minute the first time and seconds
-    later; auto does it if there is a C++ compiler"""
-    cuda_graphs: Switch = "auto"
-    """capture the forward pass of small batches as CUDA graphs; auto does it where graphs work and save time"""
+    max_queued_tokens: int = Field(1_000_000, ge=1)
+    """tokens that may wait for a device in each lane, interactive and bulk; a request that would exceed it gets 429"""
     cache_bytes: int = Field(0, ge=0)
     """memory for recent vectors, which equal texts get without being computed again; 0 keeps none"""
+    tokenizer_threads: int = Field(2, ge=1)
+    """threads that tokenize"""
+    host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 for every interface, :: for IPv6 as well"""
+    port: int = Field(8000, ge=0, le=65535)
+    """port to listen on; 0 picks a free one"""
+    frontends: int = Field(1, ge=1)
+    """number of processes that speak HTTP; more than one helps if a fast device waits for its input"""
     max_inputs_per_request: int = Field(2048, ge=1)
     """most inputs in one request"""
     max_tokens_per_request: int = Field(300_000, ge=1)
     """most tokens in one request"""
+    max_input_characters: int = Field(1_000_000, ge=1)
+    """most characters of an input, and of an instruction, before any truncation"""
     max_body_bytes: int = Field(8 << 20, ge=1024)
     """largest request body"""
     max_bytes_in_flight: int = Field(1 << 30, ge=1024)
     """bytes of all requests and of their answers' vectors together, in each process that speaks HTTP; a request that
     would exceed it gets 429, unless it is alone"""
-    max_input_characters: int = Field(1_000_000, ge=1)
-    """most characters of an input, and of an instruction, before any truncation"""
     max_connections: int = Field(4096, ge=1)
     """connections at once to each process that speaks HTTP; further ones get 503"""
     keep_alive_seconds: int = Field(75, ge=1)
@@ -160,49 +187,25 @@ class Settings(BaseSettings):
     answer_write_seconds: float = Field(60.0, gt=0)
     """seconds without the client reading anything of a waiting answer (some 64 KB or more) before its connection is
     closed"""
-    max_queued_tokens: int = Field(1_000_000, ge=1)
-    """tokens that may wait for a device in each lane, interactive and bulk; a request that would exceed it gets 429"""
-    tokenizer_threads: int = Field(2, ge=1)
-    """threads that tokenize"""
-    truncation: Literal["token", "reference"] = "token"
-    """token refuses a text that is too long; reference cuts it as the official library does, to the model's own limits
-    (512 tokens, 400 of them text), and says so; a text that is empty after the cut, such as a longer one without
-    spaces, is refused unless empty_text is bos"""
-    query_instruction: str | None = None
-    """instruction put before inputs of type query; by default the model's own"""
-    prompts_file: Path | None = None
-    """TOML file of further named prompts: `name = "instruction"` for every text, `name = { query = "…" }` for queries
-    alone"""
-    default_input_type: str = ""
-    """input type or prompt of requests that name none; by default they get no instruction"""
-    instruction_separator: str = ""
-    """the part of a text before this string is the text's instruction; for clients that can only put text in front"""
-    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
-        {},
-        description='further names of the model, each with the input type or prompt it stands for, or "" for none: '
-        f"`{_ALIASES}`",
-    )
-    any_model: bool = False
-    """accept every model name in requests, and serve this model"""
-    token_ids: Literal["auto", "model", "cl100k_base", "o200k_base", "reject"] = "auto"
-    """how inputs of token ids are read: as this model's own, as OpenAI's (decoded and tokenized again), or not at all;
-    auto reads ids from OpenAI's SDKs as cl100k_base, as LangChain sends them, unless cl100k_base lacks one of them, and
-    all others as the model's own"""
-    empty_text: Literal["error", "bos"] = "error"
-    """error refuses an empty text; bos embeds it as the special tokens alone, and gives a text that is empty after
-    reference truncation the official library's vector"""
     overload_wait_seconds: float = Field(10.0, ge=0)
     """how long a request to the routes of text-embeddings-inference or Ollama waits for room in the queue before it
     gets 429: their clients don't try again, and one of them takes the error for a vector"""
+    reject_unknown_fields: bool = False
+    """answer 400 to unknown request fields, instead of naming them in a header"""
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
+    """keys, separated by commas, of which every request must send one; a key may be given as `sha256:` and the hex
+    digits of its hash. Without keys every request is accepted"""
+    api_keys_file: Path | None = None
+    """file with one such key on each line; it is read again within seconds when it changes"""
+    metrics_key: Annotated[tuple[str, ...], NoDecode] = Field((), repr=False)
+    """key that `/metrics` needs; by default it needs none"""
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = ()
+    """origins whose pages may read answers, such as https://app.example.org, separated by commas, or *; by default
+    none"""
     playground: bool = True
     """serve a page at `/` to try texts and to see tokens, vectors and the server's state"""
     tei_metrics: bool = False
     """also give metrics under text-embeddings-inference's names, for dashboards that use them"""
-    reject_unknown_fields: bool = False
-    """answer 400 to unknown request fields, instead of naming them in a header"""
-    other_widths: Literal["warn", "refuse"] = "warn"
-    """the answer to `dimensions` that are none of the encoder's widths, where it names any: warn gives the vectors and
-    names the widths in a header, refuse gives an error"""
     stuck_batch_seconds: float | None = Field(None, gt=0)
     """a batch that takes longer means that the device hangs: waiting requests get 503 and the process ends with status
     1; by default 120, or 20 times the expected time if that is longer"""
