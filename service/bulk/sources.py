@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from model_store.architectures import architecture_of
 from service.bulk.client import PATIENCE, Patience, ServerClient
 from service.bulk.job import JobError, VectorSource
 from service.bulk.pipeline import Embedded
 from service.device import watchdog
+from service.embedding.backend import Served
 from service.embedding.choices import Overflow
 from service.embedding.embedder import Embedder
 from service.embedding.instructions import Chosen, load_instructions
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import DeviceLost, ServiceError
 from service.logs import log
-from service.server.startup import Prepared, prepare, settle
+from service.server.startup import prepare, settle
 from service.settings import Settings
 
 # Requests at once: enough for this many batches, if each request has this many tokens, but at most this many.
@@ -54,7 +56,8 @@ def warn_of_another_width(source: VectorSource, dimensions: int) -> None:
 class LocalVectors:
     """Vectors from an encoder in this process, with the server's queue, batches, device thread and text handling."""
 
-    prepared: Prepared
+    prepared: Served
+    dtype: str  # the arithmetic that the device will use
     wanted: Wanted
     instruction: str  # before each text
     _embedder: Embedder = field(init=False)
@@ -75,11 +78,15 @@ class LocalVectors:
         # The queue needs no limit here: only this process fills it.
         settings = settings.model_copy(update={"max_queued_tokens": _NO_LIMIT})
         prepared = prepare(settings, progress)
+        from model_store.encoder.devices import choose_device, choose_dtype  # torch, which `prepare` has loaded
+
+        float16 = architecture_of(prepared.manifest.model_type).float16
+        dtype = str(choose_dtype(settings.dtype, choose_device(settings.device), float16)).removeprefix("torch.")
         if settings.batch_tokens is None:
             prepared.limits.batch_tokens = prepared.limits.token_budget  # nobody waits for a single batch
         instructions = load_instructions(settings, prepared.manifest)
         chosen = instructions.choose(wanted.instruction, {"input_type": wanted.input_type})
-        return cls(prepared, wanted, chosen.text)
+        return cls(prepared, dtype, wanted, chosen.text)
 
     @property
     def source(self) -> VectorSource:
@@ -89,7 +96,7 @@ class LocalVectors:
             embedding_space=manifest.embedding_space,
             width=manifest.width,
             max_input_tokens=self.prepared.limits.max_input_tokens,
-            dtype=self.prepared.dtype,
+            dtype=self.dtype,
             truncation=settings.truncation,
             empty_text=settings.empty_text,
             widths=manifest.widths,

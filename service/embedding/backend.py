@@ -1,4 +1,4 @@
-"""What stands behind the HTTP side: something that computes rows, with a life of its own.
+"""What stands behind the HTTP side: an encoder, and something that computes rows, with a life of its own.
 
 Two do: `service.device.backend.LocalBackend`, a worker and a batcher in this process, and
 `service.processes.remote.RemoteBackend`, engine processes. The HTTP side can't tell them apart.
@@ -6,10 +6,16 @@ Two do: `service.device.backend.LocalBackend`, a worker and a batcher in this pr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from model_store.manifest import Manifest
 from service.batching.contract import Batcher
+from service.batching.limits import Limits
 from service.embedding.rows import EmbedRow, Vector
+from service.embedding.tokenizing import Tokenizes
+from service.metrics import Metrics
+from service.settings import Settings
 
 
 class Backend(Protocol):
@@ -34,3 +40,15 @@ class Backend(Protocol):
 
     async def metrics_page(self) -> bytes:
         """The whole server's metrics in Prometheus' text format."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """One encoder, the settings it is served with, and the backend that computes its vectors."""
+
+    settings: Settings
+    manifest: Manifest
+    tokenizer: Tokenizes
+    limits: Limits
+    backend: Backend
+    metrics: Metrics

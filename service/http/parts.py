@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 from starlette.requests import HTTPConnection
 
-from model_store.manifest import Manifest
-from service.batching.limits import Limits
-from service.embedding.backend import Backend
+from service.embedding.backend import Served
 from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import Instructions
@@ -19,8 +17,6 @@ from service.embedding.requests import Timings
 from service.errors import InvalidRequest, ModelNotFound
 from service.http.access import Access
 from service.http.answers import AnswerWriter
-from service.metrics import Metrics
-from service.settings import Settings
 
 
 @dataclass
@@ -32,14 +28,9 @@ class Life:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(Served):
     """Everything in one application that requests need. `started_at` is in seconds since 1970."""
 
-    settings: Settings
-    manifest: Manifest
-    limits: Limits
-    backend: Backend
-    metrics: Metrics
     served_name: str
     instructions: Instructions
     embedder: Embedder

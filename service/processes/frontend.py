@@ -6,11 +6,12 @@ import socket
 import sys
 
 from service.batching.pace import LEAST_STUCK_SECONDS
+from service.embedding.backend import Served
 from service.metrics import Metrics
 from service.processes.child import Child, inherited
 from service.processes.remote import RemoteBackend
 from service.server.process import answer, make_app
-from service.server.startup import Served, load_tokenizer
+from service.server.startup import load_tokenizer
 
 # An engine says every second that it is alive; a few seconds of delay do not count as silence.
 _LEAST_SILENCE_SECONDS = 10.0

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api import chunks, cohere, ollama, openai, operations, playground, prompts, reference
 from service.api.tei import bodies as tei_bodies
 from service.api.tei import handlers as tei
+from service.embedding.backend import Served
 from service.embedding.embedder import Embedder
 from service.embedding.in_flight import InFlight
 from service.embedding.instructions import load_instructions
@@ -23,7 +24,6 @@ from service.http.answers import AnswerWriter
 from service.http.error_responses import Dialect, ErrorResponses
 from service.http.parts import Parts
 from service.http.requests import RequestContext
-from service.server.startup import Served
 from service.tracing import Traces
 from service.version import VERSION
 
@@ -95,11 +95,7 @@ def _parts(served: Served, access: Access) -> Parts:
     metrics.bytes_in_flight.set_function(lambda: in_flight.bytes)
     metrics.ready.set(0)
     return Parts(
-        settings=settings,
-        manifest=manifest,
-        limits=served.limits,
-        backend=served.backend,
-        metrics=metrics,
+        **vars(served),
         served_name=settings.served_name or manifest.name,
         instructions=load_instructions(settings, manifest),
         embedder=Embedder(manifest, served.tokenizer, served.backend.batcher, settings, served.limits, metrics),

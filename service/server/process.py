@@ -17,12 +17,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.device import watchdog
+from service.embedding.backend import Served
 from service.errors import DeviceLost, StartupError
 from service.http.connections import Connection, Guard
 from service.http.parts import Parts
 from service.logs import log, unexplained
 from service.server.app import MakeApp, OnFatal, OnReady, create_app, drain
-from service.server.startup import Progress, Served, prepare, settle
+from service.server.startup import Progress, prepare, settle
 from service.settings import Settings
 from service.tracing import start_traces
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from model_store.architectures import architecture_of
 from model_store.manifest import Manifest, changed_files, find_built, quantized_space, read_manifest
 from model_store.recipe import load_recipe
 from model_store.text.tokenizer import TextTokenizer
 from service.batching.limits import Limits
 from service.device.backend import LocalBackend
 from service.device.torch_environment import set_torch_defaults
-from service.embedding.backend import Backend
-from service.embedding.tokenizing import Tokenizes
+from service.embedding.backend import Served
 from service.errors import StartupError
 from service.logs import configure_logs
 from service.metrics import Metrics
@@ -28,34 +25,14 @@ from service.settings import Settings
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Served:
-    """One encoder, the settings it is served with, and the backend that computes its vectors."""
-
-    settings: Settings
-    manifest: Manifest
-    tokenizer: Tokenizes
-    limits: Limits
-    backend: Backend
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
-class Prepared(Served):
-    """An encoder that is served by this process; `dtype` is the arithmetic that the device will use."""
-
-    backend: LocalBackend
-    dtype: str
-
-
-def prepare(settings: Settings, progress: Progress) -> Prepared:
+def prepare(settings: Settings, progress: Progress) -> Served:
     """Find or build the encoder of these settings, and make the parts that serve it.
 
     Raises:
         StartupError, UserError: with a sentence that says what to change.
     """
     set_torch_defaults(settings.models_dir)
-    from model_store.encoder.devices import choose_device, choose_dtype  # torch, from here on
+    from model_store.encoder.devices import choose_device  # torch, from here on
     from service.device.worker import EncoderWorker, leave_cores_to_device_thread
 
     leave_cores_to_device_thread()
@@ -67,9 +44,7 @@ def prepare(settings: Settings, progress: Progress) -> Prepared:
     metrics = Metrics()
     tokenizer = load_tokenizer(folder, manifest, settings)
     backend = LocalBackend(EncoderWorker(folder, settings, metrics), settings, manifest, limits, metrics)
-    float16 = architecture_of(manifest.model_type).float16
-    dtype = str(choose_dtype(settings.dtype, device, float16)).removeprefix("torch.")
-    return Prepared(settings, manifest, tokenizer, limits, backend, metrics, dtype)
+    return Served(settings, manifest, tokenizer, limits, backend, metrics)
 
 
 def as_served(manifest: Manifest, settings: Settings) -> Manifest:

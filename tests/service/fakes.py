@@ -20,11 +20,11 @@ from service.batching.contract import DevicePlan
 from service.batching.cost_model import CostModel
 from service.batching.limits import Limits
 from service.device.backend import LocalBackend
+from service.embedding.backend import Served
 from service.embedding.rows import EmbedRow, Vector
 from service.errors import EncodingError, NonFiniteEmbedding, OutOfMemory
 from service.metrics import Metrics
 from service.server.app import create_app
-from service.server.startup import Served
 from service.settings import Settings
 from service.tracing import Traces
 

@@ -13,6 +13,7 @@ import pytest
 
 from service.batching.limits import Limits
 from service.device.backend import LocalBackend
+from service.embedding.backend import Served
 from service.embedding.embedder import Embedder
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import EncodingError, NonFiniteEmbedding, Overloaded, ServiceError, Unavailable
@@ -21,7 +22,6 @@ from service.processes.engine import Desk, tell_all
 from service.processes.frontend import silence_seconds
 from service.processes.remote import RemoteBackend
 from service.server.app import create_app
-from service.server.startup import Served
 from service.settings import Settings
 from tests.service.fakes import (
     BREAKS_THE_BATCH,
