@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from service.api.openai import ERRORS, EmbedFields, Usage, write_answer
+from service.api.openai import ERRORS, Embedding, EmbeddingsAnswer, EmbedFields, write_answer
 from service.embedding.requests import EmbedInput, EmbedRequest
 from service.errors import InvalidRequest
 from service.http.call import Call
@@ -32,21 +33,16 @@ class ChunkEmbeddingsBody(EmbedFields):
     """put before the text and not pooled into any chunk"""
 
 
-class ChunkEmbeddingsAnswer(BaseModel):
+class _Chunk(Embedding):
+    start: int
+    end: int
+    tokens: int
+
+
+class ChunkEmbeddingsAnswer(EmbeddingsAnswer):
     """The answer's shape."""
 
-    class _Chunk(BaseModel):
-        object: Literal["embedding"]
-        index: int
-        start: int
-        end: int
-        tokens: int
-        embedding: list[float] | str
-
-    object: Literal["list"]
-    data: list[_Chunk]
-    model: str
-    usage: Usage
+    data: Sequence[_Chunk]
 
 
 @router.post(

@@ -106,28 +106,28 @@ class _Details(BaseModel):
     embedding_length: int
 
 
+class _Description(BaseModel):
+    modified_at: datetime
+    details: _Details
+    capabilities: list[str]
+
+
 class OllamaTagsAnswer(BaseModel):
     """The one model that is served, under each of its names."""
 
-    class _Model(BaseModel):
+    class _Model(_Description):
         name: str
         model: str
-        modified_at: datetime
         size: int
         digest: str
-        details: _Details
-        capabilities: list[str]
 
     models: list[_Model]
 
 
-class OllamaShowAnswer(BaseModel):
+class OllamaShowAnswer(_Description):
     """The facts about a model."""
 
-    details: _Details
     model_info: dict[str, Any]
-    capabilities: list[str]
-    modified_at: datetime
 
 
 class OllamaVersionAnswer(BaseModel):
@@ -201,7 +201,6 @@ async def list_models(request: Request) -> Response:
     """The one model that is served, under each of its names."""
     parts = parts_of(request)
     about = {
-        "modified_at": _modified_at(parts),
         "size": sum(file.size for file in parts.manifest.files.values()),
         "digest": parts.manifest.embedding_space,
         **_description(parts),
@@ -226,7 +225,7 @@ async def show_model(request: Request) -> Response:
         f"{family}.embedding_length": manifest.width,
         f"{family}.vocab_size": manifest.vocabulary,
     }
-    return json_answer({**_description(parts), "model_info": about, "modified_at": _modified_at(parts)})
+    return json_answer({**_description(parts), "model_info": about})
 
 
 @router.get("/api/version", responses={200: {"model": OllamaVersionAnswer}})
@@ -298,8 +297,5 @@ def _description(parts: Parts) -> dict[str, Any]:
         "context_length": parts.limits.max_input_tokens,
         "embedding_length": manifest.width,
     }
-    return {"details": details, "capabilities": ["embedding"]}
-
-
-def _modified_at(parts: Parts) -> str:
-    return datetime.fromtimestamp(parts.started_at, UTC).isoformat()
+    started_at = datetime.fromtimestamp(parts.started_at, UTC).isoformat()
+    return {"modified_at": started_at, "details": details, "capabilities": ["embedding"]}

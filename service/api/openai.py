@@ -100,13 +100,13 @@ class EmbeddingsBody(EmbedFields):
     """whose ids an input of token ids holds; by default the server's setting decides"""
 
 
-class _Embedding(BaseModel):
+class Embedding(BaseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class Usage(BaseModel):
+class _Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     truncated_inputs: int
@@ -116,9 +116,9 @@ class EmbeddingsAnswer(BaseModel):
     """The answer's shape, for the documentation; answers are written straight to bytes."""
 
     object: Literal["list"]
-    data: list[_Embedding]
+    data: Sequence[Embedding]
     model: str
-    usage: Usage
+    usage: _Usage
 
 
 class ModelAnswer(BaseModel):
