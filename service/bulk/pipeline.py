@@ -32,6 +32,10 @@ T = TypeVar("T")
 # The words with which an error message names the only input of a request.
 _THE_ONLY_ONE = re.compile(r" (?:\(input index 0\)|(?:at |of )?(?:input )?index 0\b)")
 
+# A row with the number of its input, and consecutive such rows.
+Numbered = tuple[int, Row | BadRow]
+Window = Sequence[Numbered]
+
 # Arguments: the number of texts done, and of their tokens.
 OnDone = Callable[[int, int], None]
 
@@ -79,18 +83,6 @@ class Embeds(Protocol):
             InvalidRequest, EncodingError: if one of the texts is to blame; the others may be sent again.
             ServiceError: if the source can't go on.
         """
-
-
-@dataclass(frozen=True)
-class Window:
-    """Consecutive rows, each with the number of its input."""
-
-    rows: Sequence[tuple[int, Row | BadRow]]
-
-    @property
-    def texts(self) -> dict[int, str]:
-        """The texts of the good rows, by place in the window."""
-        return {place: row.text for place, (_, row) in enumerate(self.rows) if isinstance(row, Row)}
 
 
 @dataclass
@@ -144,7 +136,7 @@ async def run(
     folder.finish()
 
 
-def rows_behind(inputs: Sequence[Input], columns: Columns, last: Shard | None) -> Iterator[tuple[int, Row | BadRow]]:
+def rows_behind(inputs: Sequence[Input], columns: Columns, last: Shard | None) -> Iterator[Numbered]:
     """The rows after those of the last shard, each with the number of its input."""
     first, line = (last.input, last.line) if last else (0, 0)
     for number in range(first, len(inputs)):
@@ -152,20 +144,18 @@ def rows_behind(inputs: Sequence[Input], columns: Columns, last: Shard | None) -
             yield number, row
 
 
-def take_windows(
-    rows: Iterator[tuple[int, Row | BadRow]], rows_per_shard: int, sizes: Sizes = SIZES
-) -> Iterator[Window]:
+def take_windows(rows: Iterator[Numbered], rows_per_shard: int, sizes: Sizes = SIZES) -> Iterator[Window]:
     """Divide rows into windows. No window crosses the end of a shard."""
     left, taken, characters = rows_per_shard, [], 0
     for number, row in rows:
         taken.append((number, row))
         characters += len(row.text) if isinstance(row, Row) else 0
         if len(taken) == min(left, sizes.window_rows) or characters >= sizes.window_characters:
-            yield Window(taken)
+            yield taken
             left = (left - len(taken)) or rows_per_shard
             taken, characters = [], 0
     if taken:
-        yield Window(taken)
+        yield taken
 
 
 async def embedded(
@@ -203,8 +193,8 @@ async def embed_window(
     sizes: Sizes = SIZES,
 ) -> Vectors:
     """A window's vectors; no more than `at_once` requests are on their way."""
-    texts = window.texts
-    vectors = Vectors(np.empty((len(window.rows), dimensions), np.float32))
+    texts = {place: row.text for place, (_, row) in enumerate(window) if isinstance(row, Row)}
+    vectors = Vectors(np.empty((len(window), dimensions), np.float32))
 
     async def fill(places: Sequence[int]) -> None:
         """Ask for these texts. If one of them is to blame, ask for halves, down to that text."""
@@ -225,7 +215,7 @@ async def embed_window(
             on_done(len(places), found.tokens)
 
     await gather_all(map(fill, requests_of(texts, sizes)))
-    on_done(len(window.rows) - len(texts), 0)
+    on_done(len(window) - len(texts), 0)
     return vectors
 
 
@@ -267,7 +257,7 @@ def _fill(
     shard: ShardRows, window: Window, vectors: Vectors, job: Job, inputs: Sequence[Input], on_error: OnError
 ) -> None:
     good = []
-    for place, (number, row) in enumerate(window.rows):
+    for place, (number, row) in enumerate(window):
         row_number = shard.first_row + shard.read
         if place in vectors.refused:
             row = BadRow(row.line, vectors.refused[place])

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 
 from service.bulk.job import VECTOR_COLUMN, OnError
-from service.bulk.pipeline import Window, embed_window
+from service.bulk.pipeline import embed_window
 from service.bulk.reading import BadRow, Columns, InputError, row_of
 from service.bulk.shards import as_lists
 from service.bulk.sources import LocalVectors, Wanted, warn_of_another_width
@@ -72,7 +72,7 @@ class EmbedBatches:
         values = table.column(self._columns.text).to_pylist()
         rows = [row_of(place, {self._columns.text: value}, self._columns) for place, value in enumerate(values)]
         found = await embed_window(
-            Window([(0, row) for row in rows]),
+            [(0, row) for row in rows],
             self._vectors,
             self._dimensions,
             self._at_once,

@@ -330,7 +330,7 @@ def test_files_are_read_no_further_ahead_than_a_few_windows() -> None:
         nonlocal taken
         while True:
             taken += 1
-            yield Window([(0, Row(taken, f"text {taken}"))])
+            yield [(0, Row(taken, f"text {taken}"))]
 
     async def first_ten() -> None:
         found = embedded(windows(), FakeVectors(), WIDTH, lambda rows, tokens: None)
@@ -354,9 +354,9 @@ def test_windows_hold_all_rows_in_order_and_end_with_shards(lengths: list[int | 
         (0, BadRow(n, "") if length is None else Row(n, "x" * length)) for n, length in enumerate(lengths)
     ]
     windows = list(take_windows(iter(rows), rows_per_shard, SMALL))
-    assert [row for window in windows for row in window.rows] == rows
-    assert all(window.rows for window in windows)
-    ends = np.cumsum([len(window.rows) for window in windows]).tolist()
+    assert [row for window in windows for row in window] == rows
+    assert all(windows)
+    ends = np.cumsum([len(window) for window in windows]).tolist()
     assert set(range(rows_per_shard, len(rows) + 1, rows_per_shard)) <= set(ends)
 
 
