@@ -8,16 +8,14 @@ taken once for each further pair: all layers of these families cost the same.
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from bench.gpu.inputs import SHAPES, random_encoder, random_model, rows_of
 from bench.report import by_turns, finish, medians, options_of, seconds_of, tell
+from model_store.build.calibration import largest_inputs
 from model_store.encoder.encoder import Encoder
-from model_store.encoder.int8 import calibrating, read_calibration
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.quantization import Quantization
 
@@ -59,13 +57,9 @@ def encoder_of(shape: tuple[str, dict[str, int]], kind: Quantization) -> Encoder
     """An encoder with packed weights and compiled layers."""
     encoder = random_encoder(shape, _CPU)
     if kind == "int8":
-        with tempfile.TemporaryDirectory() as folder:
-            with calibrating(encoder.model, Path(folder)):
-                encoder.encode(PackedBatch.pack(rows_of(_BULK), "mean"))
-            largest_inputs = read_calibration(Path(folder))
-        encoder = Encoder.of(
-            random_model(shape, _CPU), encoder.manifest, _CPU, quantization="int8", largest_inputs=largest_inputs
-        )
+        largest = largest_inputs(encoder, rows_of(_BULK))
+        model = random_model(shape, _CPU)
+        encoder = Encoder.of(model, encoder.manifest, _CPU, quantization="int8", largest_inputs=largest)
     encoder.pack_weights()
     encoder.compile_layers()
     return encoder

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
+from model_store.build.calibration import write_calibration
 from model_store.encoder.attention import AttentionError, newer_flash
 from model_store.encoder.devices import DeviceError
 from model_store.encoder.encoder import Encoder
-from model_store.encoder.int8 import calibrating
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.pipeline import Pipeline
 from model_store.encoder.pooling import Wanted
@@ -66,7 +66,7 @@ class SelfTestError(UserError):
 def write_self_test(folder: Path, as_published: Path | None = None) -> None:
     """Compute the cases with the encoder in `folder`, in the dtype it is stored in, and store the vectors there.
 
-    The same texts are int8's calibration, which is stored too.
+    The same texts serve to calibrate int8.
 
     It runs on the GPU if there is one with room for the encoder that computes in its dtype, else on the CPU.
 
@@ -77,10 +77,10 @@ def write_self_test(folder: Path, as_published: Path | None = None) -> None:
         SelfTestError: if packed attention does not agree with transformers' own forward for this model.
     """
     encoder, rows = _load(folder)
-    with calibrating(encoder.model, folder):
-        vectors = _packed_vectors(encoder, rows)
+    vectors = _packed_vectors(encoder, rows)
     own = _padded_vectors(encoder, rows)
     _refuse_other_opinion(vectors, own, "transformers' own", encoder)
+    write_calibration(encoder, rows, folder)
     if as_published:
         encoder.model.to("meta")  # makes room for the other model
         options = {"dtype": encoder.dtype, "device_map": encoder.device if encoder.device.type == "cuda" else None}

@@ -11,16 +11,13 @@ Knows decoders and their linear layers; nothing of attention or requests.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_store.encoder.cpu_linear import keep, kept
@@ -38,9 +35,6 @@ _ZERO = 128
 # How far the factors even out the inputs' channels (1) rather than the weight's columns (0). On the demo 0.55 to 0.65
 # are alike, and 0.5 and 0.75 lose more.
 _EVENNESS = 0.6
-
-# Tokens with which the calibration computes a layer's error.
-_SAMPLE = 64
 
 
 class Int8Linear(nn.Module):
@@ -74,6 +68,23 @@ class Int8Linear(nn.Module):
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
+class EmulatedInt8Linear(nn.Module):
+    """The slow twin, in float32 on any device; `quantize_int8` never makes one."""
+
+    def __init__(self, linear: nn.Linear, largest_inputs: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.factors, self.bias = smoothing_factors(linear.weight, largest_inputs), linear.bias
+        steps, scale = in_steps(linear.weight.detach() * self.factors)
+        self.weight = steps * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, K) → (…, N)."""
+        steps, scale = in_steps(x * (1 / self.factors))
+        out = F.linear(steps * scale, self.weight)
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+
 def in_steps(x: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 (…, K) → whole numbers in float32 (…, K) and scales (…, 1), with x ≈ number · scale.
 
@@ -99,71 +110,28 @@ def smoothing_factors(weight: Tensor, largest_inputs: Tensor) -> Tensor:
 def quantize_int8(model: Any, device: torch.device, largest_inputs: Mapping[str, Tensor]) -> None:
     """Replace the linear layers of `model`, a bare decoder, in place, by the largest inputs of each layer.
 
-    Layers that have none lose most, and stay as they are.
+    Layers that have none stay as they are.
 
     Raises:
         QuantizationError: if the device does not multiply 8-bit integers.
     """
     _require_products(device)
     for name in linears_of(model):
-        if (found := largest_inputs.get(_stored_name(name))) is not None:
+        if (found := largest_inputs.get(layers_input(name))) is not None:
             model.set_submodule(name, Int8Linear(model.get_submodule(name), found))
 
 
-@contextmanager
-def calibrating(model: Any, folder: Path) -> Iterator[None]:
-    """Watch the inputs of a bare decoder's linear layers within the block, and store what int8 needs in the folder.
+def layers_input(name: str) -> str:
+    """The name under which a layer's input stands in a calibration.
 
-    Of the projection that loses most, such as the MLP's last one, the worse half of the layers is left out: those stay
-    in the model's dtype. To leave out others would make more kinds of layers, and each is compiled by itself.
+    A merged product (merged_linear) goes by the first layer that it serves, and so does a layer beside it.
     """
-    largest: dict[str, Tensor] = {}
-    samples: dict[str, Tensor] = {}
-    hooks = []
-    for name, linear in linears_of(model).items():
-
-        def watch(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            most = x.abs().amax(dim=0).float()
-            largest[name] = torch.maximum(largest[name], most) if name in largest else most
-            samples[name] = x[torch.linspace(0, len(x) - 1, min(_SAMPLE, len(x))).long()]
-
-        hooks.append(linear.register_forward_pre_hook(watch))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    errors = {name: int8_error(linear, largest[name], samples[name]) for name, linear in linears_of(model).items()}
-    chosen = {_stored_name(name): largest[name].cpu() for name in largest.keys() - _left_out(errors)}
-    save_file(chosen, folder / CALIBRATION_FILE)
-    (folder / CALIBRATION_FILE).chmod(0o644)  # save_file makes it private, and a server may run as another user
-
-
-def int8_error(linear: nn.Linear, largest_inputs: Tensor, x: Tensor) -> float:
-    """The relative error of the layer's products in 8-bit integers, on any device, for inputs (T, K)."""
-    factors = smoothing_factors(linear.weight, largest_inputs)
-    (weight, weight_scale), (steps, scale) = in_steps(linear.weight * factors), in_steps(x / factors)
-    exact = F.linear(x.float(), linear.weight.float())
-    return float((F.linear(steps * scale, weight * weight_scale) - exact).norm() / exact.norm().clamp(min=1e-12))
-
-
-def _left_out(errors: dict[str, float]) -> set[str]:
-    """The worse half of the layers' projections of one name: of that name whose errors are largest on average."""
-    by_projection: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, error in errors.items():
-        by_projection[_stored_name(name).rpartition(".")[2]][name] = error
-    worst = max(by_projection.values(), key=lambda found: fmean(found.values()))
-    return set(sorted(worst, key=worst.__getitem__, reverse=True)[: (len(worst) + 1) // 2])
-
-
-def _stored_name(name: str) -> str:
-    """A layer's name in the calibration: a merged product (merged_linear) goes by the first layer that it serves."""
-    return name.removesuffix(".product.linear")
+    name = name.removesuffix(".product.linear")
+    return f"{name.removesuffix('up_proj')}gate_proj" if name.endswith(".up_proj") else name
 
 
 def read_calibration(folder: Path) -> dict[str, Tensor]:
-    """The largest inputs, (K,), of each layer to quantise, by name.
+    """The largest inputs, (K,), of each layer to quantise, by name; build.calibration makes them.
 
     Raises:
         QuantizationError: if the folder has no calibration.
@@ -171,8 +139,8 @@ def read_calibration(folder: Path) -> dict[str, Tensor]:
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         raise QuantizationError(
-            f"int8 needs a calibration, and {folder} has none: it was stored before there was one; build it again into "
-            f"a new folder, or {WAY_OUT}"
+            f"int8 needs a calibration, and {folder} was stored before there was one: remove the folder and build it "
+            f"again, or {WAY_OUT}"
         )
     return load_file(path)
 
