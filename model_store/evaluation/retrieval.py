@@ -1,6 +1,8 @@
 """Retrieval by cosine: is a query's vector near the vectors of the documents that people judged relevant?
 
 Data is in the layout of BEIR (Thakur et al. 2021); the measures are trec_eval's ndcg_cut.10, recall.100 and recip_rank.
+Documents with the same score, such as those with the same text, rank as in trec_eval, and so in BEIR, MTEB and
+ir-measures: in falling order of their ids. scikit-learn's ndcg_score takes the mean over all orders instead.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ def measure(collection: Collection, documents: NDArray[np.float32], queries: NDA
     As in BEIR, a document that has the query's own id is not counted as found.
     """
     places = {name: place for place, name in enumerate(collection.documents)}
+    by_id = np.empty(len(places), dtype=np.int64)
+    by_id[[places[name] for name in sorted(places, key=str.encode, reverse=True)]] = np.arange(len(places))
     sums = np.zeros(3)
     names = list(collection.queries)
     for start in range(0, len(names), _QUERIES_AT_ONCE):
@@ -87,7 +91,7 @@ def measure(collection: Collection, documents: NDArray[np.float32], queries: NDA
             if name in places:
                 row[places[name]] = -np.inf
             gains = {places[document]: gain for document, gain in collection.relevant[name].items()}
-            sums += _of_one_query(row, gains)
+            sums += _of_one_query(row, gains, by_id)
     ndcg, recall, reciprocal = (sums / len(names)).tolist()
     return Measures(ndcg, recall, reciprocal)
 
@@ -114,17 +118,24 @@ class Retrieval:
         return scores
 
 
-def _of_one_query(scores: NDArray[np.float32], gains: dict[int, float]) -> NDArray[np.float64]:
-    """(3,): nDCG@10 with linear gains (Järvelin and Kekäläinen 2002), recall@100 and the reciprocal rank."""
-    best = np.sort(np.argpartition(-scores, 100)[:100]) if len(scores) > 100 else np.arange(len(scores))
-    best = best[np.argsort(-scores[best], kind="stable")]
+def _of_one_query(
+    scores: NDArray[np.float32], gains: dict[int, float], by_id: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(3,): nDCG@10 with linear gains (Järvelin and Kekäläinen 2002), recall@100 and the reciprocal rank.
+
+    `by_id` (N,) is each document's rank among documents with the same score. A score of −∞ is not counted as found.
+    """
+    least = np.partition(scores, -100)[-100] if len(scores) > 100 else -np.inf
+    best = np.flatnonzero((scores >= least) & (scores > -np.inf))
+    best = best[np.lexsort((by_id[best], -scores[best]))][:100]
     found = np.array([gains.get(int(place), 0.0) for place in best])
     ideal = np.sort(list(gains.values()))[::-1][:10]
     discounts = 1 / np.log2(np.arange(2, 12))
     ndcg = (found[:10] * discounts[: len(found[:10])]).sum() / (ideal * discounts[: len(ideal)]).sum()
-    first = max(sorted(gains), key=lambda place: scores[place])
-    first_rank = 1 + (scores > scores[first]).sum() + (scores[:first] == scores[first]).sum()
-    return np.array([ndcg, (found > 0).sum() / len(gains), 1 / first_rank])
+    first = min(gains, key=lambda place: (-scores[place], by_id[place]))
+    before = (scores > scores[first]) | ((scores == scores[first]) & (by_id < by_id[first]))
+    reciprocal = 1 / (1 + before.sum()) if scores[first] > -np.inf else 0.0
+    return np.array([ndcg, (found > 0).sum() / len(gains), reciprocal])
 
 
 def _texts(path: Path) -> dict[str, str]:

@@ -113,6 +113,12 @@ def test_measures_are_their_definitions(documents: int) -> None:
     assert documents == 7 or found.recall_at_100 < 0.5
 
 
+def test_a_query_does_not_find_itself() -> None:
+    collection = Collection({"a": "", "b": ""}, {"a": ""}, {"a": {"a": 1.0}})
+    found = measure(collection, np.eye(2, dtype=np.float32), np.ones((1, 2), dtype=np.float32))
+    assert (found.ndcg_at_10, found.recall_at_100, found.mrr) == (0, 0, 0)
+
+
 def test_ndcg_is_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(1)
@@ -121,6 +127,28 @@ def test_ndcg_is_scikit_learns() -> None:
     collection = Collection({f"d{n}": "" for n in range(50)}, {"q": ""}, relevant)
     found = measure(collection, vectors, np.ones((1, 1), dtype=np.float32))
     assert found.ndcg_at_10 == pytest.approx(metrics.ndcg_score([gains], [vectors[:, 0]], k=10))
+
+
+@pytest.mark.parametrize("documents", [30, 400])
+def test_documents_with_the_same_score_rank_as_in_trec_eval(documents: int) -> None:
+    """Scores of one digit, so that most are ties, also of the tenth and the hundredth; ids are ordered by bytes."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    random = np.random.default_rng(2)
+    names = [f"{'dDé9'[n % 4]}{n}" for n in range(documents)]
+    queries = [f"q{n}" for n in range(20)]
+    relevant = {q: dict.fromkeys(random.choice(names, 12, replace=False).tolist(), 1.0) for q in queries}
+    collection = Collection(dict.fromkeys(names, ""), dict.fromkeys(queries, ""), relevant)
+    left = random.integers(0, 4, size=(documents, 2)).astype(np.float32)
+    right = random.integers(0, 3, size=(len(queries), 2)).astype(np.float32)
+    found = measure(collection, left, right)
+    judged = {query: {name: int(gain) for name, gain in gains.items()} for query, gains in relevant.items()}
+    ranked = {
+        query: dict(zip(names, row, strict=True)) for query, row in zip(queries, (right @ left.T).tolist(), strict=True)
+    }
+    names_there = ("ndcg_cut.10", "recall.100", "recip_rank")
+    each = pytrec_eval.RelevanceEvaluator(judged, names_there).evaluate(ranked).values()
+    theirs = [np.mean([one[name.replace(".", "_")] for one in each]) for name in names_there]
+    assert (found.ndcg_at_10, found.recall_at_100, found.mrr) == pytest.approx(theirs)
 
 
 def test_each_side_has_its_instruction_and_else_the_encoder_chooses_by_role(tmp_path: Path) -> None:
