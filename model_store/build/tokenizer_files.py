@@ -77,6 +77,13 @@ def write_tokenizer(base: Source, stages: Sequence[Source], folder: Path) -> str
     return f"{base.reference} (converted)"
 
 
+def eos_token(folder: Path) -> str | None:
+    """The end of a text that a tokenizer's files name, which need not be the one that config.json names first."""
+    named = _settings(folder).get("eos_token")
+    token = named.get("content") if isinstance(named, dict) else named
+    return token if isinstance(token, str) else None
+
+
 def _change(content: dict[str, Any], folder: Path, by_default: bool = False) -> dict[str, Any] | None:
     """The tokenizer.json that the official stack works with, or None if `content` is that already.
 

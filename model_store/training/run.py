@@ -20,7 +20,7 @@ from transformers.integrations import get_available_reporting_integrations
 from model_store.architectures import architecture_of
 from model_store.build.build import base_name
 from model_store.build.sources import Source, resolve
-from model_store.build.tokenizer_files import write_tokenizer
+from model_store.build.tokenizer_files import eos_token, write_tokenizer
 from model_store.encoder.devices import choose_dtype
 from model_store.manifest import TOKENIZER_FILE
 from model_store.templates import template_for
@@ -57,8 +57,8 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
     """
     try:
         arguments = training_arguments(config)
-        checkpoint = begin(config, arguments, resume)
         examples = read_examples(config, arguments)
+        checkpoint = begin(config, arguments, examples.train, resume)
         with ExitStack() as sources:
             with arguments.main_process_first(desc="fetching the base"):
                 base = sources.enter_context(resolve(config.base))
@@ -199,11 +199,13 @@ def _mask_token(config: MntpConfig, tokenizer: Tokenizer, model: Any) -> int:
     Raises:
         TrainingConfigError: if the base has no such token.
     """
-    if config.mask_token_type == "eos":
+    tokens = {"blank": "_", "mask": "<mask>", "eos": eos_token(config.output_dir)}
+    token = tokens[config.mask_token_type]
+    if token is None:  # then only the base's configuration names the end of a text
         eos = model.eos_token_id
         found = eos[0] if isinstance(eos, list) else eos
     else:
-        found = tokenizer.token_to_id({"blank": "_", "mask": "<mask>"}[config.mask_token_type])
+        found = tokenizer.token_to_id(token)
     if found is None or found >= model.vocab_size:
         raise TrainingConfigError(
             f'{config.base} has no token for mask_token_type "{config.mask_token_type}": use one of blank, eos, mask'

@@ -45,6 +45,7 @@ class PackedTrainer(Trainer):  # type: ignore[misc]
         self._order = Order(groups, arguments.train_batch_size * arguments.world_size, arguments.seed)
         self._published = published
         super().__init__(stage, arguments, data_collator=collate, train_dataset=examples, eval_dataset=held_out)
+        self.add_callback(_TellEpoch(self._order))
         self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -167,6 +168,17 @@ class ContrastiveTrainer(PackedTrainer):
             inputs = self._prepare_inputs(self.data_collator.of_texts([texts[index] for index in own]))
             vectors[own] = normalize(self.model(**inputs)).cpu().numpy()
         return vectors
+
+
+class _TellEpoch(TrainerCallback):  # type: ignore[misc]
+    """Tells an `Order` the epoch. accelerate doesn't if several processes go on in the middle of one."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Called by the Trainer."""
+        self._order.set_epoch(int(state.epoch))
 
 
 class StopAfter(TrainerCallback):  # type: ignore[misc]

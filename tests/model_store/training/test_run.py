@@ -86,6 +86,31 @@ def test_a_run_goes_on_with_its_own_configuration_only(tmp_path: Path) -> None:
     run("mntp", tmp_path, resume=True, logging_steps=5, save_total_limit=2)
 
 
+def test_a_run_goes_on_with_its_own_texts_only(tmp_path: Path) -> None:
+    run("mntp", tmp_path)
+    config = parse_config("mntp", tiny_config("mntp", tmp_path))
+    assert config.train_file
+    write_texts(config.train_file, 65)
+    with pytest.raises(TrainingConfigError, match=r"begun with another content of the training data: put it back"):
+        train(config, resume=True)
+
+
+@pytest.mark.parametrize("named", ["<eos>", {"content": "<eos>", "special": True}])
+def test_the_mask_token_eos_is_the_tokenizer_s(named: Any, tmp_path: Path) -> None:
+    """As in the official scripts; config.json may name several, of which the first is another."""
+    given = tiny_config("mntp", tmp_path, max_steps=1)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [0, 2]}))
+    config = parse_config("mntp", given)
+    arguments = training_arguments(config)
+    config.output_dir.mkdir()
+    for settings, expected in (({}, 0), ({"eos_token": named}, 2)):
+        (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
+        with resolve(str(tmp_path / "base")) as base:
+            trainer = prepare(config, arguments, read_examples(config, arguments), base, ())
+        assert trainer.data_collator.masking.mask_token == expected
+
+
 def test_an_output_dir_in_use_is_refused_or_begun_anew(tmp_path: Path) -> None:
     folder = tmp_path / "mntp"
     folder.mkdir()

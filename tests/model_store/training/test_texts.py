@@ -32,6 +32,7 @@ def write(path: Path, content: str) -> Path:
         *((name, "\ufeffone\ntwo\n") for name in ("texts.txt", "texts.txt.gz")),
         *((name, '\ufeff"one"\n"two"\n') for name in ("texts.jsonl", "texts.jsonl.gz")),
         ("texts.json", '\ufeff["one", "two"]'),
+        ("texts.json.gz", '\ufeff{"text": "one"}\n{"text": "two"}\n'),
     ],
 )
 def test_texts_are_read(name: str, content: str, tmp_path: Path) -> None:
