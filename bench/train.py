@@ -26,7 +26,8 @@ from model_store.encoder.devices import choose_device, choose_dtype
 from model_store.encoder.packing import PackedBatch, to_device
 from model_store.text.tokenizer import TokenizedText
 from model_store.training.decoder import load_trainable
-from model_store.training.losses import in_batch_loss
+from model_store.training.losses import TextBatch, texts_loss
+from model_store.training.objective import Objective
 from model_store.training.stages import ContrastiveEncoder
 
 Vectors = Callable[[list[TokenizedText]], Tensor]
@@ -60,7 +61,10 @@ def main() -> None:
         return padded_vectors(decoder.adapted.base_model.model, rows, device)
 
     def step(vectors: Vectors, batch: list[TokenizedText]) -> None:
-        in_batch_loss(vectors(batch).split(options.texts), 20.0).backward()
+        queries, positives = vectors(batch).chunk(2)
+        owners = torch.arange(len(queries), device=device)
+        pairs = TextBatch(queries, positives, owners, torch.ones_like(owners, dtype=torch.bool))
+        texts_loss(pairs, Objective(scale=20.0)).backward()
         stage.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()

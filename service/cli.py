@@ -420,8 +420,9 @@ def train(
     """Train an adapter that makes a decoder an encoder."""
     from model_store.training.config import read_config
     from model_store.training.run import train
+    from service.bulk.client import embed_texts
 
-    print(train(read_config(stage, config), resume))
+    print(train(read_config(stage, config), resume, embed_by_server=embed_texts))
     return 0
 
 

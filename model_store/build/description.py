@@ -27,7 +27,7 @@ from model_store.templates import VERBATIM, Template
 
 MODULES_FILE = "modules.json"
 
-# What training writes beside an adapter: the attention that it was trained with.
+# What training writes beside an adapter: the attention and the widths that it was trained for.
 TRAINED_FILE = "encoder_config.json"
 
 # A stored encoder opens in sentence-transformers through this module: it says nothing of the base.
@@ -130,22 +130,25 @@ def description_of(sources: Sequence[Source], attention: Attention | None = None
             )
         if modules:
             return _of_modules(source.folder, modules, attention)
-        if trained := _trained_attention(source.folder):
-            base = description_of(sources[place + 1 :], trained)
-            return replace(base, fields={**base.fields, **official, "attention": trained})
+        if trained := _trained(source.folder):
+            base = description_of(sources[place + 1 :], trained["attention"])
+            return replace(base, fields={**base.fields, **official, **trained})
         if official:
             return Description(official)
     return Description()
 
 
-def _trained_attention(folder: Path) -> Attention | None:
+def _trained(folder: Path) -> dict[str, Any]:
+    """The fields that training wrote; {} if the folder is no adapter that was trained here."""
     path = folder / TRAINED_FILE
     if not path.is_file():
-        return None
-    attention: Attention | None = read_json_object(path).get("attention")
+        return {}
+    raw = read_json_object(path)
+    attention = raw.get("attention")
     if attention not in get_args(Attention):
         raise DescriptionError(f"{path} has the attention {attention!r}: it is one of {', '.join(get_args(Attention))}")
-    return attention
+    widths = {"widths": _widths(path, raw["widths"])} if raw.get("widths") else {}
+    return {"attention": attention, **widths}
 
 
 def _official(source: Source) -> dict[str, Any]:
@@ -217,11 +220,16 @@ def _of_modules(folder: Path, modules: list[tuple[str, Path]], asked: Attention 
         **_prompts(folder / "config_sentence_transformers.json"),
     }
     if widths := config.get("matryoshka_dimensions"):
-        with reading(folder / "config.json", f"has matryoshka_dimensions {widths!r}, which are no widths"):
-            fields["widths"] = TypeAdapter(Widths).validate_python(widths)
+        fields["widths"] = _widths(folder / "config.json", widths, "matryoshka_dimensions")
     own_flag = config.get("use_bidirectional_attention") and config.get("model_type") != "gemma3_text"
     head = folded([_dense(place) for kind, place in others if kind == "Dense"])
     return Description(fields, head, not (own_name or own_flag or any(folder.glob("*.gguf"))))
+
+
+def _widths(path: Path, given: Any, key: str = "widths") -> tuple[int, ...]:
+    """The widths that vectors may be cut to."""
+    with reading(path, f"has {key} {given!r}, which are no widths"):
+        return TypeAdapter(Widths).validate_python(given)
 
 
 def _settings(path: Path, reproduced: Mapping[str, tuple[Any, ...] | None]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,6 +19,7 @@ from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
 from model_store.text.files import read_json
 from model_store.training.arguments import AS_WRITTEN, Arguments, sentences
+from model_store.training.objective import Distillation, Objective
 
 Stage = Literal["mntp", "simcse", "supervised"]
 
@@ -95,13 +97,33 @@ class _ContrastiveConfig(_Config):
     peft_model_name_or_path: str | None = Field(default=None, min_length=1)
     pooling_mode: PoolingMode | None = None
     loss_scale: float = Field(default=50.0, gt=0)
+    absolute_margin: float | None = None
+    relative_margin: float | None = None
+    matryoshka_dims: list[Annotated[int, Field(ge=1)]] | None = None
+    matryoshka_weights: list[Annotated[float, Field(ge=0)]] | None = None
     gradient_cache_chunk_size: int | None = Field(default=None, ge=1)
     eval_sts_file: _Path | None = None
+
+    @model_validator(mode="after")
+    def _weights_are_of_dims(self) -> _ContrastiveConfig:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is not None and (not dims or len(set(dims)) < len(dims)):
+            raise ValueError(f"matryoshka_dims is {dims}: write each width once, or leave it out for the whole width")
+        if weights is not None and len(weights) != len(dims or ()):
+            raise ValueError(f"matryoshka_weights has {len(weights)} weights for {len(dims or ())} matryoshka_dims")
+        return self
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics of an evaluation; a correlation needs pairs."""
         return ("loss", "spearman") if self.eval_sts_file else ("loss",)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        dims = self.matryoshka_dims or []
+        widths = tuple(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
+        return Objective(self.loss_scale, self.absolute_margin, self.relative_margin, widths)
 
 
 class SimcseConfig(_ContrastiveConfig):
@@ -113,10 +135,55 @@ class SimcseConfig(_ContrastiveConfig):
 
 
 class SupervisedConfig(_ContrastiveConfig):
-    """Query, positive and hard negative, with in-batch negatives."""
+    """Queries with positives and negatives, with in-batch negatives, a teacher, or both."""
 
     stage = "supervised"
 
+    distillation_loss: Distillation | None = None
+    contrastive_weight: float = Field(default=1.0, ge=0)
+    distillation_weight: float = Field(default=1.0, gt=0)
+    student_temperature: float = Field(default=1.0, gt=0)
+    teacher_temperature: float = Field(default=1.0, gt=0)
+    teacher_url: str | None = Field(default=None, min_length=1)
+    teacher_model: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _teacher_is_used(self) -> SupervisedConfig:
+        given = self.model_fields_set
+        if self.teacher_url and self.teacher_model:
+            raise ValueError("teacher_url and teacher_model are two teachers: leave out one")
+        if self.distillation_loss is None:
+            if unused := sorted(given & _OF_DISTILLATION):
+                raise ValueError(f"{unused[0]} does nothing without distillation_loss: give that, or leave this out")
+            if self.has_teacher and self.absolute_margin is None and self.relative_margin is None:
+                raise ValueError("a teacher does nothing without distillation_loss, absolute_margin or relative_margin")
+        elif self.distillation_loss == "EmbedDistillLoss":
+            if not self.has_teacher:
+                raise ValueError("EmbedDistillLoss needs a teacher's vectors: give teacher_url or teacher_model")
+            if unused := sorted(given & _OF_SCORES):
+                raise ValueError(f"{unused[0]} does nothing with EmbedDistillLoss, which knows no scores: leave it out")
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher gives vectors, and not only the data its scores."""
+        return bool(self.teacher_url or self.teacher_model)
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return replace(
+            super().objective,
+            distillation=self.distillation_loss,
+            contrastive_weight=self.contrastive_weight,
+            distillation_weight=self.distillation_weight,
+            student_temperature=self.student_temperature,
+            teacher_temperature=self.teacher_temperature,
+        )
+
+
+_OF_SCORES = {"student_temperature", "teacher_temperature"}
+_OF_DISTILLATION = {"contrastive_weight", "distillation_weight", *_OF_SCORES}
 
 TrainingConfig = MntpConfig | SimcseConfig | SupervisedConfig
 _STAGES: dict[Stage, type[TrainingConfig]] = {kind.stage: kind for kind in (MntpConfig, SimcseConfig, SupervisedConfig)}

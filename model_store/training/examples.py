@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, Sampler
 from model_store.encoder.packing import PackedBatch
 from model_store.pooling_modes import PoolingMode
 from model_store.text.tokenizer import TextTokenizer, TokenizationError, TokenizedText
-from model_store.training.texts import TrainingDataError, Triplet
+from model_store.training.teacher import TeacherVectors
+from model_store.training.texts import Example, TrainingDataError
 
 # T packed tokens, B texts
 
@@ -120,16 +121,16 @@ class TokenRows(Dataset[tuple[NDArray[np.int64], Place]]):
 
 
 @dataclass(frozen=True)
-class Triplets(Dataset[Triplet]):
-    """Triplets as a dataset."""
+class ExampleDataset(Dataset[Example]):
+    """Examples as a dataset."""
 
-    triplets: Sequence[Triplet]
+    examples: Sequence[Example]
 
     def __len__(self) -> int:
-        return len(self.triplets)
+        return len(self.examples)
 
-    def __getitem__(self, place: Place) -> Triplet:
-        return self.triplets[place[1]]
+    def __getitem__(self, place: Place) -> Example:
+        return self.examples[place[1]]
 
 
 @dataclass(frozen=True)
@@ -148,28 +149,33 @@ class MaskedBatches:
 
 @dataclass(frozen=True)
 class ContrastiveBatches:
-    """Collates triplets into packed chunks of at most `chunk` texts: all queries, then positives, then negatives.
+    """Collates examples into packed chunks of at most `chunk` texts: all queries, then each query's passages in turn.
 
-    For SimCSE the positives are the queries again.
+    The other keys of a batch are the fields of `TextBatch` that are not trained.
     """
 
     tokenizer: TextTokenizer
     pooling: PoolingMode
     longest: int
     chunk: int | None
-    role: Literal["simcse", "supervised"]
+    teacher: TeacherVectors | None = None
 
-    def __call__(self, triplets: list[Triplet]) -> dict[str, Any]:
-        """A batch as keywords of `ContrastiveEncoder.forward`."""
-        rows = self._rows([each.query for each in triplets], [each.instruction for each in triplets])
-        if self.role == "simcse":
-            rows = rows * 2
-        else:
-            passage_instructions = [each.passage_instruction for each in triplets]
-            rows += self._rows([each.positive for each in triplets], passage_instructions)
-            if triplets[0].negative is not None:
-                rows += self._rows([each.negative or "" for each in triplets], passage_instructions)
-        return {"chunks": self._chunks(rows), "queries": len(triplets)}
+    def __call__(self, examples: list[Example]) -> dict[str, Any]:
+        """A batch: `chunks` are for `ContrastiveEncoder.forward`, and `beside` is for the loss."""
+        rows = self._rows([each.query for each in examples], [each.instruction for each in examples])
+        passages = [text for each in examples for text in each.passages]
+        instructions = [each.passage_instruction for each in examples for _ in each.passages]
+        rows += self._rows(passages, instructions)
+        sizes = [len(each.passages) for each in examples]
+        beside = {
+            "owners": torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes)),
+            "positive": torch.tensor([n < len(each.positives) for each in examples for n in range(len(each.passages))]),
+        }
+        if examples[0].scores:
+            beside["scores"] = torch.tensor([score for each in examples for score in each.scores])
+        if self.teacher is not None:
+            beside["taught_queries"], beside["taught_passages"] = self.teacher.of(examples)
+        return {"chunks": self._chunks(rows), "queries": len(examples), "beside": beside}
 
     def of_texts(self, texts: list[str]) -> dict[str, Any]:
         """A batch of texts alone, without instructions."""

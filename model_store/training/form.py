@@ -16,13 +16,17 @@ from model_store.training.config import MntpConfig, TrainingConfig, TrainingConf
 
 @dataclass(frozen=True)
 class Form:
-    """How the encoder attends, pools and places instructions; without a `template` the base's name chooses it."""
+    """How the encoder attends, pools and places instructions; without a `template` the base's name chooses it.
+
+    `widths` are those that vectors are trained to be cut to.
+    """
 
     attention: Attention
     pooling: PoolingMode
     skip_instruction: bool
     span_count: SpanCount
     template: Template | None
+    widths: tuple[int, ...] = ()
 
 
 def form_of(config: TrainingConfig, base: Source, before: Sequence[Source]) -> Form:
@@ -53,4 +57,5 @@ def form_of(config: TrainingConfig, base: Source, before: Sequence[Source]) -> F
         skip_instruction=fields["skip_instruction"],
         span_count=fields["span_count"],
         template=fields["template"],
+        widths=() if isinstance(config, MntpConfig) else tuple(config.matryoshka_dims or ()),
     )

@@ -1,7 +1,7 @@
 """Saves adapters in the layout of LLM2Vec's published ones, which the official library and `build` both read.
 
 The first adapter of a chain comes with the base's config.json, which names the base and so chooses the template. All
-adapters have llm2vec_config.json and the tokenizer, and in a file that only `build` reads the attention of the encoder.
+adapters have llm2vec_config.json and the tokenizer, and in a file that only `build` reads the attention and the widths.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Published:
         pooled = {"pooling_mode": form.pooling, "skip_instruction": form.skip_instruction}
         _write(folder / "llm2vec_config.json", pooled)
         # The official library refuses an llm2vec_config.json with further keys.
-        _write(folder / TRAINED_FILE, {"attention": form.attention})
+        _write(folder / TRAINED_FILE, {"attention": form.attention, "widths": form.widths})
         if not self.before:
             _write(folder / "config.json", self._base_config())
 

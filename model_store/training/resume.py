@@ -65,6 +65,8 @@ def begin(
             raise TrainingConfigError(f"{folder} is not empty: set overwrite_output_dir true, or choose another place")
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
+        for old in () if resume else folder.glob("teacher-*.npy"):
+            old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TRAINING_CONFIG_FILE).write_text(json.dumps(begun, indent=2) + "\n")
         for note in config.notes:

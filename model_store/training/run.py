@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from model_store.build.build import base_name
 from model_store.build.sources import Source, resolve
 from model_store.build.tokenizer_files import eos_token, write_tokenizer
 from model_store.encoder.devices import choose_dtype
-from model_store.manifest import TOKENIZER_FILE
+from model_store.evaluation.command import EmbedTexts
+from model_store.manifest import TOKENIZER_FILE, Role
 from model_store.templates import template_for
 from model_store.text.tokenizer import TextTokenizer
-from model_store.training.config import MntpConfig, SimcseConfig, TrainingConfig, TrainingConfigError
+from model_store.training.config import MntpConfig, SimcseConfig, SupervisedConfig, TrainingConfig, TrainingConfigError
 from model_store.training.decoder import TrainableDecoder, load_trainable
-from model_store.training.examples import ContrastiveBatches, MaskedBatches, Masking, TokenRows, Triplets
+from model_store.training.examples import ContrastiveBatches, ExampleDataset, MaskedBatches, Masking, TokenRows
 from model_store.training.form import form_of
 from model_store.training.published import Published
 from model_store.training.resume import begin
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
-from model_store.training.texts import Examples, TrainingDataError, Triplet, read_examples
+from model_store.training.teacher import local_teacher, teacher_vectors
+from model_store.training.texts import Examples, read_examples
 from model_store.training.trainer import ContrastiveTrainer, MntpTrainer, PackedTrainer, StopAfter
 
 # The default length of a row in tokens, as in the official scripts.
@@ -45,12 +48,21 @@ _TOKENIZED_TOGETHER = 1000
 _NOT_OF_TRANSFORMERS = ("warmup_ratio", "overwrite_output_dir", "resume_from_checkpoint")
 
 
-def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Path:
+# A server's address, then the arguments of `EmbedTexts`.
+EmbedByServer = Callable[[str, Sequence[str], str | None, Role | None], NDArray[np.float32]]
+
+
+def train(
+    config: TrainingConfig,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    embed_by_server: EmbedByServer | None = None,
+) -> Path:
     """Train an adapter and save it in `config.output_dir`. Returns that folder.
 
     Under torchrun or `accelerate launch` it is one process of several. With `resume` it goes on from the newest
     complete checkpoint in output_dir, if there is one, and reaches the same result as an uninterrupted run. The Trainer
-    calls the `callbacks`.
+    calls the `callbacks`. `embed_by_server` asks the server of a `teacher_url`.
 
     Raises:
         TrainingConfigError, TrainingDataError: and the errors of the readers of base and adapters.
@@ -64,7 +76,7 @@ def train(config: TrainingConfig, resume: bool = False, callbacks: Sequence[Trai
                 base = sources.enter_context(resolve(config.base))
                 first = None if isinstance(config, MntpConfig) else config.peft_model_name_or_path
                 before = (sources.enter_context(resolve(first)),) if first else ()
-            trainer = prepare(config, arguments, examples, base, before)
+            trainer = prepare(config, arguments, examples, base, before, embed_by_server)
             for callback in callbacks:
                 trainer.add_callback(callback)
             # Each process draws its own dropout. A checkpoint restores the state of its generators.
@@ -85,6 +97,7 @@ def prepare(
     examples: Examples,
     base: Source,
     before: tuple[Source, ...],
+    embed_by_server: EmbedByServer | None = None,
 ) -> PackedTrainer:
     """Do everything before the first step: write the tokenizer to output_dir, and make the trainer."""
     form = form_of(config, base, before)
@@ -113,7 +126,7 @@ def prepare(
     if isinstance(config, MntpConfig):
         trainer = _mntp(config, arguments, decoder, published, tokenizer, examples, length)
     else:
-        trainer = _contrastive(config, arguments, decoder, published, tokenizer, examples, length)
+        trainer = _contrastive(config, arguments, decoder, published, tokenizer, examples, length, embed_by_server)
     if config.stop_after_n_steps is not None:
         trainer.add_callback(StopAfter(config.stop_after_n_steps))
     return trainer
@@ -230,13 +243,14 @@ def _tokenize(tokenizer: Tokenizer, texts: list[str], arguments: TrainingArgumen
 
 
 def _contrastive(
-    config: Any,
+    config: SimcseConfig | SupervisedConfig,
     arguments: TrainingArguments,
     decoder: TrainableDecoder,
     published: Published,
     tokenizer: Tokenizer,
     data: Examples,
     length: int,
+    embed_by_server: EmbedByServer | None,
 ) -> PackedTrainer:
     name, architecture = base_name(published.base, published.before), architecture_of(decoder.config.model_type)
     form = published.form
@@ -244,23 +258,44 @@ def _contrastive(
     reader = TextTokenizer(
         tokenizer, template, form.skip_instruction, decoder.config.vocab_size, span_count=form.span_count
     )
-    train, held_out = data.train, data.held_out
-    if simcse := isinstance(config, SimcseConfig):
-        train, held_out = ([Triplet(text, text) for text in part] for part in (train, held_out))
-    if len({each.negative is None for each in train}) > 1:
-        raise TrainingDataError("some examples have a negative and some have none: give all of them one, or none")
-    batches = ContrastiveBatches(
-        reader, form.pooling, length, config.gradient_cache_chunk_size, "simcse" if simcse else "supervised"
-    )
+    _check_widths(config, decoder.config.hidden_size, arguments)
+    teacher = None
+    if isinstance(config, SupervisedConfig) and config.has_teacher:
+        needed = decoder.config.hidden_size if config.distillation_loss == "EmbedDistillLoss" else None
+        reference = config.teacher_url or str(config.teacher_model)
+        load = partial(_load_teacher, config, arguments, embed_by_server)
+        with arguments.main_process_first(desc="asking the teacher"):
+            texts = [*data.train, *data.held_out]
+            teacher = teacher_vectors(texts, reference, load, config.output_dir, needed)
     return ContrastiveTrainer(
         ContrastiveEncoder(decoder),
         arguments,
-        Triplets(train),
-        Triplets(held_out),
-        batches,
-        [each.group for each in train],
+        ExampleDataset(data.train),
+        ExampleDataset(data.held_out),
+        ContrastiveBatches(reader, form.pooling, length, config.gradient_cache_chunk_size, teacher),
+        [each.group for each in data.train],
         published,
-        loss_scale=config.loss_scale,
-        dropout_in_evaluation=simcse,
+        objective=config.objective,
+        dropout_in_evaluation=isinstance(config, SimcseConfig),
         pairs=data.pairs,
     )
+
+
+def _check_widths(config: SimcseConfig | SupervisedConfig, whole: int, arguments: TrainingArguments) -> None:
+    dims = config.matryoshka_dims or [whole]
+    if max(dims) > whole:
+        raise TrainingConfigError(
+            f"matryoshka_dims has {max(dims)}, but the vectors of {config.base} have {whole} dimensions: leave it out"
+        )
+    if whole not in dims and arguments.process_index == 0:
+        print(f"matryoshka_dims lacks the whole width, {whole}: vectors that are not cut are not trained as such")
+
+
+def _load_teacher(
+    config: SupervisedConfig, arguments: TrainingArguments, embed_by_server: EmbedByServer | None
+) -> EmbedTexts:
+    if config.teacher_model:
+        return local_teacher(config.teacher_model, arguments.device)
+    if embed_by_server is None:
+        raise TrainingConfigError("teacher_url is asked through the command: llm2vec-service train")
+    return partial(embed_by_server, str(config.teacher_url))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
@@ -21,19 +21,24 @@ from model_store.errors import UserError
 from model_store.evaluation.sts import ScoredPair, read_pairs
 from model_store.json_text import parse_json
 from model_store.text.files import checked, json_values, numbered_lines, open_text, readable
-from model_store.training.config import MntpConfig, TrainingConfig, TrainingConfigError
+from model_store.training.config import MntpConfig, SimcseConfig, SupervisedConfig, TrainingConfig, TrainingConfigError
 
 # The default percentage of texts held out, as in the official scripts.
 _DEFAULT_HELD_OUT = {"mntp": 5, "simcse": 0, "supervised": 0}
 
-# The keys that may hold each field of a triplet.
+# The keys that may hold each field of an example.
 _FIELDS = {
     "query": ("query", "anchor", "question"),
     "positive": ("positive", "pos", "document", "answer"),
     "negative": ("negative", "neg"),
     "instruction": ("instruction", "user_prompt", "prompt"),
     "passage_instruction": ("passage_instruction",),
+    "scores": ("scores", "score", "labels", "label"),
 }
+
+
+# Scores beyond it would be infinite in float32.
+_INFINITE = 1e38
 
 
 class TrainingDataError(UserError):
@@ -41,23 +46,29 @@ class TrainingDataError(UserError):
 
 
 @dataclass(frozen=True)
-class Triplet:
-    """A query, the text it must find, and a text it must not find. Negatives are drawn within a `group`.
+class Example:
+    """A query, the texts that it must find, and texts that it must not find. Other negatives come from its `group`.
 
-    `negative` is None in data of pairs. An instruction "" is none; the negative has the positive's instruction.
+    An instruction "" is none. `scores` are a teacher's, of positives, then of negatives; () if none is needed.
     """
 
     query: str
-    positive: str
-    negative: str | None = None
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
     instruction: str = ""
     passage_instruction: str = ""
     group: str = ""
+    scores: tuple[float, ...] = ()
+
+    @property
+    def passages(self) -> tuple[str, ...]:
+        """The positives, then the negatives."""
+        return self.positives + self.negatives
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The training examples and the held-out examples: texts or triplets. `pairs` are the pairs of eval_sts_file."""
+    """The training examples and the held-out examples: of MNTP texts, else `Example`s. `pairs` is for eval_sts_file."""
 
     train: list[Any]
     held_out: list[Any]
@@ -66,8 +77,7 @@ class Examples:
 
 def read_examples(config: TrainingConfig, arguments: TrainingArguments) -> Examples:
     evaluated = arguments.do_eval or arguments.eval_strategy != "no"
-    supervised = config.stage == "supervised"
-    read = partial(read_triplets, e5=config.dataset_name == "E5") if supervised else read_texts
+    read = _reader(config)
     pairs_file = None if isinstance(config, MntpConfig) else config.eval_sts_file
     pairs = read_pairs(pairs_file) if pairs_file else []
     held_out: list[Any] = []
@@ -96,6 +106,27 @@ def read_examples(config: TrainingConfig, arguments: TrainingArguments) -> Examp
     return Examples(examples[: config.max_train_samples], held_out[: config.max_eval_samples], pairs)
 
 
+def _reader(config: TrainingConfig) -> Callable[[Path], list[Any]]:
+    if isinstance(config, SupervisedConfig):
+        return partial(read_contrastive, e5=config.dataset_name == "E5", needs=Needs.of(config))
+    if isinstance(config, SimcseConfig):
+        return lambda path: [Example(text, (text,)) for text in read_texts(path)]
+    return read_texts
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a distillation loss needs of each example."""
+
+    scores: bool = False
+    negatives: bool = False
+
+    @classmethod
+    def of(cls, config: SupervisedConfig) -> Needs:
+        of_scores = config.distillation_loss in ("DistillKLDivLoss", "MarginMSELoss")
+        return cls(scores=of_scores and not config.has_teacher, negatives=of_scores)
+
+
 def read_texts(path: Path) -> list[str]:
     """Texts of a .txt file (one a line), or a .json or .jsonl file (strings, or objects with "text"). All may be .gz.
 
@@ -117,13 +148,13 @@ def read_texts(path: Path) -> list[str]:
     return texts
 
 
-def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
-    """Triplets or pairs of a .jsonl or .json file (may be .gz), or of all such files in a folder. Each file is a group.
+def read_contrastive(path: Path, e5: bool = False, needs: Needs = Needs()) -> list[Example]:
+    """Examples of a .jsonl or .json file (may be .gz), or of all such files in a folder. Each file is a group.
 
     With `e5` a query without an instruction gets the instruction that LLM2Vec used for a file of that name.
 
     Raises:
-        TrainingDataError: for a file that can't be read, or a line that is no triplet.
+        TrainingDataError: for a file that can't be read, or a line that is no example.
     """
     if path.is_dir():
         paths = sorted(child for child in path.iterdir() if re.search(r"\.jsonl?(\.gz)?$", child.name))
@@ -131,13 +162,14 @@ def read_triplets(path: Path, e5: bool = False) -> list[Triplet]:
             raise TrainingDataError(f"{path} holds no .jsonl file")
     else:
         paths = [path]
-    triplets = []
+    examples = []
     for file in paths:
         group = file.name.partition(".")[0]
         instructions = _e5_instructions(group) if e5 else [""]
         for number, (line, value) in enumerate(_values(file, plain=False)):
-            triplets.append(_triplet_of(value, f"{file}, {line}", group, instructions[number % len(instructions)]))
-    return triplets
+            instruction = instructions[number % len(instructions)]
+            examples.append(_example_of(value, f"{file}, {line}", needs, group, instruction))
+    return examples
 
 
 def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], list[Any]]:
@@ -156,40 +188,87 @@ def _fetch_dataset(config: TrainingConfig, evaluated: bool) -> tuple[list[Any], 
         if split not in splits:
             return []
         rows, where = splits[split], f"{config.dataset_name}, {split}"
-        if config.stage == "supervised":
-            return [_triplet_of(row, f"{where}, row {number}") for number, row in enumerate(rows, 1)]
+        if isinstance(config, SupervisedConfig):
+            needs = Needs.of(config)
+            return [_example_of(row, f"{where}, row {number}", needs) for number, row in enumerate(rows, 1)]
         column = "text" if "text" in rows.column_names else rows.column_names[0]
-        return [text.strip() for text in rows[column] if text and text.strip()]
+        texts = [text.strip() for text in rows[column] if text and text.strip()]
+        return [Example(text, (text,)) for text in texts] if isinstance(config, SimcseConfig) else texts
 
     return examples("train"), examples("validation") if evaluated else []
 
 
-def _triplet_of(value: Any, where: str, group: str = "", instruction: str = "") -> Triplet:
-    """The triplet that a JSON object holds; the `instruction` is for an object without its own.
+def _example_of(value: Any, where: str, needs: Needs, group: str = "", instruction: str = "") -> Example:
+    """The example that a JSON object holds; the `instruction` is for an object without its own.
 
     Raises:
-        TrainingDataError: if the object holds no triplet.
+        TrainingDataError: if the object holds no example, or lacks something that the loss needs.
     """
     if not isinstance(value, dict):
         raise TrainingDataError(f"{where}: an example must be an object with query and positive, not {_kind(value)}")
-    found: dict[str, str] = {}
+    found = {}
     for field, names in _FIELDS.items():
         name = next((name for name in names if value.get(name) is not None), None)
-        if name is None:
-            continue
-        text = value[name]
-        if isinstance(text, list) and field in ("positive", "negative"):  # a list of several: the first is taken
-            text = text[0] if text else None
+        if name is not None:
+            found[field] = name
+    for field in ("query", "positive"):
+        if field not in found:
+            raise TrainingDataError(f"{where}: there is no {field!r} among {', '.join(map(repr, value))}")
+    texts = {field: _texts(value, found, field, where) for field in _FIELDS if field != "scores"}
+    negatives = texts["negative"] + _numbered_negatives(value, where)
+    if needs.negatives and not negatives:
+        raise TrainingDataError(f"{where}: there is no negative, and distillation_loss compares passages of a query")
+    scores = _scores(value, found, len(texts["positive"] + negatives), where) if needs.scores else ()
+    own = "".join(texts["instruction"]) or instruction
+    of_passages = "".join(texts["passage_instruction"])
+    return Example(texts["query"][0], texts["positive"], negatives, own, of_passages, group, scores)
+
+
+def _texts(value: dict[str, Any], found: dict[str, str], field: str, where: str) -> tuple[str, ...]:
+    """The texts of a field; () if the object has no such field. Only positives and negatives may be several."""
+    if field not in found:
+        return ()
+    name = found[field]
+    several = isinstance(value[name], list) and field in ("positive", "negative")
+    texts = value[name] if several else [value[name]]
+    if not texts and field == "positive":
+        raise TrainingDataError(f"{where}: {name} must be a string, not nothing")
+    for text in texts:
         if not isinstance(text, str):
             raise TrainingDataError(f"{where}: {name} must be a string, not {_kind(text)}")
         if field in ("query", "positive", "negative") and not text.strip():
             raise TrainingDataError(f"{where}: {name} is empty")
-        found[field] = text
-    for field in ("query", "positive"):
-        if field not in found:
-            raise TrainingDataError(f"{where}: there is no {field!r} among {', '.join(map(repr, value))}")
-    found["instruction"] = found.get("instruction") or instruction
-    return Triplet(**found, group=group)
+    return tuple(texts)
+
+
+def _numbered_negatives(value: dict[str, Any], where: str) -> tuple[str, ...]:
+    """negative_1, negative_2 and so on, as sentence-transformers' mine_hard_negatives names them."""
+    names = [name for name in value if re.fullmatch(r"negative_\d+", name) and value[name] is not None]
+    names.sort(key=lambda name: int(name.removeprefix("negative_")))
+    return tuple(text for name in names for text in _texts(value, {"negative": name}, "negative", where))
+
+
+def _scores(value: dict[str, Any], found: dict[str, str], passages: int, where: str) -> tuple[float, ...]:
+    """A teacher's scores under one name, or those of positives and of negatives apart."""
+    name = found.get("scores", "pos_scores")
+    scores = value.get(name)
+    if name == "pos_scores" and isinstance(scores, list):
+        scores = [*scores, *(value.get("neg_scores") or [])]
+    if scores is None:
+        raise TrainingDataError(
+            f"{where}: there are no 'scores' among {', '.join(map(repr, value))}, and distillation_loss needs a "
+            "teacher's: give them, or a teacher_url or teacher_model"
+        )
+    if not isinstance(scores, list) or not all(
+        type(score) in (int, float) and abs(score) < _INFINITE for score in scores
+    ):
+        raise TrainingDataError(f"{where}: {name} must be a list of finite numbers, not {_kind(scores)}")
+    if len(scores) != passages:
+        raise TrainingDataError(
+            f"{where}: {name} has {len(scores)} numbers for {passages} passages: give one for each positive, then one "
+            "for each negative"
+        )
+    return tuple(map(float, scores))
 
 
 def _e5_instructions(name: str) -> list[str]:

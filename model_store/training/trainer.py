@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from model_store.evaluation.sts import ScoredPair, evaluate_sts
 from model_store.training.examples import EVALUATION, Order
-from model_store.training.losses import contrastive_loss, in_batch_loss
+from model_store.training.losses import TextBatch, contrastive_loss, texts_loss
+from model_store.training.objective import Objective
 from model_store.training.published import Published, load_weights
 
 Collate = Callable[[list[Any]], dict[str, Any]]
@@ -124,19 +125,19 @@ class MntpTrainer(PackedTrainer):
 
 
 class ContrastiveTrainer(PackedTrainer):
-    """The loss is InfoNCE over the texts of a batch in all processes."""
+    """The loss is that of an objective over the texts of a batch in all processes."""
 
     def __init__(
-        self, *arguments: Any, loss_scale: float, dropout_in_evaluation: bool, pairs: Sequence[ScoredPair]
+        self, *arguments: Any, objective: Objective, dropout_in_evaluation: bool, pairs: Sequence[ScoredPair]
     ) -> None:
         super().__init__(*arguments)
-        self._loss_scale, self._dropout_in_evaluation, self._pairs = loss_scale, dropout_in_evaluation, pairs
+        self._objective, self._dropout_in_evaluation, self._pairs = objective, dropout_in_evaluation, pairs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The loss of this batch over all processes."""
-        return contrastive_loss(model(inputs["chunks"]).split(inputs["queries"]), self._loss_scale)
+        return contrastive_loss(_vectors(model, inputs), self._objective)
 
     def _held_out_metrics(self) -> dict[str, float]:
         """Use dropout only if the loss depends on it, with random numbers of its own that are the same each time."""
@@ -145,11 +146,11 @@ class ContrastiveTrainer(PackedTrainer):
             torch.manual_seed(self.args.seed)
             self.model.train(self._dropout_in_evaluation)
             for batch in self._held_out_batches():
-                batch_loss = in_batch_loss(self.model(batch["chunks"]).split(batch["queries"]), self._loss_scale)
-                sums += torch.tensor([batch_loss.item() * batch["queries"], batch["queries"]])
+                loss = texts_loss(_vectors(self.model, batch), self._objective)
+                sums += torch.tensor([loss.item() * batch["queries"], batch["queries"]])
         self.model.eval()
-        loss, queries = self._summed(sums)
-        return {"loss": loss / max(queries, 1)}
+        total, queries = self._summed(sums)
+        return {"loss": total / max(queries, 1)}
 
     def _other_metrics(self) -> dict[str, float]:
         """Spearman's correlation over the pairs, as in `eval --sts`, with the present weights. Every process has it."""
@@ -168,6 +169,11 @@ class ContrastiveTrainer(PackedTrainer):
             inputs = self._prepare_inputs(self.data_collator.of_texts([texts[index] for index in own]))
             vectors[own] = normalize(self.model(**inputs)).cpu().numpy()
         return vectors
+
+
+def _vectors(model: Any, inputs: dict[str, Any]) -> TextBatch:
+    vectors = model(inputs["chunks"])
+    return TextBatch(vectors[: inputs["queries"]], vectors[inputs["queries"] :], **inputs["beside"])
 
 
 class _TellEpoch(TrainerCallback):  # type: ignore[misc]

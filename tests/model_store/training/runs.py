@@ -19,6 +19,19 @@ _TEXT = "the river ran past the mill and ground the corn of the valley while a m
 WORDS = sorted(set(_TEXT.split()))
 
 
+# Of a supervised run on the texts of `write_scored`.
+EVERY_LOSS: dict[str, Any] = {
+    "absolute_margin": -0.1,
+    "relative_margin": -0.5,
+    "matryoshka_dims": [16, 64, 32],
+    "matryoshka_weights": [0.5, 1, 1],
+    "distillation_loss": "DistillKLDivLoss",
+    "distillation_weight": 100,
+    "student_temperature": 0.1,
+    "gradient_cache_chunk_size": 5,
+}
+
+
 def texts(count: int, seed: int = 0) -> list[str]:
     """Sentences of 3 to 22 words, each another."""
     return [
@@ -38,6 +51,17 @@ def write_triplets(path: Path, count: int = 64) -> Path:
         {"query": query, "positive": positive, "negative": negative, "instruction": "Find it:"}
         for query, positive, negative in zip(texts(count), texts(count, 1), texts(count, 2), strict=True)
     ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_scored(path: Path, count: int = 64) -> Path:
+    """A file of queries with several positives and negatives, and a teacher's score of each."""
+    rows = []
+    for n, query in enumerate(texts(count)):
+        positives, negatives = texts(1 + n % 2, n + 1), texts(1 + n % 3, n + 50)
+        scores = [5 + 0.1 * k for k in range(len(positives))] + [-0.5 * k for k in range(len(negatives))]
+        rows.append({"query": query, "positive": positives, "negative": negatives, "scores": scores})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -158,6 +158,26 @@ def refused(stage: Stage, folder: Path, **changes: Any) -> str:
         ("mntp", {"mask_token_type": "underscore"}, "'blank', 'eos' or 'mask'"),
         ("mntp", {"save_strategy": "sometimes"}, "sometimes"),
         ("mntp", {"dataset_name": None}, "there is nothing to train on"),
+        ("mntp", {"matryoshka_dims": [64]}, "matryoshka_dims is a key of simcse and supervised, not of mntp"),
+        ("simcse", {"teacher_url": "http://a"}, "teacher_url is a key of supervised, not of simcse"),
+        ("simcse", {"matryoshka_dims": []}, "matryoshka_dims is []: write each width once, or leave it out"),
+        ("simcse", {"matryoshka_dims": [64, 64]}, "matryoshka_dims is [64, 64]: write each width once"),
+        ("simcse", {"matryoshka_dims": [64, 0]}, "matryoshka_dims is 0: write a number of at least 1"),
+        ("simcse", {"matryoshka_weights": [1]}, "matryoshka_weights has 1 weights for 0 matryoshka_dims"),
+        ("supervised", {"distillation_loss": "KL"}, "write 'DistillKLDivLoss', 'MarginMSELoss' or 'EmbedDistillLoss'"),
+        ("supervised", {"contrastive_weight": 0}, "contrastive_weight does nothing without distillation_loss"),
+        (
+            "supervised",
+            {"teacher_url": "http://a"},
+            "a teacher does nothing without distillation_loss, absolute_margin",
+        ),
+        ("supervised", {"distillation_loss": "EmbedDistillLoss"}, "EmbedDistillLoss needs a teacher's vectors: give"),
+        (
+            "supervised",
+            {"distillation_loss": "EmbedDistillLoss", "teacher_model": "a", "student_temperature": 2},
+            "student_temperature does nothing with EmbedDistillLoss",
+        ),
+        ("supervised", {"teacher_url": "http://a", "teacher_model": "a"}, "are two teachers: leave out one"),
     ],
 )
 def test_what_is_not_honoured_is_refused_with_the_way_out(

@@ -18,7 +18,7 @@ from model_store.training.examples import (
     Order,
     TokenRows,
 )
-from model_store.training.texts import TrainingDataError, Triplet
+from model_store.training.texts import Example, TrainingDataError
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 MASK = 7
@@ -121,41 +121,47 @@ def test_rows_are_packed_with_their_labels() -> None:
         assert batch["labels"][start:end].tolist() == labels.tolist()
 
 
-def batches(role: Any, chunk: int | None = None, longest: int = 64) -> ContrastiveBatches:
+def batches(chunk: int | None = None, longest: int = 64) -> ContrastiveBatches:
     tokenizer = TextTokenizer(tiny_tokenizer(), Template("<", ">"), True, VOCABULARY)
-    return ContrastiveBatches(tokenizer, "mean", longest, chunk, role)
+    return ContrastiveBatches(tokenizer, "mean", longest, chunk)
 
 
-def test_queries_then_positives_then_negatives() -> None:
-    triplets = [Triplet(f"query {n}", f"positive {n}", f"negative {n}", "Find it:") for n in range(2)]
-    batch = batches("supervised")(triplets)
-    tokenizer = batches("supervised").tokenizer
-    texts = [text for part in ("query", "positive", "negative") for text in (f"{part} 0", f"{part} 1")]
-    expected = tokenizer.encode_batch(texts, ["Find it:"] * 2 + [""] * 4)
+def pairs(count: int) -> list[Example]:
+    return [Example(f"text {n}", (f"text {n}",)) for n in range(count)]
+
+
+def test_queries_then_the_passages_of_each() -> None:
+    """As many as each query has; all of them are used."""
+    examples = [
+        Example(
+            "query 0", ("positive 0",), ("negative 0", "another 0"), "Find it:", "Passage:", scores=(3.0, 2.0, 1.0)
+        ),
+        Example("query 1", ("positive 1", "another 1"), scores=(5.0, 4.0)),
+    ]
+    batch = batches()(examples)
+    texts = ["query 0", "query 1", "positive 0", "negative 0", "another 0", "positive 1", "another 1"]
+    expected = batches().tokenizer.encode_batch(texts, ["Find it:", "", *["Passage:"] * 3, "", ""])
     (chunk,) = batch["chunks"]
     assert batch["queries"] == 2
     assert chunk["token_ids"].tolist() == [token for row in expected for token in row.token_ids]
     assert chunk["pooling_weights"].sum() == sum(len(row) - row.span_start for row in expected)
-    assert expected[0].span_start > expected[2].span_start  # the instruction is not pooled
-
-
-def test_simcse_has_every_text_twice() -> None:
-    (chunk,) = batches("simcse")([Triplet(text, text, None) for text in ("one", "another")])["chunks"]
-    first, second = chunk["token_ids"].chunk(2)
-    assert torch.equal(first, second)
-    assert len(chunk["cu_seqlens"]) == 5
+    assert expected[0].span_start > expected[1].span_start  # the instruction is not pooled
+    assert {name: part.tolist() for name, part in batch["beside"].items()} == {
+        "owners": [0, 0, 0, 1, 1],
+        "positive": [True, False, False, True, True],
+        "scores": [3.0, 2.0, 1.0, 5.0, 4.0],
+    }
 
 
 def test_chunks_hold_so_many_texts_and_no_more() -> None:
-    triplets = [Triplet(f"text {n}", f"text {n}", None) for n in range(5)]
-    chunks = batches("simcse", chunk=4)(triplets)["chunks"]
+    chunks = batches(chunk=4)(pairs(5))["chunks"]
     assert [len(chunk["cu_seqlens"]) - 1 for chunk in chunks] == [4, 4, 2]
-    whole = batches("simcse")(triplets)["chunks"][0]
+    whole = batches()(pairs(5))["chunks"][0]
     assert torch.equal(torch.cat([chunk["token_ids"] for chunk in chunks]), whole["token_ids"])
 
 
 def test_a_long_text_gives_up_its_own_tokens_and_no_others() -> None:
-    (chunk,) = batches("simcse", longest=10)([Triplet("word " * 50, "", None)])["chunks"]
+    (chunk,) = batches(longest=10)([Example("word " * 50, ("word " * 50,))])["chunks"]
     tokenizer = tiny_tokenizer()
     row = chunk["token_ids"][:10].tolist()
     assert chunk["cu_seqlens"].tolist() == [0, 10, 20]
@@ -165,6 +171,6 @@ def test_a_long_text_gives_up_its_own_tokens_and_no_others() -> None:
 
 def test_a_text_without_tokens_is_named() -> None:
     tokenizer = TextTokenizer(tiny_tokenizer(), Template(), True, VOCABULARY)
-    collate = ContrastiveBatches(tokenizer, "mean", 64, None, "simcse")
+    collate = ContrastiveBatches(tokenizer, "mean", 64, None)
     with pytest.raises(TrainingDataError, match="no tokens, in the text that begins ''"):
-        collate([Triplet("fine", "", None), Triplet("", "", None)])
+        collate([Example("fine", ("fine",)), Example("", ("fine",))])

@@ -18,7 +18,7 @@ from model_store.training.config import Stage, TrainingConfigError, parse_config
 from model_store.training.resume import whole_checkpoints
 from model_store.training.run import train
 from tests.model_store.training.one_step import KeepGradients
-from tests.model_store.training.runs import tiny_config
+from tests.model_store.training.runs import EVERY_LOSS, tiny_config, write_scored
 
 ROOT = Path(__file__).parents[3]
 
@@ -46,6 +46,8 @@ def first_step(stage: Stage, folder: Path, processes: int, **changes: Any) -> tu
         output_dir=str(out),
         **changes,
     )
+    if "distillation_loss" in changes:
+        write_scored(Path(given["train_file"]))
     if processes == 1:
         train(parse_config(stage, given), callbacks=[KeepGradients()])
     else:
@@ -59,10 +61,13 @@ def first_step(stage: Stage, folder: Path, processes: int, **changes: Any) -> tu
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("mntp", {}), ("supervised", {"gradient_cache_chunk_size": 3, "gradient_checkpointing": True})],
+    [("mntp", {}), ("supervised", {**EVERY_LOSS, "gradient_checkpointing": True})],
 )
 def test_two_processes_are_one(stage: Stage, changes: dict[str, Any], tmp_path: Path) -> None:
-    """In-batch negatives are gathered, hidden tokens counted, over both. Sums in another order are all that differs."""
+    """Negatives are gathered, hidden tokens counted, over both. Sums in another order are all that differs.
+
+    In the supervised stage the processes have different numbers of passages.
+    """
     (one_loss, one), (two_loss, two) = (first_step(stage, tmp_path, processes, **changes) for processes in (1, 2))
     assert one_loss == pytest.approx(two_loss, rel=1e-5)
     assert one.keys() == two.keys()

@@ -31,7 +31,7 @@ from model_store.training.resume import whole_checkpoints
 from model_store.training.run import prepare, train, training_arguments
 from model_store.training.texts import TrainingDataError, read_examples
 from service.cli import main
-from tests.model_store.training.runs import texts, tiny_config, write_texts
+from tests.model_store.training.runs import EVERY_LOSS, texts, tiny_config, write_scored, write_texts
 from tests.tiny import FAMILIES, normalized, save_base
 
 ROOT = Path(__file__).parents[3]
@@ -364,12 +364,22 @@ def test_what_can_not_be_run_is_refused_before_it_begins(
         run(stage, tmp_path, **changes)
 
 
-def test_some_negatives_are_none_and_refused(tmp_path: Path) -> None:
-    given = tiny_config("supervised", tmp_path)
-    lines = Path(given["train_file"]).read_text().splitlines()
-    Path(given["train_file"]).write_text("\n".join([*lines[1:], '{"query": "q", "positive": "p"}']))
-    with pytest.raises(TrainingDataError, match="give all of them one, or none"):
-        train(parse_config("supervised", given))
+def test_all_losses_together_learn_and_the_encoder_knows_its_widths(tmp_path: Path) -> None:
+    """Of queries with one or two positives and one to three negatives, each with its score."""
+    given = tiny_config("supervised", tmp_path, **EVERY_LOSS, max_steps=40, save_strategy="no", lora_dropout=0.0)
+    write_scored(Path(given["train_file"]))
+    folder = train(parse_config("supervised", {**given, "validation_split_percentage": 20, "do_eval": True}))
+    found = losses(folder)
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+    recipe = recipe_from("tiny", base=str(tmp_path / "base"), adapters=[str(folder)], dtype="float32")
+    assert build_encoder(recipe, tmp_path / "encoder").widths == (16, 32, 64)
+
+
+def test_a_width_beyond_the_base_s_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TrainingConfigError, match=r"matryoshka_dims has 65, but the vectors of .* have 64 dimensions"):
+        run("simcse", tmp_path, matryoshka_dims=[65, 16])
+    run("simcse", tmp_path, matryoshka_dims=[32], max_steps=1, overwrite_output_dir=True)
+    assert "matryoshka_dims lacks the whole width, 64" in capsys.readouterr().out
 
 
 def test_the_command_tells_what_is_wrong_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

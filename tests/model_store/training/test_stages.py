@@ -18,7 +18,8 @@ from model_store.encoder.packing import PackedBatch
 from model_store.text.tokenizer import TokenizedText
 from model_store.training.decoder import TrainableDecoder, load_trainable
 from model_store.training.examples import NO_LABEL, MaskedBatches, Masking, TokenRows
-from model_store.training.losses import contrastive_loss
+from model_store.training.losses import TextBatch, contrastive_loss
+from model_store.training.objective import Objective
 from model_store.training.stages import ContrastiveEncoder, MaskedNextToken
 from tests.tiny import FAMILIES, VOCABULARY, random_rows, save_base
 
@@ -181,13 +182,31 @@ class KeepingEncoder(ContrastiveEncoder):
         return torch.cat([self._vectors(*each.values()) for each in chunks])
 
 
+OBJECTIVE = Objective(
+    20.0,
+    absolute_margin=-0.1,
+    widths=((64, 1.0), (16, 0.5)),
+    distillation="DistillKLDivLoss",
+    student_temperature=0.1,
+)
+
+
+def text_batch(vectors: Tensor) -> TextBatch:
+    """A third of the texts are queries, and have two passages each; what a teacher says of them is arbitrary."""
+    queries = len(vectors) // 3
+    owners, positive = torch.arange(queries).repeat_interleave(2), torch.tensor([True, False]).repeat(queries)
+    return TextBatch(
+        vectors[:queries], vectors[queries : 3 * queries], owners, positive, torch.arange(2.0 * queries) % 3
+    )
+
+
 def loss_and_gradients(
     stage: ContrastiveEncoder, given: list[dict[str, Any]], seed: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One contrastive step's; every text is there twice in a row."""
+    """One contrastive step's, with every kind of loss."""
     torch.manual_seed(seed)
     vectors = stage(given)
-    loss = contrastive_loss(vectors.split(len(vectors) // 2), 20.0)
+    loss = contrastive_loss(text_batch(vectors), OBJECTIVE)
     loss.backward()
     return loss.detach(), gradients(stage)
 
@@ -245,7 +264,7 @@ def test_gradient_caching_keeps_a_chunk_s_inputs_alone(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_is_the_same_step(tmp_path: Path) -> None:
-    rows = random_rows([12, 30, 7, 16])
+    rows = random_rows([12, 30, 7, 16, 9, 20])
     options: dict[str, Any] = {"attention_dropout": 0.3}
     plain = ContrastiveEncoder(trainable(tmp_path / "base", "gemma3_text", **options)).train()
     lean = ContrastiveEncoder(
