@@ -78,6 +78,7 @@ def test_two_processes_are_one(stage: Stage, changes: dict[str, Any], tmp_path: 
     assert moved >= 3 * 7  # every B; a new adapter's A has none, as its B is zero
 
 
+@pytest.mark.timeout(600)
 def test_two_processes_go_on_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """Killed after step 7 of 12, going on from step 6; an epoch has 4. To the last bit, and by as many processes."""
     configs = {}
