@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import typer
-from tqdm import tqdm
 from typer.main import get_command
 
-from model_store.build.progress import bar_class
+from model_store.build.progress import ProgressBar
 from model_store.json_text import read_json_object
 from model_store.manifest import CONFIG_FILE, find_built, read_manifest
 from model_store.pooling_modes import PoolingMode
@@ -26,6 +25,11 @@ from service.bulk.reading import Kind
 from service.embedding.choices import EmbedDtype, Overflow
 from service.logs import unexplained
 from service.options import (
+    ARITHMETIC,
+    DEVICE,
+    ENCODER,
+    SERVER,
+    Arithmetic,
     SeveralValues,
     argument,
     at_most_one,
@@ -39,18 +43,13 @@ from service.planning.gpus import gpu_named, gpus
 from service.planning.plan import QUERY_TOKENS, Plan, memory_needed
 from service.planning.report import as_json, as_table, asked_of
 from service.settings import BATCH_SECONDS, TOKEN_BUDGET, load_settings
+from service.training_commands import training_commands
 
 _NAME = "llm2vec-service"
 
 # eos_token is last_token with another template, which is fixed when an encoder is built.
 _POOLINGS = tuple(mode for mode in get_args(PoolingMode) if mode != "eos_token")
 
-_SERVER = "a running server, such as http://127.0.0.1:8000"
-_ENCODER = "a stored encoder, or a recipe, which is built if needed"
-_DEVICE = "auto, cpu, cuda or cuda:N"
-_ARITHMETIC = "arithmetic, as in `serve`"
-
-_Arithmetic = Literal["auto", DType]
 _Texts = list[str] | None
 _Paths = list[Path] | None
 _Poolings = Annotated[
@@ -100,11 +99,11 @@ def serve(context: typer.Context, **_: str | None) -> int:
     if settings.several_processes:
         from service.processes.supervisor import supervise
 
-        return supervise(settings, _ProgressBar())
+        return supervise(settings, ProgressBar())
 
     from service.server.process import serve
 
-    return serve(settings, _ProgressBar())
+    return serve(settings, ProgressBar())
 
 
 serve.__signature__ = signature_of_settings()  # type: ignore[attr-defined]
@@ -148,7 +147,7 @@ def build(
 
     from model_store.build.build import build_encoder
 
-    manifest = build_encoder(encoder, folder, _ProgressBar())
+    manifest = build_encoder(encoder, folder, ProgressBar())
     print(f"{folder}: {manifest.name}, {manifest.parameters / 1e6:.0f}M parameters, {manifest.width} dimensions")
     return 0
 
@@ -263,10 +262,10 @@ def embed(
         ),
     ],
     out: Annotated[Path, option("the folder to write", "DIR")],
-    url: Annotated[str | None, option(f"{_SERVER}, instead of an encoder here")] = None,
-    model: Annotated[str | None, option(_ENCODER, "DIR|RECIPE")] = None,
-    device: Annotated[str | None, option(_DEVICE)] = None,
-    dtype: Annotated[_Arithmetic | None, option(_ARITHMETIC)] = None,
+    url: Annotated[str | None, option(f"{SERVER}, instead of an encoder here")] = None,
+    model: Annotated[str | None, option(ENCODER, "DIR|RECIPE")] = None,
+    device: Annotated[str | None, option(DEVICE)] = None,
+    dtype: Annotated[Arithmetic | None, option(ARITHMETIC)] = None,
     input_format: Annotated[Kind | None, option("format of inputs whose names don't show it")] = None,
     text_column: Annotated[str, option("the column of the texts", "COLUMN")] = "text",
     id_column: Annotated[
@@ -300,7 +299,7 @@ def embed(
 
     from service.bulk.command import embed
 
-    embed(asked, _ProgressBar())
+    embed(asked, ProgressBar())
     return 0
 
 
@@ -348,8 +347,8 @@ def plan(
 
 @_commands.command("eval", cls=SeveralValues)
 def evaluate(
-    url: Annotated[str | None, option(_SERVER)] = None,
-    model: Annotated[str | None, option(_ENCODER, "DIR|RECIPE")] = None,
+    url: Annotated[str | None, option(SERVER)] = None,
+    model: Annotated[str | None, option(ENCODER, "DIR|RECIPE")] = None,
     stages: Annotated[
         str | None, option("a recipe's base: causal, bidirectional, then with one more adapter each time", "RECIPE")
     ] = None,
@@ -380,8 +379,8 @@ def evaluate(
         int | None, option("fit probes to this many of TRAIN, drawn at random but the same each time")
     ] = None,
     pooling: _Poolings = None,
-    device: Annotated[str, option(_DEVICE)] = "auto",
-    dtype: Annotated[_Arithmetic, option(_ARITHMETIC)] = "auto",
+    device: Annotated[str, option(DEVICE)] = "auto",
+    dtype: Annotated[Arithmetic, option(ARITHMETIC)] = "auto",
     json: Annotated[Path | None, option("write the scores to this file", "FILE")] = None,
     picture: Annotated[Path | None, option("draw the scores to this file: .png, .svg or .pdf", "FILE")] = None,
 ) -> int:
@@ -403,7 +402,7 @@ def evaluate(
     }
     folder = load_settings({}).models_dir.expanduser()
     server = ServerVectors(partial(embed_texts, url or ""), partial(served_prompts, url or ""))
-    evaluate(Asked(**options | paired), server, folder, _ProgressBar())
+    evaluate(Asked(**options | paired), server, folder, ProgressBar())
     return 0
 
 
@@ -426,6 +425,9 @@ def train(
     return 0
 
 
+_commands.add_typer(training_commands)
+
+
 def _read_limit(folder: Path) -> str:
     kind = limited_by(read_json_object(folder / CONFIG_FILE))
     return f" (its base reads more: beyond them {kind} RoPE would depend on batch mates)" if kind else ""
@@ -433,17 +435,3 @@ def _read_limit(folder: Path) -> str:
 
 def _source(reference: str, commit: str | None) -> str:
     return f"{reference} ({commit})" if commit else reference
-
-
-class _ProgressBar:
-    """Shows the bytes of weights written."""
-
-    _bar: tqdm[Any] | None = None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = bar_class()(total=total, desc="building", unit="B", unit_scale=True)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self._bar.close()
-            self._bar = None

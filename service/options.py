@@ -16,6 +16,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from model_store.recipe import DType
 from service.settings import SECRETS, Settings, meaning_of
 
 # The headings of `serve --help`, each by the first setting below it.
@@ -28,7 +29,15 @@ _HEADINGS = {
 }
 
 # Options that take several values after one name, and how many at most.
-_SEVERAL = {"--gpu": sys.maxsize, "--words": 2, "--classification": 2}
+_SEVERAL = {"--gpu": sys.maxsize, "--weights": sys.maxsize, "--words": 2, "--classification": 2}
+
+# The meaning of options that several subcommands have.
+SERVER = "a running server, such as http://127.0.0.1:8000"
+ENCODER = "a stored encoder, or a recipe, which is built if needed"
+DEVICE = "auto, cpu, cuda or cuda:N"
+ARITHMETIC = "arithmetic, as in `serve`"
+
+Arithmetic = Literal["auto", DType]
 
 
 def signature_of_settings() -> Signature:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: list[set[str]] = [
     {"service.__main__"},
     {"service.cli"},
+    {"service.training_commands"},
     {"service.options"},
     {"service.bulk", "service.processes", "service.planning", "service.ray"},
     {"service.server"},

@@ -41,3 +41,17 @@ class Lines(tqdm):  # type: ignore[type-arg]  # tqdm takes no type arguments at 
 def bar_class() -> type[tqdm[Any]]:
     """tqdm, or `Lines` if stderr is no terminal."""
     return tqdm if sys.stderr.isatty() else Lines
+
+
+class ProgressBar:
+    """Shows the bytes of weights written."""
+
+    _bar: tqdm[Any] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = bar_class()(total=total, desc="building", unit="B", unit_scale=True)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._bar.close()
+            self._bar = None

@@ -17,7 +17,7 @@ from model_store.recipe import packaged_recipes
 from service.cli import main
 from service.settings import SECRETS, Settings
 
-COMMANDS = ("serve", "build", "verify", "export", "show", "embed", "plan", "eval", "train")
+COMMANDS = ("serve", "build", "verify", "export", "show", "embed", "plan", "eval", "train", "merge")
 
 
 @pytest.mark.parametrize("fault", ['ValueError("bug")', 'OSError("bug")', 'OSError(9, "bug")', 'KeyError("bug")'])
@@ -55,6 +55,7 @@ def _command(packages: Path, *arguments: str) -> subprocess.CompletedProcess[str
         (["plan", "--model", "{here}", "--gpu", "l4"], "{here}/config.json is not valid JSON: "),
         (["embed", "{here}/absent.txt", "--out", "{here}/out"], "absent.txt"),
         (["train", "mntp", "{here}/absent.json"], "absent.json can't be read: "),
+        (["merge", "{here}/absent", "--weights", "1", "--out", "{here}/out"], "is no folder and no hub id"),
     ],
 )
 def test_what_the_user_can_mend_is_one_sentence(
@@ -73,7 +74,7 @@ def test_what_the_user_can_mend_is_one_sentence(
     ("arguments", "told"),
     [
         ([], "Missing command"),
-        (["sevre"], "No such command 'sevre'. Did you mean 'serve'?"),
+        (["serv"], "No such command 'serv'. Did you mean 'serve'?"),
         (["serve", "--api-keys", "secret"], "No such option: --api-keys"),
         (["serve", "--port"], "Option '--port' requires an argument"),
         (["build", "--dtype", "int4"], "'int4' is not one of 'bfloat16', 'float32'"),
