@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from model_store.errors import UserError
 from model_store.json_text import parse_json, unicode_problem
@@ -127,3 +127,15 @@ def _decoded(content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         return BadText(f"is not valid UTF-8: {error.reason} at byte {error.start}")
+
+
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file to write, which takes its place when the context ends, and is removed after an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
