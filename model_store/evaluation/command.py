@@ -168,7 +168,6 @@ def _models(
         yield asked.url, lambda: server
         return
 
-    from model_store.build.build import ensure_built
     from model_store.evaluation.local import LocalEncoder, each_stage
 
     poolings = asked.pooling or (STAGE_POOLINGS if asked.stages else ())
@@ -180,9 +179,17 @@ def _models(
         yield from each_stage(recipe, load, progress)
         return
     assert asked.model, "the parser wants one of the three"
-    folder = Path(asked.model)
+    folder = stored_encoder(asked.model, models_dir, progress)
+    yield folder.resolve().name, partial(load, folder)
+
+
+def stored_encoder(model: str, models_dir: Path, progress: Progress) -> Path:
+    """The folder of a stored encoder, or of a recipe's, which is built in `models_dir` if needed."""
+    from model_store.build.build import ensure_built
+
+    folder = Path(model)
     if not folder.is_dir():
-        recipe = load_recipe(asked.model)
+        recipe = load_recipe(model)
         folder = models_dir / recipe.name
         ensure_built(recipe, folder, progress)
-    yield folder.resolve().name, partial(load, folder)
+    return folder

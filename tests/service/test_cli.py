@@ -17,7 +17,7 @@ from model_store.recipe import packaged_recipes
 from service.cli import main
 from service.settings import SECRETS, Settings
 
-COMMANDS = ("serve", "build", "verify", "export", "show", "embed", "plan", "eval", "train", "pairs", "merge")
+COMMANDS = ("serve", "build", "verify", "export", "show", "embed", "plan", "eval", "train", "mine", "pairs", "merge")
 
 
 @pytest.mark.parametrize("fault", ['ValueError("bug")', 'OSError("bug")', 'OSError(9, "bug")', 'KeyError("bug")'])
@@ -89,6 +89,8 @@ def test_what_the_user_can_mend_is_one_sentence(
         (["eval", "--model", "demo", "--words", "a"], "--words: two files are needed"),
         (["eval", "--model", "demo", "--words", "a", "b", "c"], "unexpected extra argument"),
         (["eval", "--model", "demo", "--pooling", "eos_token"], "'eos_token' is not one of mean"),
+        (["mine", "pairs.jsonl", "--out", "out.jsonl"], "give one of --url and --model"),
+        (["mine", "pairs.jsonl", "--out", "out.json", "--model", "demo"], "out.json must end in .jsonl"),
         (["pairs", "a.txt", "--out", "out.jsonl", "--task", "crops"], "'crops' is not one of sentence, crop, title"),
     ],
 )
