@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-products bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-build-memory trace peers fidelity-table build docs container-test monitoring-test chart-test audit clean
+.PHONY: install serve test test-service test-others test-tools check format programs bench-cpu bench-products bench-http bench-front-ends bench-mixed bench-overload bench-bulk bench-ray soak fuzz bench-simulate bench-gpu bench-train bench-quantization bench-billions bench-build-memory trace peers fidelity-table build docs container-test monitoring-test chart-test audit clean
 
 install: $(INSTALLED)
 
@@ -136,9 +136,13 @@ bench-gpu: install
 bench-train: install
 	$(BIN)/python -m bench.train $(SAVE)
 
-# fp8 and int8 beside bfloat16, on one core.
+# int8 beside bfloat16, in some ten minutes; fp8's vectors, emulated.
 bench-quantization: install
 	$(BIN)/python -m bench.quantization $(SAVE)
+
+# 1.3 and 8 billion parameters on a CPU, by a few of their layers.
+bench-billions: install
+	$(BIN)/python -m bench.billions $(SAVE)
 
 # Memory that the build of a 1.3B model takes, in some minutes and gigabytes.
 bench-build-memory: install

@@ -30,6 +30,9 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 
+# What int8 needs to know, beside the weights: vectors without int8 are not moved by it.
+CALIBRATION_FILE = "int8.safetensors"
+
 # What a text is in a search.
 Role = Literal["query", "document"]
 
@@ -150,7 +153,7 @@ class Manifest(_Frozen):
             "files": {
                 name: file.sha256
                 for name, file in sorted(self.files.items())
-                if name.endswith(".safetensors") or name == TOKENIZER_FILE
+                if (name.endswith(".safetensors") and name != CALIBRATION_FILE) or name == TOKENIZER_FILE
             },
             "config": vector_settings(config),
             "attention": self.attention,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 
 from model_store.architectures import Attention
 from model_store.errors import UserError
 from model_store.pooling_modes import PoolingMode
+from model_store.tables import packaged_tables
 from model_store.templates import TEMPLATES, SpanCount, Template
 
 DType = Literal["bfloat16", "float32"]
@@ -145,20 +145,6 @@ def packaged_recipes() -> dict[str, Recipe]:
             }
     ordered = sorted(recipes, key=lambda name: ("adapters" not in recipes[name], name))
     return {name: recipe_from(name, **recipes[name]) for name in ordered}
-
-
-def packaged_tables(file: str) -> dict[str, dict[str, Any]]:
-    """The tables of a packaged TOML file, by name.
-
-    Keys before the first table hold for all of them, and those of a table above for one that is `like` it.
-    """
-    content = tomllib.loads((files("model_store") / file).read_text())
-    common = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    tables: dict[str, dict[str, Any]] = {}
-    for name, own in content.items():
-        if isinstance(own, dict):
-            tables[name] = {**common, **tables.get(own.pop("like", ""), {}), **own}
-    return tables
 
 
 def load_recipe(name_or_file: str) -> Recipe:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model_store.architectures import TEXT_MODEL_OF, architecture_of
-from model_store.recipe import packaged_tables
 from model_store.rope import readable_positions
+from model_store.tables import packaged_tables
 
 # Bytes of a weight, by the arithmetic that it is multiplied in.
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "fp8": 1}

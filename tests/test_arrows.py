@@ -38,7 +38,7 @@ LEVELS: list[set[str]] = [
     {"model_store.manifest", "model_store.shape"},
     {"model_store.recipe"},
     {"model_store.templates", "model_store.rope", "model_store.json_text", "model_store.config_keys"},
-    {"model_store.architectures", "model_store.pooling_modes"},
+    {"model_store.architectures", "model_store.pooling_modes", "model_store.tables"},
     {"model_store.errors"},
 ]
 BESIDE = {("service.ray", "service.bulk")}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model_store.encoder.encoder import Encoder
-from model_store.encoder.int8 import CALIBRATION_FILE, EmulatedInt8Linear, layers_input
+from model_store.encoder.int8 import EmulatedInt8Linear, layers_input
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.quantization import linears_of
 from model_store.text.tokenizer import TokenizedText
@@ -42,6 +42,8 @@ def write_calibration(encoder: Encoder, rows: list[TokenizedText], folder: Path)
         losses.append(_loss(encoder.model, {name: largest[layers_input(name)] for name in mine}, exact, states))
     worst = sorted(range(len(losses)), key=losses.__getitem__, reverse=True)[: -(-len(losses) // _LEFT_OUT_OF)]
     left_out = tuple(f"layers.{number}." for number in worst)
+    from model_store.manifest import CALIBRATION_FILE  # needs pydantic, and checks of an encoder in memory do not
+
     path = folder / CALIBRATION_FILE
     save_file({name: tensor.cpu() for name, tensor in largest.items() if not name.startswith(left_out)}, path)
     path.chmod(0o644)  # save_file makes it private, and a server may run as another user

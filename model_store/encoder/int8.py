@@ -25,8 +25,6 @@ from model_store.encoder.quantization import WAY_OUT, QuantizationError, linears
 
 # T packed tokens, K inputs and N outputs of a layer
 
-CALIBRATION_FILE = "int8.safetensors"
-
 _LARGEST = 127
 
 # oneDNN's products take an unsigned input: 128 stands for 0.
@@ -136,6 +134,8 @@ def read_calibration(folder: Path) -> dict[str, Tensor]:
     Raises:
         QuantizationError: if the folder has no calibration.
     """
+    from model_store.manifest import CALIBRATION_FILE  # needs pydantic, and an encoder made in memory does not
+
     path = folder / CALIBRATION_FILE
     if not path.is_file():
         raise QuantizationError(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from model_store.build.calibration import largest_inputs, write_calibration
 from model_store.encoder.encoder import Encoder
 from model_store.encoder.int8 import (
-    CALIBRATION_FILE,
     EmulatedInt8Linear,
     Int8Linear,
     in_steps,
@@ -21,7 +20,7 @@ from model_store.encoder.int8 import (
 )
 from model_store.encoder.packing import PackedBatch
 from model_store.encoder.quantization import QuantizationError, linears_of
-from model_store.manifest import quantized_space
+from model_store.manifest import CALIBRATION_FILE, quantized_space
 from tests.tiny import FAMILIES, build_tiny, normalized, random_rows, tiny_model
 
 CPU = torch.device("cpu")
