@@ -149,8 +149,8 @@ def test_a_stored_encoder_of_every_family(tmp_path: Path, family: str) -> None:
         if pack:
             int8.pack_weights()
         cosines = (before * normalized(int8.encode(batch))).sum(1)
-        # Tiny decoders have few dimensions, in which errors of 1 % do not even out: 0.9985 was the lowest seen.
-        assert cosines.min() > 0.995
+        # 0.9996 was the lowest seen (AMD EPYC), whatever the family.
+        assert cosines.min() > 0.998
         assert cosines.max() < 1 - 1e-7, "nothing was rounded"
 
 

@@ -1,13 +1,10 @@
 """A job killed before each of its changes to files: python -m tests.model_store.training.killed_mining FOLDER
 
-Python tells audit hooks of every file that is opened, renamed, cut or removed, which is where the kill comes. The job
-is then done to its end. Prints how many places there were, and how many outputs. The processes are forks of this one.
+The job is then done to its end. Prints how many places there were, and how many outputs.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +13,8 @@ import torch
 from model_store.training.mining import Blocks, Miner, Pool
 from model_store.training.negatives import Rules
 from model_store.training.texts import read_contrastive
+from tests.kills import dies
 from tests.model_store.training.mined import vectors_of
-
-_EVENTS = frozenset({"open", "os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir"})
 
 
 def main() -> None:
@@ -36,35 +32,13 @@ def main() -> None:
 
 def _dies(folder: Path, out: Path, point: int | None) -> bool:
     """Whether a run was killed, before its change number `point`, or came to its end."""
-    child = os.fork()
-    if not child:
-        if point is not None:
-            _kill_at(point, out.stem)
-        try:
-            pool = Pool.of(read_contrastive(folder / "pairs.jsonl"), [])
-            rules = Rules(sampling_strategy="random", range_max=8, relative_margin=0.1)
-            miner = Miner(vectors_of, "fake", rules, torch.device("cpu"), True, Blocks(7, 5, 4))
-            miner.mine(pool, out)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), status
-    return status != 0
 
+    def mine() -> None:
+        pool = Pool.of(read_contrastive(folder / "pairs.jsonl"), [])
+        rules = Rules(sampling_strategy="random", range_max=8, relative_margin=0.1)
+        Miner(vectors_of, "fake", rules, torch.device("cpu"), True, Blocks(7, 5, 4)).mine(pool, out)
 
-def _kill_at(point: int, name: str) -> None:
-    left = point
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal left
-        if event in _EVENTS and f"{name}.jsonl" in str(arguments[0]):
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left -= 1
-
-    sys.addaudithook(hook)
+    return dies(mine, lambda path: out.name in path, point)
 
 
 if __name__ == "__main__":
